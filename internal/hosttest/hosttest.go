@@ -1,0 +1,304 @@
+// Package hosttest makes real hosts on loopback, with several connections between
+// them, for the tests of the other packages.
+package hosttest
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/control"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	ma "github.com/multiformats/go-multiaddr"
+)
+
+// Transport names a transport of go-libp2p.
+type Transport string
+
+// The transports that New listens on, and Relay, for which there is Node.DialRelayed.
+const (
+	TCP          Transport = "tcp"
+	QUIC         Transport = "quic"
+	WebSocket    Transport = "ws"
+	WebTransport Transport = "webtransport"
+	WebRTC       Transport = "webrtc"
+	Relay        Transport = "relay"
+)
+
+var listenAddrs = map[Transport]string{
+	TCP:          "/ip4/127.0.0.1/tcp/0",
+	QUIC:         "/ip4/127.0.0.1/udp/0/quic-v1",
+	WebSocket:    "/ip4/127.0.0.1/tcp/0/ws",
+	WebTransport: "/ip4/127.0.0.1/udp/0/quic-v1/webtransport",
+	WebRTC:       "/ip4/127.0.0.1/udp/0/webrtc-direct",
+}
+
+// Of returns the transport of an address.
+func Of(addr ma.Multiaddr) Transport {
+	s := addr.String()
+	switch {
+	case strings.Contains(s, "/p2p-circuit"):
+		return Relay
+	case strings.Contains(s, "/webtransport"):
+		return WebTransport
+	case strings.Contains(s, "/quic-v1"):
+		return QUIC
+	case strings.Contains(s, "/ws"):
+		return WebSocket
+	case strings.Contains(s, "/tcp"):
+		return TCP
+	default:
+		return WebRTC
+	}
+}
+
+// Node is a host, and a gate that can hold its dials back.
+type Node struct {
+	host.Host
+	gate *gate
+}
+
+// New returns a host that listens on the given transports on loopback, with go-libp2p's
+// default resource limits. It is closed with the test.
+func New(t testing.TB, transports []Transport, opts ...libp2p.Option) *Node {
+	t.Helper()
+	var listen []string
+	for _, tr := range transports {
+		if a, ok := listenAddrs[tr]; ok {
+			listen = append(listen, a)
+		}
+	}
+	g := &gate{}
+	h, err := libp2p.New(append([]libp2p.Option{
+		libp2p.ListenAddrStrings(listen...),
+		libp2p.ConnectionGater(g),
+		libp2p.DisableIdentifyAddressDiscovery(),
+	}, opts...)...)
+	if err != nil {
+		t.Fatalf("new host: %v", err)
+	}
+	t.Cleanup(func() { _ = h.Close() })
+	return &Node{Host: h, gate: g}
+}
+
+// Addr returns the node's address of that transport.
+func (n *Node) Addr(t testing.TB, tr Transport) ma.Multiaddr {
+	t.Helper()
+	for _, a := range n.Network().ListenAddresses() {
+		if Of(a) == tr {
+			if tr == WebTransport || tr == WebRTC { // Addrs has the certificates' hashes
+				for _, full := range n.Addrs() {
+					if Of(full) == tr {
+						return full
+					}
+				}
+			}
+			return a
+		}
+	}
+	t.Fatalf("host does not listen on %s", tr)
+	return nil
+}
+
+// Dial connects a to b over tr, and returns a's side of the connection.
+func Dial(t testing.TB, a, b *Node, tr Transport) network.Conn {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	a.know(b, b.Addr(t, tr))
+	c, err := a.Network().DialPeer(network.WithForceDirectDial(ctx, "test"), b.ID())
+	if err != nil {
+		t.Fatalf("dial over %s: %v", tr, err)
+	}
+	if got := Of(c.RemoteMultiaddr()); got != tr && tr != WebRTC {
+		t.Fatalf("dialled %s, got a connection over %s", tr, got)
+	}
+	identified(t, a, b)
+	return c
+}
+
+// Join connects a and b over two transports, and returns a's side of both connections.
+// A second dial would be given the first connection; so a's dial is under way, held back
+// by its gate, while b dials a.
+func Join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, network.Conn) {
+	t.Helper()
+	if first == Relay || second == Relay {
+		t.Fatal("Join: use JoinRelayed")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	a.know(b, b.Addr(t, first))
+	release := a.gate.hold()
+	result := make(chan error, 1)
+	go func() {
+		_, err := a.Network().DialPeer(ctx, b.ID())
+		result <- err
+	}()
+	a.gate.awaitHeld(t, ctx)
+	b.know(a, a.Addr(t, second))
+	if _, err := b.Network().DialPeer(ctx, a.ID()); err != nil {
+		t.Fatalf("dial over %s: %v", second, err)
+	}
+	release()
+	if err := <-result; err != nil {
+		t.Fatalf("dial over %s: %v", first, err)
+	}
+	identified(t, a, b)
+	conns := a.Network().ConnsToPeer(b.ID())
+	if len(conns) != 2 {
+		t.Fatalf("want 2 connections, got %v", conns)
+	}
+	// The dial that was held back ends last.
+	return conns[1], conns[0]
+}
+
+// NewRelay returns a relay. Without options its limits are go-libp2p's defaults.
+func NewRelay(t testing.TB, opts ...relay.Option) *Node {
+	t.Helper()
+	n := New(t, []Transport{TCP, QUIC}, libp2p.ForceReachabilityPublic())
+	r, err := relay.New(n.Host, opts...)
+	if err != nil {
+		t.Fatalf("new relay: %v", err)
+	}
+	t.Cleanup(func() { _ = r.Close() })
+	return n
+}
+
+// DialRelayed connects a to b through r, and returns a's side of the connection.
+func DialRelayed(t testing.TB, a, b, r *Node) network.Conn {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	defer cancel()
+	info := peer.AddrInfo{ID: r.ID(), Addrs: r.Addrs()}
+	if err := b.Connect(ctx, info); err != nil {
+		t.Fatalf("connect to the relay: %v", err)
+	}
+	if _, err := client.Reserve(ctx, b.Host, info); err != nil {
+		t.Fatalf("reserve at the relay: %v", err)
+	}
+	addr := ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", r.Addr(t, TCP), r.ID()))
+	a.know(b, addr)
+	c, err := a.Network().DialPeer(network.WithAllowLimitedConn(ctx, "test"), b.ID())
+	if err != nil {
+		t.Fatalf("dial through the relay: %v", err)
+	}
+	identified(t, a, b)
+	return c
+}
+
+// know makes addr the only address that n has of other.
+func (n *Node) know(other *Node, addr ma.Multiaddr) {
+	n.Peerstore().ClearAddrs(other.ID())
+	n.Peerstore().AddAddr(other.ID(), addr, peerstore.PermanentAddrTTL)
+}
+
+// identified waits until a and b have identified each other on all connections.
+func identified(t testing.TB, a, b *Node) {
+	t.Helper()
+	wait := func(n, other *Node) {
+		// The accepting side may learn of the connection a little later.
+		WaitFor(t, "a connection at both ends", func() bool {
+			return len(n.Network().ConnsToPeer(other.ID())) >= len(other.Network().ConnsToPeer(n.ID()))
+		})
+		for _, c := range n.Network().ConnsToPeer(other.ID()) {
+			<-n.Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c)
+		}
+	}
+	wait(a, b)
+	wait(b, a)
+}
+
+// WaitFor waits until cond holds, and fails the test when it does not within 30 s.
+func WaitFor(t testing.TB, what string, cond func() bool) {
+	t.Helper()
+	deadline := time.After(30 * time.Second)
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("timed out waiting for: %s", what)
+		}
+	}
+}
+
+// Far returns b's side of a's connection c.
+func Far(t testing.TB, b *Node, c network.Conn) network.Conn {
+	t.Helper()
+	var far network.Conn
+	WaitFor(t, "the other side of the connection", func() bool {
+		for _, d := range b.Network().ConnsToPeer(c.LocalPeer()) {
+			if d.RemoteMultiaddr().Equal(c.LocalMultiaddr()) || d.LocalMultiaddr().Equal(c.RemoteMultiaddr()) ||
+				Of(d.RemoteMultiaddr()) == Of(c.RemoteMultiaddr()) {
+				far = d
+				return true
+			}
+		}
+		return false
+	})
+	return far
+}
+
+// gate is a connection gater that lets everything pass, dials when it is told to.
+type gate struct {
+	mu   sync.Mutex
+	held chan struct{} // closed when dials may go on; nil: they may
+	seen chan struct{} // closed when one waits
+}
+
+func (g *gate) hold() (release func()) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	held := make(chan struct{})
+	g.held, g.seen = held, make(chan struct{})
+	return func() {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.held = nil
+		close(held)
+	}
+}
+
+func (g *gate) awaitHeld(t testing.TB, ctx context.Context) {
+	t.Helper()
+	g.mu.Lock()
+	seen := g.seen
+	g.mu.Unlock()
+	select {
+	case <-seen:
+	case <-ctx.Done():
+		t.Fatal("the dial does not begin")
+	}
+}
+
+func (g *gate) InterceptPeerDial(peer.ID) bool {
+	g.mu.Lock()
+	held, seen := g.held, g.seen
+	if held != nil && seen != nil {
+		close(seen)
+		g.seen = nil
+	}
+	g.mu.Unlock()
+	if held != nil {
+		<-held
+	}
+	return true
+}
+
+func (g *gate) InterceptAddrDial(peer.ID, ma.Multiaddr) bool { return true }
+func (g *gate) InterceptAccept(network.ConnMultiaddrs) bool  { return true }
+func (g *gate) InterceptSecured(network.Direction, peer.ID, network.ConnMultiaddrs) bool {
+	return true
+}
+func (g *gate) InterceptUpgraded(network.Conn) (bool, control.DisconnectReason) { return true, 0 }

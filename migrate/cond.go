@@ -1,0 +1,56 @@
+package migrate
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"time"
+)
+
+// cond is a condition variable whose waiters may have a deadline. Its zero value
+// is ready. It costs nothing while nobody waits.
+type cond struct {
+	ch chan struct{} // closed at the next broadcast; nil while nobody waits
+}
+
+// wait gives up mu, waits for a broadcast or until the deadline has passed (zero:
+// no deadline), takes mu again, and says whether there was a broadcast. mu must be
+// held; it must be the lock that guards c.
+func (c *cond) wait(mu *sync.Mutex, deadline time.Time) bool {
+	if c.ch == nil {
+		c.ch = make(chan struct{})
+	}
+	ch := c.ch
+	mu.Unlock()
+	defer mu.Lock()
+	if deadline.IsZero() {
+		<-ch
+		return true
+	}
+	timer := time.NewTimer(time.Until(deadline))
+	defer timer.Stop()
+	select {
+	case <-ch:
+		return true
+	case <-timer.C:
+		return false
+	}
+}
+
+// broadcast wakes all that wait. The lock that guards c must be held.
+func (c *cond) broadcast() {
+	if c.ch != nil {
+		close(c.ch)
+		c.ch = nil
+	}
+}
+
+// past is a deadline that has passed.
+var past = time.Unix(1, 0)
+
+// isTimeout says whether err is a deadline's doing: the stream that reported it is
+// as good as before. The muxers agree on Timeout only, not on the value.
+func isTimeout(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &t) && t.Timeout()
+}

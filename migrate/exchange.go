@@ -1,0 +1,285 @@
+package migrate
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"go.uber.org/zap"
+)
+
+// exchange is one migration of one stream, on either side. initiator.go and
+// responder.go tell what happens in which order; here is what both sides share.
+type exchange struct {
+	s         *Stream
+	initiator bool
+	old       network.Stream
+	from, id  uint64        // the label before, and after
+	done      chan struct{} // closed when another exchange may begin
+
+	// Guarded by s.mu.
+	new   network.Stream // nil until it is open
+	acked bool           // there is no way back (S10)
+	drop  bool           // the peer's exchange goes first (M1)
+
+	unpaid bool // new is not charged to the application's protocol yet
+}
+
+// begin enters x as the stream's exchange, or returns the one that is under way.
+func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.over:
+		return nil, ErrClosed
+	case s.ex != nil:
+		return s.ex, nil
+	}
+	if s.id == "" {
+		s.id = s.send.stream().ID()
+	}
+	x.s, x.old, x.from, x.done = s, s.send.stream(), s.label, make(chan struct{})
+	s.ex = x
+	return nil, nil
+}
+
+// attach tells which stream the exchange moves to. It says false where the exchange was
+// ended meanwhile.
+func (x *exchange) attach(u network.Stream) bool {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	x.new = u
+	return !x.drop
+}
+
+func (x *exchange) next() network.Stream {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	return x.new
+}
+
+// commit passes the point of no return, unless the exchange was dropped (M1).
+func (x *exchange) commit() bool {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	x.acked = !x.drop
+	return x.acked
+}
+
+// supersede drops an exchange that has not been acked, for the peer's (M1). It says
+// whether it could.
+func (x *exchange) supersede() bool {
+	x.s.mu.Lock()
+	if x.acked || !x.initiator {
+		x.s.mu.Unlock()
+		return false
+	}
+	x.drop = true
+	u := x.new
+	x.s.mu.Unlock()
+	if u != nil {
+		_ = u.Reset()
+	}
+	return true
+}
+
+// end lets the next exchange begin. Where the application has closed the stream in the
+// meantime, its last underlying stream is closed now (S7).
+func (x *exchange) end(moved bool) {
+	s := x.s
+	s.mu.Lock()
+	s.ex = nil
+	if moved {
+		s.label = x.id
+		s.migrations++
+	}
+	over := s.over
+	s.mu.Unlock()
+	if moved {
+		s.host.labels.remove(s.peer, x.from, s)
+	} else {
+		s.host.labels.remove(s.peer, x.id, s)
+	}
+	if over {
+		_ = s.closeHalves()
+		_ = s.send.stream().Close()
+		s.forget()
+	}
+	close(x.done)
+}
+
+// fallBack ends an exchange that was not acked: the stream stays where it was (S9).
+// untrusted says that the peer may think otherwise (S5).
+func (x *exchange) fallBack(untrusted bool) {
+	x.s.send.hold(false)
+	x.s.recv.release(untrusted)
+	x.end(false)
+}
+
+// fail ends an exchange that was acked: both streams are reset (S8).
+func (x *exchange) fail(cause error) error {
+	if errors.Is(cause, errViolation) {
+		x.s.host.log.Warn("peer broke the stream-migration protocol",
+			zap.Stringer("peer", x.s.peer), zap.Uint64("label", x.from), zap.Error(cause))
+	}
+	_ = x.s.abort(reset(cause), network.StreamNoError)
+	x.s.mu.Lock()
+	x.s.over = true
+	x.s.mu.Unlock()
+	x.end(false)
+	return cause
+}
+
+// charge charges the new stream to the application's protocol. Where that is at its
+// limit, because the old stream counts, too, the new one waits among those that have
+// not been negotiated until the old one is gone.
+func (x *exchange) charge(u network.Stream) {
+	x.unpaid = u.SetProtocol(x.s.proto) != nil
+}
+
+// moveScope moves what the application has reserved to the new stream.
+func (x *exchange) moveScope(u network.Stream) {
+	x.s.mu.Lock()
+	sc := x.s.scopeLocked()
+	x.s.mu.Unlock()
+	if err := sc.follow(u.Scope(), !x.unpaid); err != nil {
+		x.warnUnaccounted(err)
+	}
+}
+
+// payLate charges the new stream to the application's protocol, now that the old one
+// is gone.
+func (x *exchange) payLate(u network.Stream) {
+	err := u.SetProtocol(x.s.proto)
+	if err == nil {
+		x.s.mu.Lock()
+		sc := x.s.scopeLocked()
+		x.s.mu.Unlock()
+		err = sc.follow(u.Scope(), true)
+	}
+	if err != nil {
+		x.warnUnaccounted(err)
+	}
+}
+
+func (x *exchange) warnUnaccounted(err error) {
+	x.s.host.log.Warn("resource manager refused a part of what a migrated stream holds; the stream goes on",
+		zap.Stringer("peer", x.s.peer), zap.String("protocol", string(x.s.proto)), zap.Error(err))
+}
+
+// budget is what the receive half reserves its buffers in.
+func (x *exchange) budget() *span {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	return &span{parent: x.s.scopeLocked()}
+}
+
+// switchSending lets Writes go to u, the new stream, behind the final size where the
+// handover is verified (S2, S3, S12), and closes the old one for writing. The channel
+// is closed when that is done, which can take long on a dead path.
+func (x *exchange) switchSending(u network.Stream, verified bool) (<-chan struct{}, error) {
+	s := x.s
+	written, err := s.send.pause()
+	if err != nil {
+		return nil, err
+	}
+	if verified {
+		if err := writeMessage(u, finalSizeMessage(written)); err != nil {
+			return nil, fmt.Errorf("final size: %w", err)
+		}
+	}
+	x.moveScope(u)
+	closed, err := s.send.resume(u)
+	if err != nil {
+		return nil, err
+	}
+	x.trace(SendSwitched, nil)
+	oldClosed := make(chan struct{})
+	go func() {
+		defer close(oldClosed)
+		_ = x.old.CloseWrite()
+	}()
+	if closed {
+		_ = u.CloseWrite() // S6
+	}
+	return oldClosed, nil
+}
+
+// switchReceiving waits until everything has been read from the old stream, and lets
+// Reads go to u, the new one (S4).
+func (x *exchange) switchReceiving(u network.Stream, final uint64, verified bool) error {
+	s := x.s
+	s.recv.handover(u, final, verified, x.budget())
+	if err := s.recv.await(s.host.cfg.stall); err != nil {
+		return err
+	}
+	x.trace(ReceiveSwitched, nil)
+	return nil
+}
+
+// finish lets go of the old stream, whose both directions are done with.
+func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
+	s := x.s
+	_ = x.old.CloseRead() // calls out a Read that is still inside, see receive.go
+	eof, closed := s.recv.view()
+	if closed {
+		_ = u.CloseRead() // S6
+	}
+	x.end(true)
+	<-oldClosed
+	_ = x.old.Close()
+	if x.unpaid {
+		x.payLate(u)
+	}
+	x.trace(Finished, nil)
+	if eof && !closed {
+		x.expectEnd(u)
+	}
+}
+
+// expectEnd reads the EOF that follows on u where the application was given its EOF
+// before. Anything else is a violation (S11).
+func (x *exchange) expectEnd(u network.Stream) {
+	if n, _ := u.Read(make([]byte, 1)); n > 0 {
+		err := fmt.Errorf("%w: data after the end", errViolation)
+		x.s.host.log.Warn("peer broke the stream-migration protocol",
+			zap.Stringer("peer", x.s.peer), zap.Uint64("label", x.id), zap.Error(err))
+		_ = x.s.abort(reset(err), network.StreamProtocolViolation)
+	}
+}
+
+func (x *exchange) trace(kind EventKind, err error) {
+	h, s := x.s.host, x.s
+	if h.cfg.tracer == nil && !h.log.Core().Enabled(zap.DebugLevel) {
+		return
+	}
+	e := Event{Kind: kind, Time: time.Now(), Peer: s.peer, Stream: s, Initiator: x.initiator, From: x.old.Conn(), Err: err}
+	to := zap.Skip()
+	if u := x.next(); u != nil {
+		e.To = u.Conn()
+		to = zap.Stringer("to", e.To.RemoteMultiaddr())
+	}
+	h.log.Debug("migration "+kind.String(),
+		zap.Stringer("peer", s.peer), zap.Uint64("from_label", x.from), zap.Uint64("label", x.id),
+		zap.Bool("initiator", x.initiator), zap.Stringer("from", e.From.RemoteMultiaddr()), to, zap.Error(err))
+	if h.cfg.tracer != nil {
+		h.cfg.tracer(e)
+	}
+}
+
+// perConnection are the protocols of libp2p itself that speak about the connection they
+// run on. Their streams must not move.
+var perConnection = map[protocol.ID]bool{
+	"/ipfs/id/1.0.0":                   true,
+	"/ipfs/id/push/1.0.0":              true,
+	"/libp2p/circuit/relay/0.2.0/hop":  true,
+	"/libp2p/circuit/relay/0.2.0/stop": true,
+	"/libp2p/dcutr":                    true,
+	"/libp2p/autonat/1.0.0":            true,
+	"/libp2p/autonat/2/dial-request":   true,
+	"/libp2p/autonat/2/dial-back":      true,
+	ID:                                 true,
+	FinalSizeID:                        true,
+}

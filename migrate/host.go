@@ -1,0 +1,220 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	"go.uber.org/zap"
+)
+
+// Host is a host whose streams can migrate. It is the wrapped host in everything but
+// NewStream and what it adds. Safe for concurrent use.
+type Host struct {
+	host.Host
+	cfg    config
+	log    *zap.Logger
+	labels *labels
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+}
+
+var _ host.Host = (*Host)(nil)
+
+// Wrap makes the streams of h able to migrate. From here on it handles h's inbound
+// streams, of all protocols, and identify advertises ID and FinalSizeID. Use the
+// returned host in place of h; streams that are opened with h itself still work, but
+// cannot migrate. A host can be wrapped once. Close the returned host, which closes h.
+func Wrap(h host.Host, opts ...Option) (*Host, error) {
+	cfg := defaults()
+	for _, opt := range opts {
+		if err := opt(&cfg); err != nil {
+			return nil, fmt.Errorf("migrate: %w", err)
+		}
+	}
+	if slices.Contains(h.Mux().Protocols(), ID) {
+		return nil, errors.New("migrate: the host handles " + string(ID) + " already; wrap it once")
+	}
+	mh := &Host{Host: h, cfg: cfg, log: cfg.log, labels: newLabels(h.ID())}
+	mh.ctx, mh.cancel = context.WithCancel(context.Background())
+	// Both are never reached through the handler below: it serves ID itself, and what
+	// comes behind a label must be neither.
+	h.SetStreamHandler(ID, func(u network.Stream) { _ = u.ResetWithError(network.StreamProtocolViolation) })
+	h.SetStreamHandler(FinalSizeID, func(u network.Stream) { _ = u.Reset() })
+	h.Network().SetStreamHandler(mh.handleStream)
+	return mh, nil
+}
+
+// Close closes the wrapped host, and with it all of its streams.
+func (h *Host) Close() error {
+	h.cancel()
+	return h.Host.Close()
+}
+
+// Supports says whether p is known, from identify, to speak the protocol.
+func (h *Host) Supports(p peer.ID) bool { return h.speaks(p, ID) }
+
+// verifies says whether p is known to have the verified handover (S12).
+func (h *Host) verifies(p peer.ID) bool { return h.speaks(p, FinalSizeID) }
+
+func (h *Host) speaks(p peer.ID, id protocol.ID) bool {
+	supported, err := h.Peerstore().SupportsProtocols(p, id)
+	return err == nil && len(supported) > 0
+}
+
+// migratesWith says whether streams with p can be labelled.
+func (h *Host) migratesWith(p peer.ID) bool {
+	return h.Supports(p) && (!h.cfg.verified || h.verifies(p))
+}
+
+// Streams returns the labelled streams that have an underlying stream on c, in no
+// particular order. One that migrates at the moment has one on both connections.
+func (h *Host) Streams(c network.Conn) []*Stream {
+	seen := make(map[*Stream]bool)
+	var on []*Stream
+	for _, s := range h.labels.all(c.RemotePeer()) {
+		if !seen[s] && s.on(c) {
+			seen[s] = true
+			on = append(on, s)
+		}
+	}
+	return on
+}
+
+func (s *Stream) on(c network.Conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.send.stream().Conn() == c {
+		return true
+	}
+	return s.ex != nil && (s.ex.old.Conn() == c || s.ex.new != nil && s.ex.new.Conn() == c)
+}
+
+// NewStream opens a stream to p, as the wrapped host would: it dials where there is no
+// connection, waits for identify, uses a limited connection only where ctx allows it,
+// and takes the first of pids that p speaks. Where p is known to speak one of them
+// nothing is sent, and no round trip spent, before the first Write or Read (W1).
+//
+// The stream is labelled, a *Stream, and can migrate, unless p does not support it, one
+// of pids is a protocol of libp2p's own that speaks about its connection (identify,
+// relay, hole punching, AutoNAT), or ctx comes from WithoutLabel: then the wrapped host
+// opens it.
+//
+// It blocks until ctx ends; without a deadline of its own, 10 s at most (see
+// WithNegotiationTimeout).
+func (h *Host) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (network.Stream, error) {
+	if plain, _ := ctx.Value(withoutLabel{}).(bool); plain || len(pids) == 0 ||
+		slices.ContainsFunc(pids, func(id protocol.ID) bool { return perConnection[id] }) {
+		return h.Host.NewStream(ctx, p, pids...)
+	}
+	if _, ok := ctx.Deadline(); !ok && h.cfg.negotiation > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, h.cfg.negotiation)
+		defer cancel()
+	}
+	if noDial, _ := network.GetNoDial(ctx); !noDial {
+		if err := h.Connect(ctx, peer.AddrInfo{ID: p}); err != nil {
+			return nil, err
+		}
+	}
+	if err := h.awaitIdentify(ctx, p); err != nil {
+		return nil, err
+	}
+	if !h.migratesWith(p) {
+		return h.Host.NewStream(ctx, p, pids...)
+	}
+	u, err := h.openUnderlying(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	s, err := h.label(ctx, u, pids)
+	if err != nil {
+		_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
+		return nil, err
+	}
+	if s == nil { // what was known of the peer is out of date
+		_ = u.Reset()
+		return h.Host.NewStream(ctx, p, pids...)
+	}
+	return s, nil
+}
+
+// label makes u a labelled stream. It returns nil where the peer, after identify on this
+// connection, no longer supports that.
+func (h *Host) label(ctx context.Context, u network.Stream, pids []protocol.ID) (*Stream, error) {
+	p := u.Conn().RemotePeer()
+	if ids := h.identify(); ids != nil {
+		select {
+		case <-ids.IdentifyWait(u.Conn()):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("identify failed to complete: %w", ctx.Err())
+		}
+		if !h.migratesWith(p) {
+			return nil, nil
+		}
+	}
+	supported, err := h.Peerstore().SupportsProtocols(p, pids...)
+	if err != nil {
+		return nil, err
+	}
+	var pref protocol.ID
+	if len(supported) > 0 {
+		pref = supported[0]
+	}
+	return h.open(ctx, u, pref, pids)
+}
+
+// openUnderlying opens a stream on the connection that the selector names, or else on
+// that which the swarm chooses.
+func (h *Host) openUnderlying(ctx context.Context, p peer.ID) (network.Stream, error) {
+	if h.cfg.selector != nil {
+		limited, _ := network.GetAllowLimitedConn(ctx)
+		c := h.cfg.selector(ctx, p)
+		if c != nil && !c.IsClosed() && (limited || !c.Stat().Limited) {
+			if u, err := c.NewStream(ctx); err == nil || !c.IsClosed() {
+				return u, err
+			}
+		}
+	}
+	u, err := h.Network().NewStream(network.WithNoDial(ctx, "already dialed"), p)
+	if err != nil {
+		return nil, fmt.Errorf("failed to open stream: %w", err)
+	}
+	return u, nil
+}
+
+// identify returns the host's identify service, or nil where it has none.
+func (h *Host) identify() identify.IDService {
+	if ih, ok := h.Host.(interface{ IDService() identify.IDService }); ok {
+		return ih.IDService()
+	}
+	return nil
+}
+
+// awaitIdentify waits until it is known whether p supports the protocol: until identify
+// has ended on one of the connections with the answer yes, or on all of them.
+func (h *Host) awaitIdentify(ctx context.Context, p peer.ID) error {
+	ids := h.identify()
+	if ids == nil || h.Supports(p) {
+		return nil
+	}
+	cases := []reflect.SelectCase{{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ctx.Done())}}
+	for _, c := range h.Network().ConnsToPeer(p) {
+		cases = append(cases, reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ids.IdentifyWait(c))})
+	}
+	for len(cases) > 1 && !h.Supports(p) {
+		i, _, _ := reflect.Select(cases)
+		if i == 0 {
+			return fmt.Errorf("identify failed to complete: %w", ctx.Err())
+		}
+		cases = slices.Delete(cases, i, i+1)
+	}
+	return nil
+}

@@ -1,0 +1,208 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/pb"
+)
+
+// The initiator's side of a migration, in the order of events:
+//
+//	open a stream on the other connection, send ID and Migrate
+//	wait for the ack; an end of the old stream is held back meanwhile (S5)
+//	-- until here everything can be undone; from here on nothing can (S10) --
+//	pause writing, send FinalSize, go on writing on the new stream, close the old
+//	one for writing (S2)
+//	read FinalSize, read the old stream up to it, go on reading on the new stream
+//	let go of the old stream
+//
+// All of it happens on one goroutine, which holds no lock while it waits.
+
+// Migrate moves the stream s, which must be a *Stream of this host, to the connection
+// to, which must lead to the same peer. It returns when the old underlying stream is
+// done with, both ways; the application's bytes take the new connection long before. If
+// s is on that connection already, nothing happens.
+//
+// The stream stays usable throughout. If Migrate fails with ErrTryLater or ErrDenied
+// it goes on where it was; with any other error but a context's, see the errors of this
+// package, it was reset or could not be migrated in the first place. Once the request
+// has been sent it cannot be taken back: when ctx ends, Migrate returns its error, and
+// the migration goes on (S10).
+//
+// If another migration of s is under way, Migrate waits for it first. On a limited
+// connection ctx has to allow it with network.WithAllowLimitedConn. Safe for concurrent
+// use.
+func (h *Host) Migrate(ctx context.Context, s network.Stream, to network.Conn) error {
+	st, ok := s.(*Stream)
+	if !ok || st.host != h {
+		return ErrNotLabelled
+	}
+	wrap := func(err error) error {
+		return fmt.Errorf("migrate stream %d of %s: %w", st.Label(), st.peer, err)
+	}
+	if p := to.RemotePeer(); p != st.peer {
+		return wrap(fmt.Errorf("the connection leads to another peer, %s", p))
+	}
+	if !h.migratesWith(st.peer) {
+		return wrap(ErrNotSupported)
+	}
+	x := &exchange{initiator: true}
+	for {
+		st.mu.Lock()
+		denied := st.denied
+		st.mu.Unlock()
+		if denied {
+			return wrap(ErrDenied)
+		}
+		if st.Conn() == to {
+			return nil
+		}
+		busy, err := st.begin(x)
+		if err != nil {
+			return wrap(err)
+		}
+		if busy == nil {
+			break
+		}
+		select {
+		case <-busy.done:
+		case <-ctx.Done():
+			return wrap(ctx.Err())
+		}
+	}
+	result := make(chan error, 1)
+	run := func() { result <- x.initiate(ctx, to) }
+	if ctx.Done() == nil {
+		run()
+	} else {
+		go run()
+	}
+	select {
+	case err := <-result:
+		if err != nil {
+			return wrap(err)
+		}
+		return nil
+	case <-ctx.Done():
+		return wrap(ctx.Err())
+	}
+}
+
+// initiate runs the exchange. ctx counts only until Migrate is sent.
+func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
+	s, h := x.s, x.s.host
+	x.id = h.labels.fresh(s.peer)
+	tryLater := func(err error) error {
+		x.trace(Failed, err)
+		x.fallBack(false)
+		return fmt.Errorf("%w: %w", ErrTryLater, err)
+	}
+	if to == x.old.Conn() {
+		x.fallBack(false) // another exchange has brought it there
+		return nil
+	}
+	// The label must be on its way before somebody refers to it.
+	s.sendOpening()
+	u, err := to.NewStream(ctx)
+	if err != nil {
+		return tryLater(fmt.Errorf("open a stream: %w", err))
+	}
+	x.charge(u)
+	if !x.attach(u) || !h.labels.add(s.peer, x.id, s) {
+		_ = u.Reset()
+		return tryLater(errSuperseded)
+	}
+	x.trace(Started, nil)
+	verifiable := h.verifies(s.peer)
+	s.recv.hold()
+	s.send.hold(verifiable)
+
+	ack, err := x.request(u)
+	if err == nil && !x.commit() {
+		err = errSuperseded
+	}
+	if err != nil {
+		// A reset now may have crossed an ack (S5).
+		x.trace(Failed, err)
+		_ = u.ResetWithError(codeFor(err))
+		x.fallBack(!verifiable)
+		if errors.Is(err, errViolation) {
+			h.log.Warn("peer broke the stream-migration protocol",
+				zap.Stringer("peer", s.peer), zap.Uint64("label", x.from), zap.Error(err))
+		}
+		return fmt.Errorf("%w: %w", ErrTryLater, err)
+	}
+	if ack.GetDenyMigrate() {
+		s.mu.Lock()
+		s.denied, x.acked = true, false
+		s.mu.Unlock()
+		x.trace(Denied, nil)
+		_ = u.Close()
+		x.fallBack(false)
+		return ErrDenied
+	}
+	x.trace(Acked, nil)
+	if err := x.carry(u, ack.GetFinalSize(), verifiable); err != nil {
+		x.trace(Failed, err)
+		return x.fail(err)
+	}
+	return nil
+}
+
+var errSuperseded = errors.New("the peer migrates the stream at this moment")
+
+// codeFor is the code to reset a stream with because of err.
+func codeFor(err error) network.StreamErrorCode {
+	if errors.Is(err, errViolation) {
+		return network.StreamProtocolViolation
+	}
+	return network.StreamNoError
+}
+
+// request sends Migrate and waits for the answer.
+func (x *exchange) request(u network.Stream) (*pb.AckMigrate, error) {
+	if _, err := u.Write(appendMessage([]byte(prelude), migrateMessage(x.id, x.from))); err != nil {
+		return nil, fmt.Errorf("request: %w", err)
+	}
+	if err := readExpected(u, prelude); err != nil {
+		return nil, fmt.Errorf("answer: %w", err)
+	}
+	m, err := readMessage(byteReader{u})
+	if err != nil {
+		return nil, fmt.Errorf("answer: %w", err)
+	}
+	ack := m.GetAckMigrate()
+	if ack == nil {
+		return nil, fmt.Errorf("%w: expected AckMigrate, got %T", errViolation, m.Type)
+	}
+	return ack, nil
+}
+
+// carry moves both directions to u, after the ack.
+func (x *exchange) carry(u network.Stream, verified, verifiable bool) error {
+	if verifiable && !verified {
+		// An EOF of the old stream was kept back, and errors of it, on the
+		// assumption that the handover will tell what they are worth.
+		return fmt.Errorf("%w: the peer advertises %s and does not answer with it", errViolation, FinalSizeID)
+	}
+	oldClosed, err := x.switchSending(u, verified)
+	if err != nil {
+		return err
+	}
+	var final uint64
+	if verified {
+		if final, err = readFinalSize(u); err != nil {
+			return fmt.Errorf("final size: %w", err)
+		}
+	}
+	if err := x.switchReceiving(u, final, verified); err != nil {
+		return err
+	}
+	x.finish(u, oldClosed)
+	return nil
+}

@@ -1,0 +1,75 @@
+// Package migrate carries live libp2p streams from one connection to another. It
+// implements the libp2p stream-migration protocol, with a verified handover beside
+// it that makes sure that nothing is lost on the way.
+//
+// Wrap a host; streams that are then opened with it, to a peer that has wrapped its
+// host as well, can be moved at any time, by either end, to any other connection to
+// the same peer:
+//
+//	h, err := libp2p.New()
+//	mh, err := migrate.Wrap(h)
+//	s, err := mh.NewStream(ctx, p, "/my/protocol")
+//	err = mh.Migrate(ctx, s, betterConn)
+//
+// The application goes on reading and writing meanwhile, at both ends, and notices
+// nothing: no byte is lost, doubled or reordered, and where the network really loses
+// something, both ends see an error.
+//
+// # Where a byte goes
+//
+// A [Stream] is two independent halves, send.go and receive.go, over one underlying
+// stream, or two while it migrates. negotiate.go opens and accepts streams; labels.go
+// knows them by name; initiator.go and responder.go are the two sides of one
+// migration, and tell the halves what their next underlying stream is. docs/protocol.md
+// has the rules (W1, S12 and so on) that comments refer to.
+package migrate
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+)
+
+// ID is the protocol that precedes the application's on every labelled stream.
+const ID protocol.ID = "/libp2p/stream-migration"
+
+// FinalSizeID is advertised through identify by peers that have the verified handover
+// (S12). Nothing is spoken over it: a stream opened on it is reset.
+const FinalSizeID protocol.ID = "/portage/final-size/1.0.0"
+
+// Errors of Migrate. They are wrapped with the peer, the label and the step; test them
+// with errors.Is.
+var (
+	// ErrNotLabelled: the stream was not opened or accepted as a labelled stream by
+	// this host. It can never migrate.
+	ErrNotLabelled = errors.New("stream is not labelled")
+
+	// ErrNotSupported: the peer does not speak the protocol, or not the verified
+	// handover where RequireVerifiedHandover asks for it.
+	ErrNotSupported = errors.New("peer does not support stream migration")
+
+	// ErrDenied: the peer denied the migration. The stream stays where it is, works
+	// as before, and is not to be migrated again (M3).
+	ErrDenied = errors.New("peer denied the migration")
+
+	// ErrTryLater: the migration did not happen, and the stream works as before on
+	// its connection (S9, M1). It may be tried again later.
+	ErrTryLater = errors.New("migration did not happen, try again later")
+
+	// ErrClosed: the stream was closed or reset, by whichever end.
+	ErrClosed = errors.New("stream is closed")
+)
+
+// reset is the error that the application sees when a migration fails for good (S8):
+// a network.ErrReset.
+func reset(cause error) error {
+	if errors.Is(cause, network.ErrReset) {
+		return cause
+	}
+	return &network.StreamError{
+		ErrorCode:      network.StreamNoError,
+		TransportError: fmt.Errorf("migration failed: %w", cause),
+	}
+}

@@ -1,0 +1,346 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	msmux "github.com/multiformats/go-multistream"
+	"go.uber.org/zap"
+)
+
+// How a stream begins. The opener sends everything in one flight, with the first byte
+// of the application (W1):
+//
+//	multistream, ID, Label, multistream, application's protocol
+//
+// and the acceptor answers likewise, without the label. Where the opener does not know
+// which protocol the acceptor speaks, the part behind the label is an ordinary
+// negotiation, with its round trips.
+
+// negotiationBuffer holds all that precedes the application's first byte, for protocol
+// IDs of usual length.
+const negotiationBuffer = 512
+
+// open negotiates a labelled stream over u, which was just opened. pref is the one of
+// pids that the peer is known to speak, or empty.
+func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pids []protocol.ID) (*Stream, error) {
+	p := u.Conn().RemotePeer()
+	label := h.labels.fresh(p)
+	if pref == "" {
+		var err error
+		if pref, err = h.selectProtocol(ctx, u, label, pids); err != nil {
+			return nil, err
+		}
+		_ = h.Peerstore().AddProtocols(p, pref) // as the plain host: helpful, not critical
+		if err := u.SetProtocol(pref); err != nil {
+			return nil, err
+		}
+		s := newStream(h, u, pref, label)
+		return s, h.enter(s)
+	}
+	if err := u.SetProtocol(pref); err != nil {
+		return nil, err
+	}
+	s := newStream(h, u, pref, label)
+	s.send.opening = opening(label, pref)
+	s.recv.expect = answer(pref)
+	s.unsent.Store(true)
+	return s, h.enter(s)
+}
+
+func (h *Host) enter(s *Stream) error {
+	if !h.labels.add(s.peer, s.label, s) {
+		return fmt.Errorf("label %d is taken", s.label) // after 2^63 streams, or by a peer that lies
+	}
+	return nil
+}
+
+// selectProtocol negotiates one of pids behind a label, obeying ctx.
+func (h *Host) selectProtocol(ctx context.Context, u network.Stream, label uint64, pids []protocol.ID) (protocol.ID, error) {
+	type result struct {
+		pid protocol.ID
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		pid, err := msmux.SelectOneOf(pids, &labelled{Stream: u, before: opening(label, ""), expect: prelude})
+		done <- result{pid, err}
+	}()
+	select {
+	case r := <-done:
+		if r.err != nil {
+			return "", fmt.Errorf("failed to negotiate protocol: %w", r.err)
+		}
+		return r.pid, nil
+	case <-ctx.Done():
+		_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
+		<-done
+		return "", fmt.Errorf("failed to negotiate protocol: %w", ctx.Err())
+	}
+}
+
+// labelled puts the opening before what is written, and takes the answer to it from
+// before what is read.
+type labelled struct {
+	network.Stream
+	mu     sync.Mutex // guards before: the negotiation reads and writes at once
+	before []byte
+	expect string
+}
+
+func (l *labelled) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	before := len(l.before)
+	n, err := l.Stream.Write(append(l.before, p...))
+	l.before = nil
+	return max(0, n-before), err
+}
+
+func (l *labelled) Read(p []byte) (int, error) {
+	if l.expect != "" {
+		if err := readExpected(l.Stream, l.expect); err != nil {
+			return 0, err
+		}
+		l.expect = ""
+	}
+	return l.Stream.Read(p)
+}
+
+// handleStream is the network's stream handler. It negotiates as the host's own would,
+// byte for byte, for all streams but those that speak ID.
+func (h *Host) handleStream(u network.Stream) {
+	if h.cfg.negotiation > 0 {
+		if err := u.SetDeadline(time.Now().Add(h.cfg.negotiation)); err != nil {
+			_ = u.Reset()
+			return
+		}
+	}
+	// The peer need not wait for our header, but it may.
+	_, _ = io.WriteString(u, header) // its error shows when we read
+
+	// Nothing of an ordinary stream may be read ahead, since the application gets
+	// the raw stream: the first two tokens are read to the byte.
+	first := make([]byte, len(prelude))
+	n := len(header) + 1
+	if _, err := io.ReadFull(u, first[:n]); err != nil {
+		h.refuse(u, err)
+		return
+	}
+	if string(first[:n]) == prelude[:n] {
+		m, err := io.ReadFull(u, first[n:])
+		n += m
+		if err != nil {
+			h.refuse(u, err)
+			return
+		}
+		if string(first) == prelude {
+			h.handleLabelled(u)
+			return
+		}
+	}
+	in := &replay{Stream: u, in: first[:n], drop: len(header)}
+	proto, handle, err := h.Mux().Negotiate(in)
+	if err != nil {
+		h.refuse(u, err)
+		return
+	}
+	if h.accept(u, proto) {
+		_ = handle(proto, u)
+	}
+}
+
+// refuse ends a stream whose negotiation failed.
+func (h *Host) refuse(u network.Stream, err error) {
+	h.log.Debug("inbound stream: negotiation failed",
+		zap.Stringer("peer", u.Conn().RemotePeer()), zap.Error(err))
+	_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
+}
+
+// accept ends the negotiation of u and charges it to proto.
+func (h *Host) accept(u network.Stream, proto protocol.ID) bool {
+	if h.cfg.negotiation > 0 {
+		if err := u.SetDeadline(time.Time{}); err != nil {
+			_ = u.Reset()
+			return false
+		}
+	}
+	if err := u.SetProtocol(proto); err != nil {
+		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
+		return false
+	}
+	return true
+}
+
+// replay gives again what was read already, and drops what was written already.
+type replay struct {
+	network.Stream
+	in   []byte
+	drop int
+}
+
+func (r *replay) Read(p []byte) (int, error) {
+	if len(r.in) > 0 {
+		n := copy(p, r.in)
+		r.in = r.in[n:]
+		return n, nil
+	}
+	return r.Stream.Read(p)
+}
+
+func (r *replay) Write(p []byte) (int, error) {
+	k := min(r.drop, len(p))
+	r.drop -= k
+	if k == len(p) {
+		return k, nil
+	}
+	n, err := r.Stream.Write(p[k:])
+	return k + n, err
+}
+
+// handleLabelled serves an inbound stream that speaks ID.
+func (h *Host) handleLabelled(u network.Stream) {
+	n := negotiators.Get().(*negotiator)
+	defer n.free()
+	n.stream = u
+	n.out = append(n.out, prelude[len(header):]...)
+	m, err := readMessage(n)
+	if err != nil && !errors.Is(err, errViolation) {
+		h.refuse(u, err)
+		return
+	}
+	switch {
+	case err != nil:
+	case m.GetLabel() != nil:
+		err = h.acceptStream(n, m.GetLabel().GetId())
+	case m.GetMigrate() != nil:
+		err = h.respond(n, m.GetMigrate())
+	default:
+		err = fmt.Errorf("%w: a stream begins with Label or Migrate, not %T", errViolation, m.Type)
+	}
+	if err != nil {
+		h.violation(u, err)
+	}
+}
+
+// violation ends a stream on which the peer sent what it must not (W4).
+func (h *Host) violation(u network.Stream, err error) {
+	h.log.Warn("peer broke the stream-migration protocol",
+		zap.Stringer("peer", u.Conn().RemotePeer()), zap.Error(err))
+	_ = u.ResetWithError(network.StreamProtocolViolation)
+}
+
+// acceptStream accepts a new labelled stream, and hands it to the application. Its
+// error is a violation.
+func (h *Host) acceptStream(n *negotiator, label uint64) error {
+	u := n.stream
+	p := u.Conn().RemotePeer()
+	if err := h.labels.check(p, label); err != nil {
+		return err
+	}
+	if h.labels.alive(p, label) {
+		return fmt.Errorf("%w: label %d is alive", errViolation, label)
+	}
+	proto, handle, err := h.Mux().Negotiate(n)
+	if err != nil {
+		h.refuse(u, err)
+		return nil
+	}
+	if proto == ID {
+		return fmt.Errorf("%w: nested %s", errViolation, ID) // W5
+	}
+	_ = n.flush() // the opener may have closed for reading already
+	if !h.accept(u, proto) {
+		return nil
+	}
+	s := newStream(h, u, proto, label)
+	if rest := n.rest(); len(rest) > 0 {
+		s.recv.ready.add(bytes.Clone(rest))
+		s.recv.count = uint64(len(rest))
+	}
+	if !h.labels.add(p, label, s) {
+		return fmt.Errorf("%w: label %d is alive", errViolation, label)
+	}
+	// The swarm frees the stream only when this goroutine has returned; the old
+	// underlying stream must not live as long as the application's handler.
+	go func() { _ = handle(proto, s) }()
+	return nil
+}
+
+// negotiator buffers both directions of an inbound stream while it is negotiated: all
+// tokens that came in one flight cost one Read, and their answers one Write. What was
+// read too much stays in it.
+type negotiator struct {
+	stream network.Stream
+	in     [negotiationBuffer]byte
+	r, w   int // in[r:w] is unread
+	out    []byte
+}
+
+var negotiators = sync.Pool{New: func() any { return new(negotiator) }}
+
+func (n *negotiator) free() {
+	n.stream, n.r, n.w, n.out = nil, 0, 0, n.out[:0]
+	negotiators.Put(n)
+}
+
+// fill makes sure that something is unread. The answers so far leave before it waits.
+func (n *negotiator) fill() error {
+	if n.r < n.w {
+		return nil
+	}
+	_ = n.flush() // its error shows when we read
+	m, err := n.stream.Read(n.in[:])
+	n.r, n.w = 0, m
+	if m > 0 {
+		return nil
+	}
+	return err
+}
+
+func (n *negotiator) Read(p []byte) (int, error) {
+	if err := n.fill(); err != nil {
+		return 0, err
+	}
+	m := copy(p, n.in[n.r:n.w])
+	n.r += m
+	return m, nil
+}
+
+func (n *negotiator) ReadByte() (byte, error) {
+	for n.r == n.w {
+		if err := n.fill(); err != nil {
+			return 0, err
+		}
+	}
+	n.r++
+	return n.in[n.r-1], nil
+}
+
+func (n *negotiator) Write(p []byte) (int, error) {
+	n.out = append(n.out, p...)
+	return len(p), nil
+}
+
+// Close implements io.Closer for the negotiation, which closes what it refuses; the
+// stream is reset instead.
+func (n *negotiator) Close() error { return nil }
+
+func (n *negotiator) flush() error {
+	if len(n.out) == 0 {
+		return nil
+	}
+	_, err := n.stream.Write(n.out)
+	n.out = n.out[:0]
+	return err
+}
+
+// rest is what was read too much. It is valid until free.
+func (n *negotiator) rest() []byte { return n.in[n.r:n.w] }

@@ -1,0 +1,637 @@
+package migrate
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"time"
+
+	msmux "github.com/multiformats/go-multistream"
+
+	"github.com/libp2p/go-libp2p/core/network"
+)
+
+// The receiving half of a stream. Where a byte comes from:
+//
+//	Read <- what others have read ahead for it <- cur.Read
+//
+// One goroutine at a time is inside cur.Read: it has the read token (reading). A
+// migration moves the half in two steps, both taken by the exchange:
+//
+//	hold      an end of cur, EOF or error, is kept back, since the exchange alone
+//	          can tell what it means (S5, S12). Data flow as before.
+//	handover  the next stream is known. cur is read to its end, then next (S4).
+//	          Where the application does not read, a drain goroutine takes the
+//	          token and reads into a bounded buffer, from which later Reads are
+//	          served first.
+//
+// The switch happens in one place, switchOver. With a verified handover it needs no
+// EOF: once the bytes of FinalSize are there, a Read that is still inside the old
+// stream waits for nothing, and is called out by closing that stream for reading.
+// Never with a read deadline: on yamux and WebRTC that loses data.
+//
+// Nothing that may block on a dead path is called with mu held.
+
+type receiveState uint8
+
+const (
+	receiveOpen     receiveState = iota // Reads come from cur
+	receiveHeld                         // and an end of cur is kept back
+	receiveHandover                     // cur to its end, then next
+	receiveFailed                       // over, with err
+)
+
+var (
+	// errReadClosed is what Read returns after CloseRead or Close.
+	errReadClosed = errors.New("read on a closed stream")
+
+	errLost         = errors.New("the old stream ended before all of its data came")
+	errTooMuch      = errors.New("the old stream carried more than its final size")
+	errStalled      = errors.New("the old stream made no progress")
+	errUntrustedEnd = errors.New("EOF after a migration whose outcome is unknown")
+)
+
+const (
+	// readChunk is how much the drain reads at once: 32 KiB, as io.Copy does.
+	readChunk = 32 << 10
+
+	// maxDrained bounds what is kept for an application that does not read: the
+	// largest window that a muxer of go-libp2p opens (yamux, 16 MiB), hence all
+	// that can be in flight on the old stream when its writer has stopped.
+	maxDrained = 16 << 20
+
+	// maxAhead bounds what is read from the next stream before the old one has
+	// ended. It keeps small streams from holding the window that all streams of a
+	// QUIC connection share (768 KiB at first), and is small beside maxDrained.
+	maxAhead = 256 << 10
+
+	// stallNotice is how long a handover may make no progress before the next
+	// stream is read ahead (M4), so that this is rare: an ordinary handover takes
+	// a round trip.
+	stallNotice = time.Second
+
+	// rereads and rereadAfter are how often, and after how long at first, a stream
+	// whose end came too early is read again: a muxer that goes down can report
+	// EOF while data are still on their way into its buffer. 10 ms doubled 6 times
+	// is 630 ms in all.
+	rereads     = 6
+	rereadAfter = 10 * time.Millisecond
+)
+
+type receiveHalf struct {
+	mu       sync.Mutex // guards all below
+	changed  cond       // broadcast when a field changes that someone may wait for
+	cur      network.Stream
+	next     network.Stream // receiveHandover
+	count    uint64         // application bytes that were read from cur
+	final    uint64         // verified: how many there will have been
+	deadline time.Time
+	expect   string // opener: what is left of the acceptor's answer to the opening
+	ready    chunks // read by others, not yet by the application
+	ahead    chunks // of next
+	budget   *span  // what ready and ahead have reserved
+	ended    error  // how cur ended, where that is not yet settled
+	err      error  // of receiveFailed
+
+	state     receiveState
+	reading   bool // someone is inside cur.Read
+	ours      bool // and it is not the application
+	aheadOn   bool // readAhead has the read token of next
+	starved   bool // the drain waits for memory
+	verified  bool // final is known
+	eof       bool // the application was given EOF
+	closed    bool // CloseRead or Close was called
+	untrusted bool // S5: a draft-only responder may have acked an attempt
+	ownEnd    bool // the application has ended its writing
+}
+
+func (h *receiveHalf) read(p []byte) (int, error) {
+	h.mu.Lock()
+	if h.state != receiveOpen || h.reading || h.eof || h.closed || h.ready.len != 0 || h.expect != "" || h.ended != nil {
+		defer h.mu.Unlock()
+		return h.readSlowly(p)
+	}
+	h.reading = true
+	cur := h.cur
+	h.mu.Unlock()
+
+	n, err := cur.Read(p)
+
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.result(cur, p, n, err)
+}
+
+// readSlowly is Read in every state. mu must be held.
+func (h *receiveHalf) readSlowly(p []byte) (int, error) {
+	for {
+		switch {
+		case h.closed:
+			return 0, errReadClosed
+		case h.state == receiveFailed:
+			return 0, h.err
+		case h.ready.len != 0:
+			n := h.ready.take(p)
+			h.budget.release(n)
+			h.changed.broadcast()
+			return n, nil
+		case h.eof:
+			return 0, io.EOF
+		case h.ended != nil && h.state == receiveOpen:
+			return 0, h.end(h.ended) // it was kept back, and released
+		case h.reading || h.ended != nil:
+			if !h.changed.wait(&h.mu, h.deadline) {
+				return 0, os.ErrDeadlineExceeded
+			}
+			continue
+		case len(p) == 0:
+			return 0, nil
+		}
+		h.reading = true
+		cur, expect := h.cur, h.expect
+		h.mu.Unlock()
+		var n int
+		var err error
+		if expect == "" {
+			n, err = cur.Read(p)
+		} else {
+			n, expect, err = readBehind(cur, expect, p)
+		}
+		h.mu.Lock()
+		if h.cur == cur {
+			h.expect = expect
+		}
+		if n == 0 && err == nil {
+			h.give(cur, 0, nil)
+			continue
+		}
+		return h.result(cur, p, n, err)
+	}
+}
+
+// result books what the application's Read of the stream from brought, and returns
+// what the application is to see of it. mu must be held.
+func (h *receiveHalf) result(from network.Stream, p []byte, n int, err error) (int, error) {
+	before := h.state
+	kept := h.give(from, n, err)
+	switch {
+	case h.closed:
+		return n, orElse(err, errReadClosed)
+	case h.state == receiveFailed && before != receiveFailed:
+		return 0, h.err // these bytes broke the promise of the final size
+	case h.state == receiveFailed && err != nil:
+		return n, h.err
+	case n > 0 && (kept || err == nil):
+		return n, nil
+	case kept || err == nil:
+		return h.readSlowly(p)
+	case err == io.EOF:
+		return n, h.end(err)
+	}
+	return n, err
+}
+
+func orElse(err, other error) error {
+	if err != nil {
+		return err
+	}
+	return other
+}
+
+// give returns the read token, with what a Read of the stream from brought. kept says
+// that err is not the application's, at least not yet. mu must be held.
+func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
+	h.changed.broadcast()
+	if from != h.cur {
+		// Called out of the old stream: all of it was there before.
+		if n > 0 && h.state != receiveFailed {
+			h.failLocked(reset(errTooMuch))
+		}
+		return true
+	}
+	h.reading = false
+	if h.ours {
+		h.ours = false
+		if !h.deadline.IsZero() {
+			_ = h.cur.SetReadDeadline(h.deadline)
+		}
+	}
+	h.count += uint64(n)
+	end := err != nil && !isTimeout(err) && !h.closed
+	switch h.state {
+	case receiveHeld:
+		if end {
+			h.ended = err
+		}
+		return end
+	case receiveHandover:
+		if end {
+			h.ended = err
+		}
+		h.settle()
+		return end || h.cur != from
+	}
+	return false
+}
+
+// end is what the application is told when cur ended with err outside of an exchange.
+// mu must be held.
+func (h *receiveHalf) end(err error) error {
+	if err != io.EOF {
+		return err
+	}
+	if h.untrusted && h.ownEnd {
+		h.failLocked(reset(errUntrustedEnd))
+		return h.err
+	}
+	h.eof, h.ended = true, nil
+	return err
+}
+
+// settle looks whether the old stream is done with, and switches. mu must be held,
+// and the state be receiveHandover.
+func (h *receiveHalf) settle() {
+	switch {
+	case h.closed:
+		h.switchOver()
+	case h.verified && h.count > h.final:
+		h.failLocked(reset(errTooMuch))
+	case h.verified && h.count == h.final:
+		h.switchOver()
+	case h.ended == nil:
+	case h.verified && h.ended == io.EOF:
+		// More may be on its way; await reads on.
+	case h.verified:
+		h.failLocked(reset(fmt.Errorf("%w: %w", errLost, h.ended)))
+	case h.ended != io.EOF:
+		h.failLocked(reset(h.ended))
+	case h.cur.Conn().IsClosed():
+		// Without a final size nothing vouches for an EOF from a dead connection.
+		h.failLocked(reset(errLost))
+	default:
+		h.switchOver()
+	}
+}
+
+// switchOver makes next the stream that Reads come from. mu must be held.
+func (h *receiveHalf) switchOver() {
+	h.cur, h.next = h.next, nil
+	h.count = uint64(h.ahead.len)
+	h.ready.append(&h.ahead)
+	h.state, h.ended, h.expect, h.verified = receiveOpen, nil, "", false
+	// The token of the old stream is history; that of the new one may be taken.
+	h.reading, h.ours, h.aheadOn = h.aheadOn, h.aheadOn, false
+	if !h.ours && !h.deadline.IsZero() {
+		_ = h.cur.SetReadDeadline(h.deadline)
+	}
+	h.changed.broadcast()
+}
+
+// hold keeps back how cur ends, until release or handover.
+func (h *receiveHalf) hold() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state == receiveOpen {
+		h.state = receiveHeld
+	}
+}
+
+// release ends hold without a migration: an end that was kept back is the
+// application's (S5). untrusted says that the peer may take this for a migration.
+func (h *receiveHalf) release(untrusted bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.untrusted = h.untrusted || untrusted
+	if h.state == receiveHeld {
+		h.state = receiveOpen
+		h.changed.broadcast()
+	}
+}
+
+// handover makes next the stream that follows cur. With verified, it does so once
+// final bytes have been read from cur; without, once cur has ended. What is read
+// meanwhile for the application is reserved in budget.
+func (h *receiveHalf) handover(next network.Stream, final uint64, verified bool, budget *span) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state == receiveFailed {
+		return
+	}
+	h.budget.release(h.ready.len)
+	h.budget = budget
+	_ = h.budget.reserve(h.ready.len) // they are there already
+	h.state, h.next, h.final, h.verified = receiveHandover, next, final, verified
+	h.changed.broadcast()
+	if h.eof && !verified {
+		h.switchOver()
+		return
+	}
+	if h.eof && h.ended == nil && h.count < final {
+		// An earlier EOF was none, and the application has believed it.
+		h.failLocked(reset(errLost))
+		return
+	}
+	h.settle()
+}
+
+// await waits until the half has switched, and sees to it that it does although the
+// application does not read. stall is how long the old stream may make no progress.
+func (h *receiveHalf) await(stall time.Duration) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state != receiveHandover {
+		return h.err
+	}
+	go h.drain()
+	var (
+		again   = rereads
+		backoff = rereadAfter
+		count   = h.count
+		since   = time.Now()
+	)
+	for h.state == receiveHandover {
+		if h.count != count {
+			count, since, again, backoff = h.count, time.Now(), rereads, rereadAfter
+		}
+		if h.ended != nil {
+			if again == 0 {
+				h.failLocked(reset(errLost))
+				break
+			}
+			retry := time.Now().Add(backoff)
+			for h.state == receiveHandover && h.changed.wait(&h.mu, retry) {
+			}
+			again, backoff = again-1, backoff*2
+			h.ended = nil
+			h.changed.broadcast()
+			continue
+		}
+		quiet := time.Since(since)
+		switch {
+		case h.starved || h.ready.len+readChunk > maxDrained:
+			since = time.Now() // for want of memory here, the path is not to blame
+		case quiet >= stall:
+			h.failLocked(reset(errStalled))
+			continue
+		case quiet >= stallNotice && !h.aheadOn && h.ahead.len == 0:
+			h.aheadOn = true
+			go h.readAhead(h.next)
+		}
+		wake := since.Add(stallNotice)
+		if quiet >= stallNotice {
+			wake = since.Add(stall)
+		}
+		h.changed.wait(&h.mu, wake)
+	}
+	return h.err
+}
+
+// drain reads the old stream to its end wherever the application does not.
+func (h *receiveHalf) drain() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for h.state == receiveHandover {
+		size := readChunk
+		if left := h.final - h.count; h.verified && left < readChunk {
+			size = int(left)
+		}
+		if h.reading || h.ended != nil || h.ready.len+size > maxDrained {
+			h.changed.wait(&h.mu, time.Time{})
+			continue
+		}
+		if h.starved = h.budget.reserve(size) != nil; h.starved {
+			h.changed.wait(&h.mu, time.Now().Add(stallNotice))
+			continue
+		}
+		h.reading, h.ours = true, true
+		if !h.deadline.IsZero() {
+			_ = h.cur.SetReadDeadline(time.Time{})
+		}
+		cur, expect := h.cur, h.expect
+		h.mu.Unlock()
+		buf := make([]byte, size)
+		n, expect, err := readBehind(cur, expect, buf)
+		h.mu.Lock()
+		h.budget.release(size - n)
+		if h.state == receiveFailed || h.closed {
+			h.budget.release(n)
+			n = 0
+		}
+		if h.cur == cur {
+			h.expect = expect
+		}
+		h.ready.add(buf[:n])
+		h.give(cur, n, err)
+	}
+}
+
+// readAhead reads next while the old stream has not ended, up to maxAhead (M4). It has
+// next's read token.
+func (h *receiveHalf) readAhead(next network.Stream) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for h.state == receiveHandover && h.ahead.len < maxAhead && h.budget.reserve(readChunk) == nil {
+		h.mu.Unlock()
+		buf := make([]byte, readChunk)
+		n, err := next.Read(buf)
+		h.mu.Lock()
+		h.budget.release(readChunk - n)
+		switch {
+		case h.state == receiveFailed:
+			h.budget.release(n)
+			return
+		case h.cur == next: // switched meanwhile: this is an ordinary Read now
+			h.ready.add(buf[:n])
+			h.give(next, n, err)
+			return
+		}
+		h.ahead.add(buf[:n])
+		if err == io.EOF {
+			break // next reports it again
+		}
+		if err != nil {
+			h.failLocked(reset(err)) // S8
+			return
+		}
+	}
+	h.aheadOn = false
+	if h.cur == next {
+		h.give(next, 0, nil)
+	}
+}
+
+// closeRead ends the application's reading. It may block.
+func (h *receiveHalf) closeRead() error {
+	h.mu.Lock()
+	h.closed = true
+	h.budget.release(h.ready.len)
+	h.ready = chunks{}
+	old := h.cur
+	if h.state == receiveHandover {
+		h.settle()
+	}
+	h.changed.broadcast()
+	h.mu.Unlock()
+	return old.CloseRead()
+}
+
+func (h *receiveHalf) setDeadline(t time.Time) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.deadline = t
+	h.changed.broadcast()
+	if h.ours || h.state == receiveFailed {
+		return nil // give sets it
+	}
+	return h.cur.SetReadDeadline(t)
+}
+
+// noteOwnEnd tells the half that the application has ended its writing (S5).
+func (h *receiveHalf) noteOwnEnd() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.ownEnd = true
+}
+
+// fail ends the half; Reads return err.
+func (h *receiveHalf) fail(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.failLocked(err)
+}
+
+func (h *receiveHalf) failLocked(err error) {
+	if h.state == receiveFailed {
+		return
+	}
+	h.budget.release(h.ready.len + h.ahead.len)
+	h.ready, h.ahead = chunks{}, chunks{}
+	h.state, h.err = receiveFailed, err
+	h.changed.broadcast()
+}
+
+// view is what the exchange needs to know of the half.
+func (h *receiveHalf) view() (eof, closed bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.eof, h.closed
+}
+
+// readBehind reads the rest of expect from s, and then into p what comes behind it. It
+// returns what is left of expect; as long as anything is, n is 0.
+func readBehind(s network.Stream, expect string, p []byte) (n int, rest string, err error) {
+	if expect == "" {
+		n, err = s.Read(p)
+		return n, "", err
+	}
+	buf := p
+	if len(p) < len(expect) {
+		buf = make([]byte, len(expect))
+	}
+	n, err = s.Read(buf)
+	k := min(n, len(expect))
+	if string(buf[:k]) != expect[:k] {
+		return 0, expect, refusal(buf[:k], expect)
+	}
+	if rest = expect[k:]; rest != "" && err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return copy(p, buf[k:n]), rest, err
+}
+
+// refusal says what an answer to the opening means that is not the expected one.
+func refusal(got []byte, expect string) error {
+	for i := range got {
+		if got[i] != expect[i] {
+			if string(got[i:min(len(got), i+4)]) == notAvailable {
+				break
+			}
+			return fmt.Errorf("unexpected answer to the opening: %q", got)
+		}
+	}
+	return msmux.ErrNotSupported[string]{}
+}
+
+// chunks is a queue of bytes. Its zero value is empty.
+type chunks struct {
+	list [][]byte
+	len  int
+}
+
+func (c *chunks) add(b []byte) {
+	if len(b) > 0 {
+		c.list = append(c.list, b)
+		c.len += len(b)
+	}
+}
+
+func (c *chunks) append(other *chunks) {
+	c.list = append(c.list, other.list...)
+	c.len += other.len
+	*other = chunks{}
+}
+
+func (c *chunks) take(p []byte) (n int) {
+	for n < len(p) && c.len > 0 {
+		m := copy(p[n:], c.list[0])
+		n += m
+		c.len -= m
+		if m == len(c.list[0]) {
+			c.list[0] = nil
+			c.list = c.list[1:]
+		} else {
+			c.list[0] = c.list[0][m:]
+		}
+	}
+	if c.len == 0 {
+		c.list = nil
+	}
+	return n
+}
+
+// awaitAnswer reads what is left of the acceptor's answer, unless somebody reads
+// already. The stream is about to be closed: a read deadline does no harm any more.
+func (h *receiveHalf) awaitAnswer(deadline time.Time) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.reading || h.expect == "" || h.state != receiveOpen {
+		return nil
+	}
+	h.reading = true
+	cur, expect := h.cur, h.expect
+	_ = cur.SetReadDeadline(deadline)
+	h.mu.Unlock()
+	err := readExpected(cur, expect)
+	h.mu.Lock()
+	if h.cur == cur {
+		h.expect = ""
+	}
+	h.give(cur, 0, err)
+	return err
+}
+
+// hasEnded says whether the end of cur was read, and given to the application or kept
+// back.
+func (h *receiveHalf) hasEnded() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.eof || h.ended != nil
+}
+
+// firstOfNext waits for the first bytes or the EOF of next, and keeps the bytes.
+func (h *receiveHalf) firstOfNext(next network.Stream) error {
+	buf := make([]byte, 1<<10)
+	n, err := next.Read(buf)
+	if err != nil && err != io.EOF {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if n > 0 && h.eof {
+		return fmt.Errorf("%w: data after the end", errViolation) // S11
+	}
+	h.ahead.add(buf[:n])
+	return nil
+}

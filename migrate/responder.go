@@ -1,0 +1,212 @@
+package migrate
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/pb"
+)
+
+// The responder's side of a migration, in the order of events:
+//
+//	read Migrate, find the stream, decide
+//	hold back an end of the old stream (S1), send the ack
+//	-- from here on there is no way back (S10) --
+//	wait for the proof that the ack arrived (S3): FinalSize on the new stream
+//	pause writing, send FinalSize, go on writing on the new stream, close the old
+//	one for writing
+//	read the old stream up to the initiator's final size, go on reading on the new
+//	let go of the old stream
+//
+// With a peer that has only the draft, the proof is EOF on the old stream, read after
+// the ack was sent, or where that had ended before, whatever comes first on the new.
+//
+// All of it happens on the goroutine on which the swarm delivered the new stream.
+
+// respond answers Migrate, which came on n's stream. Its error is a violation.
+func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
+	u := n.stream
+	p := u.Conn().RemotePeer()
+	id, from := m.GetId(), m.GetFrom()
+	if err := h.labels.check(p, id); err != nil {
+		return err
+	}
+	if len(n.rest()) > 0 {
+		return fmt.Errorf("%w: data before the ack", errViolation) // S2
+	}
+	if h.cfg.negotiation > 0 {
+		if err := u.SetDeadline(time.Time{}); err != nil {
+			_ = u.Reset()
+			return nil
+		}
+	}
+	later := func(code network.StreamErrorCode, err error) error {
+		h.log.Debug("migration refused for now",
+			zap.Stringer("peer", p), zap.Uint64("label", from), zap.Error(err))
+		_ = u.ResetWithError(code)
+		return nil
+	}
+	s, err := h.labels.find(h.ctx, p, from, h.cfg.labelWait)
+	if err != nil {
+		return later(network.StreamRateLimited, err)
+	}
+	x := &exchange{id: id}
+	if s == nil || s.proto == "" {
+		return h.deny(n, nil, "unknown label", from)
+	}
+	switch err := h.enterResponder(s, x); {
+	case errors.Is(err, ErrClosed):
+		return h.deny(n, nil, "the stream is closed", from)
+	case err != nil:
+		return later(network.StreamNoError, err)
+	}
+	if x.from != from {
+		x.id = x.from // nothing of it was entered
+		x.fallBack(false)
+		return h.deny(n, nil, "the label was migrated meanwhile", from)
+	}
+	if !h.labels.add(p, id, s) {
+		x.id = x.from
+		x.fallBack(false)
+		return fmt.Errorf("%w: label %d is alive", errViolation, id)
+	}
+	x.attach(u)
+	x.trace(Started, nil)
+
+	verified := m.GetFinalSize()
+	_, closed := s.recv.view()
+	switch {
+	case h.cfg.acceptor != nil && !h.cfg.acceptor(s, u.Conn()):
+		return h.deny(n, x, "the acceptor says no", from)
+	case !verified && h.cfg.verified:
+		return h.deny(n, x, "the handover would not be verified", from)
+	case !verified && closed:
+		return h.deny(n, x, "without a final size there is no proof of the ack once reading is closed", from) // S3
+	}
+	x.charge(u)
+	x.answer(n, verified)
+	return nil
+}
+
+// enterResponder begins x on s, if an exchange of our own does not go first (M1) and
+// the last one ends in time (M2).
+func (h *Host) enterResponder(s *Stream, x *exchange) error {
+	timer := time.NewTimer(h.cfg.busyWait)
+	defer timer.Stop()
+	for {
+		busy, err := s.begin(x)
+		if busy == nil {
+			return err
+		}
+		if busy.initiator {
+			s.mu.Lock()
+			acked := busy.acked
+			s.mu.Unlock()
+			if !acked && h.ID() < s.peer {
+				return errors.New("our own migration of the stream goes first")
+			}
+			busy.supersede()
+		}
+		select {
+		case <-busy.done:
+		case <-timer.C:
+			return errors.New("the last migration of the stream has not ended")
+		case <-h.ctx.Done():
+			return h.ctx.Err()
+		}
+	}
+}
+
+// deny answers that the stream is not to be migrated (M3). x is nil where there is no
+// such stream.
+func (h *Host) deny(n *negotiator, x *exchange, why string, from uint64) error {
+	u := n.stream
+	h.log.Debug("migration denied", zap.Stringer("peer", u.Conn().RemotePeer()),
+		zap.Uint64("label", from), zap.String("why", why))
+	n.out = appendMessage(n.out, denyMessage())
+	_ = n.flush()
+	_ = u.Close()
+	if x != nil {
+		x.trace(Denied, nil)
+		x.fallBack(false)
+	}
+	return nil
+}
+
+// answer sends the ack and carries the stream over.
+func (x *exchange) answer(n *negotiator, verified bool) {
+	s, u := x.s, n.stream
+	s.recv.hold() // S1
+	s.send.hold(verified)
+	n.out = appendMessage(n.out, ackMessage(verified))
+	size := len(n.out)
+	x.commit()
+	sent, err := u.Write(n.out)
+	n.out = n.out[:0]
+	if err != nil && sent < size {
+		// It has not left whole, so the initiator cannot have read it.
+		x.trace(Failed, err)
+		_ = u.Reset()
+		x.fallBack(false)
+		return
+	}
+	x.trace(Acked, nil)
+	carry := x.carryVerified
+	if !verified {
+		carry = x.carryDraft
+	}
+	if err := carry(u); err != nil {
+		x.trace(Failed, err)
+		_ = x.fail(err)
+	}
+}
+
+// carryVerified moves both directions to u once the initiator's final size is there.
+func (x *exchange) carryVerified(u network.Stream) error {
+	final, err := readFinalSize(u)
+	if err != nil {
+		return fmt.Errorf("final size: %w", err)
+	}
+	oldClosed, err := x.switchSending(u, true)
+	if err != nil {
+		return err
+	}
+	if err := x.switchReceiving(u, final, true); err != nil {
+		return err
+	}
+	x.finish(u, oldClosed)
+	return nil
+}
+
+// carryDraft does the same for an initiator that has only the draft (S3).
+func (x *exchange) carryDraft(u network.Stream) error {
+	s := x.s
+	if s.recv.hasEnded() {
+		// It ended before the ack, or while it left. Either way this EOF does not
+		// prove that the ack has arrived; what comes on the new stream does.
+		if err := s.recv.firstOfNext(u); err != nil {
+			return err
+		}
+	}
+	if err := x.switchReceiving(u, 0, false); err != nil {
+		return err
+	}
+	if _, closed := s.recv.view(); closed {
+		// The application has stopped reading, and with it our view of the old
+		// stream. The proof is whatever comes on the new one.
+		if _, err := u.Read(make([]byte, 1)); err != nil && err != io.EOF {
+			return err
+		}
+	}
+	oldClosed, err := x.switchSending(u, false)
+	if err != nil {
+		return err
+	}
+	x.finish(u, oldClosed)
+	return nil
+}

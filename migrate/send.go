@@ -1,0 +1,266 @@
+package migrate
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+)
+
+// The sending half of a stream. Where a byte goes:
+//
+//	Write -> cur.Write, one Write call at a time, as long as the half is sendOpen.
+//
+// A migration moves it in two steps, both taken by the exchange:
+//
+//	pause   no Write enters cur any more; one that is blocked inside is called
+//	        out with a write deadline, and waits with the rest of its buffer.
+//	        From here on it is certain how many bytes cur has taken (S12).
+//	resume  cur is the new stream; the Write that waited goes on there.
+//
+// Nothing that may block on a dead path is called with mu held.
+
+type sendState uint8
+
+const (
+	sendOpen   sendState = iota // Writes go to cur
+	sendPaused                  // Writes wait for the next underlying stream
+	sendFailed                  // over, with err
+)
+
+// errWriteClosed is what Write returns after CloseWrite or Close.
+var errWriteClosed = errors.New("write on a closed stream")
+
+// kickInterval is how often a Write that does not leave a stream is called out
+// again. Once is enough on every transport but WebRTC, where one in 460 was not.
+const kickInterval = 250 * time.Millisecond
+
+// openingRoom is how many bytes of a first Write leave in one underlying Write with
+// the opening (W1). It is what fits one packet; a larger Write gains nothing.
+const openingRoom = 1200
+
+type sendHalf struct {
+	mu       sync.Mutex // guards all below
+	changed  cond       // broadcast when a field changes that someone may wait for
+	cur      network.Stream
+	written  uint64 // application bytes that cur has taken
+	deadline time.Time
+	opening  []byte // W1: what must precede the first application byte, not yet sent
+	err      error  // of sendFailed
+
+	state  sendState
+	turn   bool // a Write call is under way; others wait, so that buffers never mix
+	inside bool // that call is inside cur.Write
+	closed bool // CloseWrite or Close was called
+	held   bool // an exchange is under way that may save a Write which cur fails
+}
+
+func (h *sendHalf) write(p []byte) (int, error) {
+	h.mu.Lock()
+	if h.state != sendOpen || h.turn || h.closed || h.opening != nil {
+		defer h.mu.Unlock()
+		return h.writeInTurn(p)
+	}
+	h.turn, h.inside = true, true
+	cur := h.cur
+	h.mu.Unlock()
+
+	n, err := cur.Write(p)
+
+	h.mu.Lock()
+	h.inside = false
+	h.written += uint64(n)
+	h.changed.broadcast()
+	if err != nil {
+		defer h.mu.Unlock()
+		return h.goOn(p, n, err)
+	}
+	h.turn = false
+	h.mu.Unlock()
+	return n, nil
+}
+
+// writeInTurn waits for its turn and writes p. mu must be held.
+func (h *sendHalf) writeInTurn(p []byte) (int, error) {
+	for h.turn {
+		if !h.changed.wait(&h.mu, h.deadline) {
+			return 0, os.ErrDeadlineExceeded
+		}
+	}
+	h.turn = true
+	return h.goOn(p, 0, nil)
+}
+
+// goOn carries on with a Write that has its turn, of whose buffer p cur has taken n
+// bytes before it reported err. mu must be held.
+func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
+	defer func() {
+		h.turn = false
+		h.changed.broadcast()
+	}()
+	for entered, on := err != nil, h.cur; ; entered = true {
+		if h.state == sendFailed {
+			return n, h.err
+		}
+		if h.cur != on {
+			err = nil // the stream that reported it is history
+		}
+		// While an exchange is under way, neither a deadline of its own nor the
+		// death of the old stream is the application's: the rest of the buffer
+		// may yet take the new stream. The count n is exact in both cases.
+		saved := h.state == sendPaused || h.held && err != nil && !isTimeout(err)
+		switch {
+		case err != nil && !saved:
+			return n, err
+		case entered && n == len(p):
+			return n, nil // QUIC may take everything and report a deadline all the same
+		case h.closed:
+			return n, errWriteClosed
+		case saved:
+			if !h.changed.wait(&h.mu, h.deadline) {
+				return n, os.ErrDeadlineExceeded
+			}
+			continue
+		}
+		on = h.cur
+		var m int
+		m, err = h.enter(p[n:])
+		n += m
+	}
+}
+
+// enter writes p to cur, behind the opening where that has not been sent. mu must be
+// held; it is given up meanwhile.
+func (h *sendHalf) enter(p []byte) (n int, err error) {
+	cur, opening := h.cur, h.opening
+	h.inside = true
+	h.mu.Unlock()
+	m := 0
+	switch {
+	case len(opening) == 0:
+		n, err = cur.Write(p)
+	case len(p) <= openingRoom:
+		m, err = cur.Write(append(opening[:len(opening):len(opening)], p...))
+		n = max(0, m-len(opening))
+		m -= n
+	default:
+		if m, err = cur.Write(opening); err == nil {
+			n, err = cur.Write(p)
+		}
+	}
+	h.mu.Lock()
+	h.inside = false
+	h.written += uint64(n)
+	if opening != nil {
+		if h.opening = opening[m:]; len(h.opening) == 0 {
+			h.opening = nil
+		}
+	}
+	h.changed.broadcast()
+	return n, err
+}
+
+// flush sends the opening, if that has not been sent. It may block.
+func (h *sendHalf) flush() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.opening == nil || h.closed {
+		return nil
+	}
+	_, err := h.writeInTurn(nil)
+	return err
+}
+
+// closeWrite ends the application's writing. While the half is paused the exchange
+// closes the new stream in its stead (S6). It may block on a dead path.
+func (h *sendHalf) closeWrite() error {
+	_ = h.flush() // where it fails, so does CloseWrite of cur, or the reader is told
+	h.mu.Lock()
+	if h.state == sendFailed {
+		defer h.mu.Unlock()
+		return h.err
+	}
+	h.closed = true
+	h.changed.broadcast()
+	cur, open := h.cur, h.state == sendOpen
+	h.mu.Unlock()
+	if !open {
+		return nil
+	}
+	return cur.CloseWrite()
+}
+
+func (h *sendHalf) setDeadline(t time.Time) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.deadline = t
+	h.changed.broadcast()
+	if h.state != sendOpen {
+		return nil // resume sets it; on the old stream it would undo the kick
+	}
+	return h.cur.SetWriteDeadline(t)
+}
+
+// hold makes a Write that cur fails wait for the end of the exchange; with false,
+// such a Write returns cur's error after all.
+func (h *sendHalf) hold(held bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.held = held
+	h.changed.broadcast()
+}
+
+// pause lets no further byte into cur and returns how many it has taken (S2, S12).
+// There is no way back from it but resume or fail.
+func (h *sendHalf) pause() (written uint64, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state == sendFailed {
+		return 0, h.err
+	}
+	h.state = sendPaused
+	h.changed.broadcast()
+	for h.inside {
+		_ = h.cur.SetWriteDeadline(past)
+		h.changed.wait(&h.mu, time.Now().Add(kickInterval))
+		if h.state == sendFailed {
+			return 0, h.err
+		}
+	}
+	return h.written, nil
+}
+
+// resume makes next the stream that Writes go to. closed says that the application
+// has ended its writing: the caller has to close next for writing, too (S6).
+func (h *sendHalf) resume(next network.Stream) (closed bool, err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state == sendFailed {
+		return false, h.err
+	}
+	h.state, h.cur, h.written, h.held = sendOpen, next, 0, false
+	if !h.deadline.IsZero() {
+		_ = next.SetWriteDeadline(h.deadline)
+	}
+	h.changed.broadcast()
+	return h.closed, nil
+}
+
+// fail ends the half; Writes return err.
+func (h *sendHalf) fail(err error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state != sendFailed {
+		h.state, h.err, h.opening = sendFailed, err, nil
+		h.changed.broadcast()
+	}
+}
+
+// stream returns the underlying stream that Writes go to.
+func (h *sendHalf) stream() network.Stream {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.cur
+}

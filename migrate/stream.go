@@ -1,0 +1,263 @@
+package migrate
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+)
+
+// Stream is a labelled stream: what the application holds. It implements
+// network.Stream and behaves like the underlying stream of its transport, also while
+// it migrates. It is safe for concurrent use as that is; concurrent Writes, which can
+// break a raw yamux connection, are taken one after the other.
+type Stream struct {
+	host  *Host
+	peer  peer.ID
+	proto protocol.ID
+	dir   network.Direction
+
+	send sendHalf
+	recv receiveHalf
+
+	unsent atomic.Bool // the opening has not been sent (W1)
+
+	mu         sync.Mutex // guards all below; taken before the halves'
+	scope      *scope     // nil until somebody asks for it
+	ex         *exchange  // the migration under way, or nil
+	id         string     // set before the first migration
+	label      uint64
+	migrations int
+	denied     bool // M3
+	over       bool // closed by the application, or reset
+}
+
+var _ network.Stream = (*Stream)(nil)
+
+func newStream(h *Host, u network.Stream, proto protocol.ID, label uint64) *Stream {
+	s := &Stream{
+		host:  h,
+		peer:  u.Conn().RemotePeer(),
+		proto: proto,
+		dir:   u.Stat().Direction,
+		label: label,
+	}
+	s.send.cur = u
+	s.recv.cur = u
+	return s
+}
+
+// Label returns the ID that both peers know the stream by at the moment. It changes at
+// each migration.
+func (s *Stream) Label() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.label
+}
+
+// Migrations returns how many migrations of this stream have succeeded.
+func (s *Stream) Migrations() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.migrations
+}
+
+// Read implements network.MuxedStream.
+func (s *Stream) Read(p []byte) (int, error) {
+	if s.unsent.Load() {
+		// An opener that reads first: the acceptor has to learn of the stream. The
+		// read deadline shall hold although the opening may block.
+		go s.sendOpening()
+	}
+	return s.recv.read(p)
+}
+
+// Write implements network.MuxedStream.
+func (s *Stream) Write(p []byte) (int, error) {
+	n, err := s.send.write(p)
+	if s.unsent.Load() {
+		s.noteOpening()
+	}
+	return n, err
+}
+
+func (s *Stream) sendOpening() {
+	_ = s.send.flush()
+	s.noteOpening()
+}
+
+func (s *Stream) noteOpening() {
+	s.send.mu.Lock()
+	defer s.send.mu.Unlock()
+	if s.send.opening == nil {
+		s.unsent.Store(false)
+	}
+}
+
+// CloseWrite implements network.MuxedStream. Like that of the underlying stream it may
+// block for some seconds on a connection whose path is dead.
+func (s *Stream) CloseWrite() error {
+	s.recv.noteOwnEnd()
+	return s.send.closeWrite()
+}
+
+// CloseRead implements network.MuxedStream.
+func (s *Stream) CloseRead() error {
+	return s.recv.closeRead()
+}
+
+// Close implements network.MuxedStream. During a migration it returns at once, and the
+// migration goes on: what was written is still delivered (S7).
+func (s *Stream) Close() error {
+	s.mu.Lock()
+	over, migrating := s.over, s.ex != nil
+	s.over = true
+	s.mu.Unlock()
+	if over {
+		return nil
+	}
+	if migrating {
+		go s.closeHalves() // the exchange does the rest
+		return nil
+	}
+	s.awaitAnswer()
+	err := s.closeHalves()
+	if e := s.send.stream().Close(); err == nil {
+		err = e
+	}
+	s.forget()
+	return err
+}
+
+func (s *Stream) closeHalves() error {
+	err := s.CloseWrite()
+	_ = s.CloseRead()
+	return err
+}
+
+// awaitAnswer reads the acceptor's answer to the opening before an opener closes, as
+// the plain host does: on QUIC, closing for reading makes the acceptor's answer fail,
+// which not every implementation takes for what it is.
+func (s *Stream) awaitAnswer() {
+	s.recv.mu.Lock()
+	expect := s.recv.expect
+	s.recv.mu.Unlock()
+	if expect == "" {
+		return
+	}
+	_ = s.send.flush()
+	_ = s.recv.awaitAnswer(time.Now().Add(s.host.cfg.negotiation))
+}
+
+// Reset implements network.MuxedStream. During a migration it resets both underlying
+// streams (S7).
+func (s *Stream) Reset() error {
+	return s.ResetWithError(network.StreamNoError)
+}
+
+// ResetWithError implements network.MuxedStream.
+func (s *Stream) ResetWithError(code network.StreamErrorCode) error {
+	s.mu.Lock()
+	s.over = true
+	s.mu.Unlock()
+	return s.abort(&network.StreamError{ErrorCode: code}, code)
+}
+
+// abort resets whatever the stream stands on, and makes both halves return err.
+func (s *Stream) abort(err error, code network.StreamErrorCode) error {
+	s.mu.Lock()
+	ex := s.ex
+	s.mu.Unlock()
+	s.send.fail(err)
+	s.recv.fail(err)
+	s.forget()
+	if ex == nil {
+		return s.send.stream().ResetWithError(code)
+	}
+	// One of the two paths may be dead, and Reset block there.
+	go ex.old.ResetWithError(code)
+	if next := ex.next(); next != nil {
+		return next.ResetWithError(code)
+	}
+	return nil
+}
+
+// forget takes the stream out of the table of labels (L5).
+func (s *Stream) forget() {
+	s.mu.Lock()
+	label, ex := s.label, s.ex
+	s.mu.Unlock()
+	s.host.labels.remove(s.peer, label, s)
+	if ex != nil {
+		s.host.labels.remove(s.peer, ex.id, s)
+	}
+}
+
+// SetDeadline implements network.MuxedStream.
+func (s *Stream) SetDeadline(t time.Time) error {
+	if err := s.SetReadDeadline(t); err != nil {
+		return err
+	}
+	return s.SetWriteDeadline(t)
+}
+
+// SetReadDeadline implements network.MuxedStream.
+func (s *Stream) SetReadDeadline(t time.Time) error { return s.recv.setDeadline(t) }
+
+// SetWriteDeadline implements network.MuxedStream.
+func (s *Stream) SetWriteDeadline(t time.Time) error { return s.send.setDeadline(t) }
+
+// ID implements network.Stream. It never changes.
+func (s *Stream) ID() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.id != "" {
+		return s.id
+	}
+	return s.send.stream().ID()
+}
+
+// Protocol implements network.Stream. It never changes.
+func (s *Stream) Protocol() protocol.ID { return s.proto }
+
+// SetProtocol implements network.Stream. The protocol of a labelled stream is set
+// before the application gets it; as with any stream, a second time is an error.
+func (s *Stream) SetProtocol(id protocol.ID) error {
+	return fmt.Errorf("stream speaks %s already", s.proto)
+}
+
+// Conn implements network.Stream. It returns the connection that Writes take at the
+// moment.
+func (s *Stream) Conn() network.Conn { return s.send.stream().Conn() }
+
+// Stat implements network.Stream. All but the direction, which says who opened the
+// logical stream, is that of the present underlying stream.
+func (s *Stream) Stat() network.Stats {
+	stat := s.send.stream().Stat()
+	stat.Direction = s.dir
+	return stat
+}
+
+// Scope implements network.Stream. The scope follows the stream: what is reserved in it
+// now is reserved on the next connection after a migration.
+func (s *Stream) Scope() network.StreamScope {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.scopeLocked()
+}
+
+func (s *Stream) scopeLocked() *scope {
+	if s.scope == nil {
+		s.scope = &scope{cur: s.send.stream().Scope()}
+	}
+	return s.scope
+}
+
+// String returns a short description for logs.
+func (s *Stream) String() string {
+	return fmt.Sprintf("<migrate.Stream %s label %d on %s>", s.proto, s.Label(), s.Conn().RemoteMultiaddr())
+}
