@@ -16,13 +16,14 @@ type exchange struct {
 	s         *Stream
 	initiator bool
 	old       network.Stream
-	from, id  uint64        // the label before, and after
+	from, id  uint64        // the label before, and after; id is set before begin
 	done      chan struct{} // closed when another exchange may begin
 
 	// Guarded by s.mu.
-	new   network.Stream // nil until it is open
-	acked bool           // there is no way back (S10)
-	drop  bool           // the peer's exchange goes first (M1)
+	new     network.Stream // nil until it is open
+	entered bool           // id is in the table of labels
+	acked   bool           // there is no way back (S10)
+	drop    bool           // the peer's exchange goes first (M1)
 
 	unpaid bool // new is not charged to the application's protocol yet
 }
@@ -45,13 +46,14 @@ func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
 	return nil, nil
 }
 
-// attach tells which stream the exchange moves to. It says false where the exchange was
-// ended meanwhile.
+// attach tells which stream the exchange moves to, and enters its label. It says false
+// where the label is alive (L2), or the exchange was superseded meanwhile.
 func (x *exchange) attach(u network.Stream) bool {
+	entered := x.s.host.labels.add(x.s.peer, x.id, x.s)
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
-	x.new = u
-	return !x.drop
+	x.new, x.entered = u, entered
+	return entered && !x.drop
 }
 
 func (x *exchange) next() network.Stream {
@@ -91,16 +93,16 @@ func (x *exchange) end(moved bool) {
 	s := x.s
 	s.mu.Lock()
 	s.ex = nil
+	gone, remove := x.id, x.entered
 	if moved {
+		gone = x.from
 		s.label = x.id
 		s.migrations++
 	}
 	over := s.over
 	s.mu.Unlock()
-	if moved {
-		s.host.labels.remove(s.peer, x.from, s)
-	} else {
-		s.host.labels.remove(s.peer, x.id, s)
+	if remove {
+		s.host.labels.remove(s.peer, gone, s)
 	}
 	if over {
 		_ = s.closeHalves()

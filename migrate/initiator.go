@@ -51,16 +51,13 @@ func (h *Host) Migrate(ctx context.Context, s network.Stream, to network.Conn) e
 	if !h.migratesWith(st.peer) {
 		return wrap(ErrNotSupported)
 	}
-	x := &exchange{initiator: true}
+	x := &exchange{initiator: true, id: h.labels.fresh(st.peer)}
 	for {
 		st.mu.Lock()
 		denied := st.denied
 		st.mu.Unlock()
 		if denied {
 			return wrap(ErrDenied)
-		}
-		if st.Conn() == to {
-			return nil
 		}
 		busy, err := st.begin(x)
 		if err != nil {
@@ -96,14 +93,13 @@ func (h *Host) Migrate(ctx context.Context, s network.Stream, to network.Conn) e
 // initiate runs the exchange. ctx counts only until Migrate is sent.
 func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	s, h := x.s, x.s.host
-	x.id = h.labels.fresh(s.peer)
 	tryLater := func(err error) error {
 		x.trace(Failed, err)
 		x.fallBack(false)
 		return fmt.Errorf("%w: %w", ErrTryLater, err)
 	}
 	if to == x.old.Conn() {
-		x.fallBack(false) // another exchange has brought it there
+		x.fallBack(false) // it is there already
 		return nil
 	}
 	// The label must be on its way before somebody refers to it.
@@ -113,7 +109,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		return tryLater(fmt.Errorf("open a stream: %w", err))
 	}
 	x.charge(u)
-	if !x.attach(u) || !h.labels.add(s.peer, x.id, s) {
+	if !x.attach(u) {
 		_ = u.Reset()
 		return tryLater(errSuperseded)
 	}

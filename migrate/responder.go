@@ -56,7 +56,7 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 		return later(network.StreamRateLimited, err)
 	}
 	x := &exchange{id: id}
-	if s == nil || s.proto == "" {
+	if s == nil {
 		return h.deny(n, nil, "unknown label", from)
 	}
 	switch err := h.enterResponder(s, x); {
@@ -66,16 +66,13 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 		return later(network.StreamNoError, err)
 	}
 	if x.from != from {
-		x.id = x.from // nothing of it was entered
 		x.fallBack(false)
-		return h.deny(n, nil, "the label was migrated meanwhile", from)
+		return later(network.StreamNoError, errors.New("the stream has another label by now"))
 	}
-	if !h.labels.add(p, id, s) {
-		x.id = x.from
+	if !x.attach(u) {
 		x.fallBack(false)
 		return fmt.Errorf("%w: label %d is alive", errViolation, id)
 	}
-	x.attach(u)
 	x.trace(Started, nil)
 
 	verified := m.GetFinalSize()

@@ -189,11 +189,13 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 // forget takes the stream out of the table of labels (L5).
 func (s *Stream) forget() {
 	s.mu.Lock()
-	label, ex := s.label, s.ex
+	gone := []uint64{s.label}
+	if s.ex != nil && s.ex.entered {
+		gone = append(gone, s.ex.id)
+	}
 	s.mu.Unlock()
-	s.host.labels.remove(s.peer, label, s)
-	if ex != nil {
-		s.host.labels.remove(s.peer, ex.id, s)
+	for _, label := range gone {
+		s.host.labels.remove(s.peer, label, s)
 	}
 }
 
