@@ -237,7 +237,7 @@ func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 	}
 	x.trace(Finished, nil)
 	if eof && !closed {
-		x.expectEnd(u)
+		go x.expectEnd(u) // a peer that owes it must not hold up the caller
 	}
 }
 

@@ -205,8 +205,8 @@ func orElse(err, other error) error {
 func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 	h.changed.broadcast()
 	if from != h.cur {
-		// Called out of the old stream: all of it was there before.
-		if n > 0 && h.state != receiveFailed {
+		// Called out of the old stream: all of it was there before, or nobody wants it.
+		if n > 0 && !h.closed && h.state != receiveFailed {
 			h.failLocked(reset(errTooMuch))
 		}
 		return true
