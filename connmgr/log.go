@@ -1,0 +1,135 @@
+package connmgr
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/policy"
+)
+
+// Each decision is logged where it takes effect: as a sentence for people, with the
+// same in fields for machines. Sentences are made only if somebody reads them.
+
+func (m *Manager) warnBare() {
+	m.bareOnce.Do(func() {
+		m.log.Warn("connection manager without a host: it can only close connections that carry no stream; call Wrap right after libp2p.New")
+	})
+}
+
+// logWrong is for a policy that does not do what it should: said once.
+func (m *Manager) logWrong(p peer.ID, r policy.Ranking) {
+	m.wrongOnce.Do(func() {
+		winner, _ := r.Winner()
+		m.log.Error("policy names a winner that is not a connection of the peer; nothing is done about such peers",
+			zap.Stringer("policy", m.cfg.policy), zap.Stringer("peer", p), zap.String("winner_id", winner.ID))
+	})
+}
+
+func (m *Manager) logTookOver(p peer.ID, waited time.Duration) {
+	if ce := m.log.Check(zap.InfoLevel, ""); ce != nil {
+		ce.Message = fmt.Sprintf("peer %s: took over, nothing had happened for %s", shortID(p), inWords(waited))
+		ce.Write(zap.Stringer("peer", p), zap.Duration("waited", waited))
+	}
+}
+
+// logMoved tells what a round moved from each loser, and what it could not.
+func (m *Manager) logMoved(r Report, err error) {
+	for _, l := range r.Losers {
+		if l.Moved+l.Failed+l.Moving == 0 {
+			continue
+		}
+		ce := m.log.Check(zap.InfoLevel, "")
+		if ce == nil {
+			return
+		}
+		var sb strings.Builder
+		fmt.Fprintf(&sb, "peer %s: moved %s from %s to %s%s in %s",
+			shortID(r.Peer), streams(l.Moved), l.Conn.Kind, r.Winner.Kind, because(l.Decision), inWords(l.took))
+		fields := append(fieldsOf(r.Peer, r.Winner, l.Conn, l.Decision, l.Moved, l.took),
+			zap.Int("streams_failed", l.Failed), zap.Int("streams_moving", l.Moving), zap.Int("streams_pinned", l.Pinned))
+		if l.Failed > 0 {
+			fmt.Fprintf(&sb, ", %d to be tried again: %v", l.Failed, err)
+			fields = append(fields, zap.Error(err))
+		}
+		if l.Moving > 0 {
+			fmt.Fprintf(&sb, ", %d still moving", l.Moving)
+		}
+		ce.Message = sb.String()
+		ce.Write(fields...)
+	}
+}
+
+// logPruned tells of a loser that is gone: the line that sums up what was done about
+// it.
+func (m *Manager) logPruned(p peer.ID, winner, loser ConnInfo, d policy.Decision, moved int, took time.Duration, err error) {
+	ce := m.log.Check(zap.InfoLevel, "")
+	if ce == nil {
+		return
+	}
+	ce.Message = fmt.Sprintf("peer %s: kept %s, dropped %s%s, %s moved", shortID(p), winner.Kind, loser.Kind, because(d), streams(moved))
+	if moved > 0 {
+		ce.Message += " in " + inWords(took)
+	}
+	fields := fieldsOf(p, winner, loser, d, moved, took)
+	if err != nil { // it is closed all the same
+		fields = append(fields, zap.Error(err))
+	}
+	ce.Write(fields...)
+}
+
+func fieldsOf(p peer.ID, winner, loser ConnInfo, d policy.Decision, moved int, took time.Duration) []zap.Field {
+	return []zap.Field{
+		zap.Stringer("peer", p),
+		zap.Stringer("winner", winner),
+		zap.Stringer("loser", loser),
+		zap.String("rule", d.Rule),
+		zap.String("winner_value", d.WinnerValue),
+		zap.String("loser_value", d.LoserValue),
+		zap.Int("streams_moved", moved),
+		zap.Duration("took", took),
+	}
+}
+
+// because returns the decision in brackets, or nothing if there is none.
+func because(d policy.Decision) string {
+	if d.Rule == "" {
+		return ""
+	}
+	return " (" + d.String() + ")"
+}
+
+// shortID returns the two ends of a peer ID: the first characters are the same for most
+// peers.
+func shortID(p peer.ID) string {
+	id := p.String()
+	if len(id) <= 12 {
+		return id
+	}
+	return id[:4] + ".." + id[len(id)-6:]
+}
+
+// streams returns "1 stream", "14 streams".
+func streams(n int) string {
+	if n == 1 {
+		return "1 stream"
+	}
+	return fmt.Sprintf("%d streams", n)
+}
+
+// inWords returns "221 ms", "4.2 s", "3 m 20 s".
+func inWords(d time.Duration) string {
+	d = max(d, 0)
+	switch {
+	case d < time.Second:
+		return fmt.Sprintf("%d ms", d.Round(time.Millisecond).Milliseconds())
+	case d < time.Minute:
+		return fmt.Sprintf("%.3g s", d.Seconds())
+	default:
+		d = d.Round(time.Second)
+		return fmt.Sprintf("%d m %d s", d/time.Minute, d%time.Minute/time.Second)
+	}
+}

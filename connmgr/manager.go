@@ -1,0 +1,282 @@
+package connmgr
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/connmgr"
+	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/migrate"
+)
+
+// ManagerID is the protocol by which a wrapped host tells its peers, through identify,
+// that a Manager runs on it. It is an advertisement only: a stream that is opened on it
+// is reset.
+//
+// A peer with the higher ID that sees it leaves the decisions to this side.
+const ManagerID protocol.ID = "/portage/manager/1.0.0"
+
+// Errors to test for with errors.Is.
+var (
+	ErrClosed     = errors.New("connection manager is closed")
+	ErrWrapped    = errors.New("connection manager already has a host")
+	ErrNotManager = errors.New("host has another connection manager; pass libp2p.ConnectionManager")
+	ErrNoNetwork  = errors.New("connection manager has not met a network yet")
+	ErrNoDecay    = errors.New("inner connection manager has no decaying tags")
+)
+
+// Manager is a connection manager that consolidates: it leaves one good connection to
+// each peer and takes the streams there first. The rest of what a connection manager
+// does, the one that it decorates does.
+//
+// All methods are safe for concurrent use.
+type Manager struct {
+	inner connmgr.ConnManager
+	cfg   config
+	log   *zap.Logger
+	watch *watcher
+
+	ctx    context.Context // of everything that runs; done when Close is called
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // every goroutine, and every Consolidate; Add only while mu is held and closed is false
+	wake   chan struct{}  // to the dispatcher; capacity 1
+	awake  atomic.Bool    // the dispatcher runs
+
+	bareOnce  sync.Once // the warning
+	wrongOnce sync.Once // the error
+	closeOnce sync.Once
+	closeErr  error
+
+	steering steering
+
+	// mu guards what follows and everything in each duplicates that is not said to be
+	// immutable. It is held briefly, and never across a call to a host, a network, a
+	// connection or a stream. Before steering.mu and watcher.mu, never after them.
+	mu      sync.Mutex
+	closed  bool
+	host    host.Host // that Wrap got; nil before
+	mover   mover     // nil without Wrap
+	peers   map[peer.ID]*duplicates
+	due     dueHeap // the peers that wait for their next round
+	running int     // rounds, not counting those of Consolidate
+}
+
+var (
+	_ connmgr.ConnManager = (*Manager)(nil)
+	_ connmgr.Decayer     = (*Manager)(nil)
+)
+
+// mover is what a Manager needs of a *migrate.Host.
+type mover interface {
+	// Supports says whether p migrates streams.
+	Supports(p peer.ID) bool
+	// Streams returns the labelled streams that are on c.
+	Streams(c network.Conn) []network.Stream
+	// Migrate moves s, and returns when its old underlying stream is done with, or when
+	// ctx is.
+	Migrate(ctx context.Context, s network.Stream, to network.Conn) error
+}
+
+var _ mover = hostMover{}
+
+type hostMover struct{ *migrate.Host }
+
+func (h hostMover) Streams(c network.Conn) []network.Stream {
+	labelled := h.Host.Streams(c)
+	streams := make([]network.Stream, len(labelled))
+	for i, s := range labelled {
+		streams[i] = s
+	}
+	return streams
+}
+
+// New returns a Manager that decorates inner. If inner is nil, it decorates what
+// libp2p.New would have made by default: the basic connection manager with watermarks
+// of 160 and 192 and its own grace period.
+//
+// The Manager owns inner and closes it when it is closed, which the host does.
+func New(inner connmgr.ConnManager, opts ...Option) (*Manager, error) {
+	cfg := defaultConfig()
+	for _, opt := range opts {
+		if err := opt(&cfg); err != nil {
+			return nil, fmt.Errorf("connection manager: %w", err)
+		}
+	}
+	if inner == nil {
+		var err error
+		if inner, err = basic.NewConnManager(defaultLowWater, defaultHighWater); err != nil {
+			return nil, fmt.Errorf("default connection manager: %w", err)
+		}
+	}
+	m := &Manager{
+		inner: inner,
+		cfg:   cfg,
+		log:   cfg.log,
+		wake:  make(chan struct{}, 1),
+		peers: make(map[peer.ID]*duplicates),
+	}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	m.watch = newWatcher(inner.Notifee(), m.wakeUp)
+	return m, nil
+}
+
+// Wrap gives the manager the host whose connection manager it is, and returns the
+// *migrate.Host to use from then on: streams opened through it, and streams that come
+// in from now on, can move, and new streams go to the winner. It also advertises
+// [ManagerID].
+//
+// Call it once, right after libp2p.New: streams that exist before cannot move. A second
+// call is an error ([ErrWrapped]), and so is a host that was not made with
+// libp2p.ConnectionManager and this manager ([ErrNotManager]).
+func (m *Manager) Wrap(h host.Host) (host.Host, error) {
+	if h == nil {
+		return nil, errors.New("wrap: host is nil")
+	}
+	if cm := h.ConnManager(); cm != connmgr.ConnManager(m) {
+		return nil, fmt.Errorf("wrap: %w (it has a %T)", ErrNotManager, cm)
+	}
+	if err := m.claim(h); err != nil {
+		return nil, fmt.Errorf("wrap: %w", err)
+	}
+	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithLogger(m.log)}
+	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
+	if err != nil {
+		m.unclaim()
+		return nil, fmt.Errorf("wrap: %w", err)
+	}
+	m.attach(wrapped, hostMover{wrapped})
+	return wrapped, nil
+}
+
+// claim makes h the manager's host, of which there can be one.
+func (m *Manager) claim(h host.Host) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case m.closed:
+		return ErrClosed
+	case m.host != nil:
+		return ErrWrapped
+	}
+	m.host = h
+	return nil
+}
+
+func (m *Manager) unclaim() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.host = nil
+}
+
+// attach lets the manager migrate with mv, and tells peers that it runs on h.
+func (m *Manager) attach(h host.Host, mv mover) {
+	h.SetStreamHandler(ManagerID, func(s network.Stream) { _ = s.Reset() })
+	m.mu.Lock()
+	m.mover = mv
+	closed := m.closed
+	m.mu.Unlock()
+	if closed { // meanwhile: Close may not have seen the handler
+		h.Mux().RemoveHandler(ManagerID)
+	}
+	m.watch.scan(h.Network())
+}
+
+// Close ends all rounds and closes inner. Streams that are being migrated are not
+// interrupted; the rest is left as it is. It returns within a second, also if a
+// transport blocks in closing a connection, and then logs that. The host calls it when
+// it is closed itself. Further calls do nothing and return the same.
+func (m *Manager) Close() error {
+	m.closeOnce.Do(func() {
+		m.mu.Lock()
+		m.closed = true
+		h := m.host
+		m.mu.Unlock()
+		m.cancel()
+		m.watch.close()
+		if h != nil {
+			// Not RemoveStreamHandler, which has identify tell everybody: mostly the
+			// host is being closed. If it is not, its peers take over after a while.
+			h.Mux().RemoveHandler(ManagerID)
+		}
+		ended := make(chan struct{})
+		go func() {
+			m.wg.Wait()
+			close(ended)
+		}()
+		select {
+		case <-ended:
+		case <-time.After(closeWait):
+			m.log.Warn("connection manager closed while closing a connection blocks",
+				zap.Duration("waited", closeWait))
+		}
+		m.steering.clear()
+		m.closeErr = m.inner.Close()
+	})
+	return m.closeErr
+}
+
+// enter keeps Close waiting until the caller has called m.wg.Done. It is false if the
+// manager is closed.
+func (m *Manager) enter() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return false
+	}
+	m.wg.Add(1)
+	return true
+}
+
+// TagPeer implements connmgr.ConnManager: it is inner's.
+func (m *Manager) TagPeer(p peer.ID, tag string, value int) { m.inner.TagPeer(p, tag, value) }
+
+// UntagPeer implements connmgr.ConnManager: it is inner's.
+func (m *Manager) UntagPeer(p peer.ID, tag string) { m.inner.UntagPeer(p, tag) }
+
+// UpsertTag implements connmgr.ConnManager: it is inner's.
+func (m *Manager) UpsertTag(p peer.ID, tag string, upsert func(int) int) {
+	m.inner.UpsertTag(p, tag, upsert)
+}
+
+// GetTagInfo implements connmgr.ConnManager: it is inner's.
+func (m *Manager) GetTagInfo(p peer.ID) *connmgr.TagInfo { return m.inner.GetTagInfo(p) }
+
+// TrimOpenConns implements connmgr.ConnManager: it is inner's.
+func (m *Manager) TrimOpenConns(ctx context.Context) { m.inner.TrimOpenConns(ctx) }
+
+// Notifee implements connmgr.ConnManager: inner's notifiee, with the manager watching
+// beside it. It is always the same one.
+func (m *Manager) Notifee() network.Notifiee { return m.watch }
+
+// Protect implements connmgr.ConnManager: it is inner's. A protected peer keeps one
+// connection like any other; protection is from trimming.
+func (m *Manager) Protect(p peer.ID, tag string) { m.inner.Protect(p, tag) }
+
+// Unprotect implements connmgr.ConnManager: it is inner's.
+func (m *Manager) Unprotect(p peer.ID, tag string) bool { return m.inner.Unprotect(p, tag) }
+
+// IsProtected implements connmgr.ConnManager: it is inner's.
+func (m *Manager) IsProtected(p peer.ID, tag string) bool { return m.inner.IsProtected(p, tag) }
+
+// CheckLimit implements connmgr.ConnManager: it is inner's.
+func (m *Manager) CheckLimit(l connmgr.GetConnLimiter) error { return m.inner.CheckLimit(l) }
+
+// RegisterDecayingTag implements connmgr.Decayer: it is inner's. Where inner is no
+// connmgr.Decayer, it returns [ErrNoDecay].
+func (m *Manager) RegisterDecayingTag(name string, interval time.Duration, decay connmgr.DecayFn, bump connmgr.BumpFn) (connmgr.DecayingTag, error) {
+	d, ok := connmgr.SupportsDecay(m.inner)
+	if !ok {
+		return nil, fmt.Errorf("decaying tag %q: %w (it is a %T)", name, ErrNoDecay, m.inner)
+	}
+	return d.RegisterDecayingTag(name, interval, decay, bump)
+}

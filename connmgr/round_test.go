@@ -1,0 +1,519 @@
+package connmgr
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/policy"
+)
+
+func TestStreamsMoveToTheWinnerAndTheLoserIsClosed(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		relay := w.connectLimited()
+		relay.open(14)
+		direct := w.connect(quicAddr)
+		direct.open(1)
+
+		w.pass(time.Minute)
+		require.Equal(t, 15, direct.count(), "every stream is on the winner")
+		require.Equal(t, 14, w.mover.most, "all streams of a loser move at once, not one after the other")
+		require.True(t, relay.pruned(), "the loser is closed, with ConnSupplanted")
+		require.False(t, direct.IsClosed(), "the winner stays")
+		require.Equal(t, []string{
+			"peer " + shortID(higher) + ": moved 14 streams from limited relay to quic direct (rule unlimited: true over false) in 100 ms",
+			"peer " + shortID(higher) + ": kept quic direct, dropped limited relay (rule unlimited: true over false), 14 streams moved in 100 ms",
+		}, w.messages())
+		require.Empty(t, w.m.peers, "a peer with one connection is forgotten")
+		require.Nil(t, w.m.steer(t.Context(), higher), "and its streams are not steered")
+	})
+}
+
+func TestDroppedLogHasEverythingInFields(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connect(tcpAddr).open(3)
+		w.connect(quicAddr)
+		w.pass(time.Minute)
+		entry := w.logs.FilterMessageSnippet("dropped").All()
+		require.Len(t, entry, 1)
+		fields := entry[0].ContextMap()
+		delete(fields, "peer")
+		require.Equal(t, map[string]any{
+			"winner":        "quic direct " + quicAddr + " (conn-2)",
+			"loser":         "tcp direct " + tcpAddr + " (conn-1)",
+			"rule":          "transport",
+			"winner_value":  "quic",
+			"loser_value":   "tcp",
+			"streams_moved": int64(3),
+			"took":          rtt,
+		}, fields)
+	})
+}
+
+func TestStreamsOfAllLosersMoveAtOnce(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connectLimited().open(3)
+		w.connect(tcpAddr).open(4)
+		direct := w.connect(quicAddr)
+		w.pass(defaultSettleDelay + rtt)
+		require.Equal(t, 7, direct.count())
+		require.Equal(t, 7, w.mover.most)
+	})
+}
+
+func TestLimitedConnections(t *testing.T) {
+	// To the likings of this policy, what can be cut at any moment comes first.
+	limitedFirst := policy.Chain(notRule{policy.Unlimited()})
+	t.Run("never from unlimited to limited", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher, WithPolicy(limitedFirst))
+			direct := w.connect(quicAddr)
+			direct.open(2)
+			empty := w.connect(tcpAddr)
+			relay := w.connectLimited()
+			w.pass(time.Hour)
+			require.Empty(t, w.mover.made(), "no stream moves from an unlimited connection to a limited one")
+			require.False(t, direct.IsClosed() || empty.IsClosed(), "nor is an unlimited one closed in favour of it")
+			require.False(t, relay.IsClosed())
+
+			report, err := w.m.Consolidate(t.Context(), higher)
+			require.NoError(t, err)
+			require.Equal(t, keptUnlimited, report.Losers[0].Kept)
+			require.Empty(t, w.mover.made(), "not even when asked to consolidate")
+		})
+	})
+	t.Run("from limited to limited", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher, WithPolicy(policy.Chain(policy.Older())))
+			older := w.connectLimited()
+			w.pass(time.Millisecond)
+			younger := w.connectLimited()
+			younger.open(1)
+			w.pass(defaultSettleDelay + rtt)
+			require.Equal(t, 1, older.count())
+			require.True(t, w.mover.made()[0].limited, "a limited winner needs network.WithAllowLimitedConn")
+		})
+	})
+	t.Run("from limited to unlimited", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			w.connectLimited().open(1)
+			w.connect(quicAddr)
+			w.pass(defaultSettleDelay + rtt)
+			require.False(t, w.mover.made()[0].limited, "network.WithAllowLimitedConn only where it is needed")
+		})
+	})
+}
+
+// notRule is a rule the other way round.
+type notRule struct{ policy.Rule }
+
+func (r notRule) Compare(a, b policy.Candidate) int { return r.Rule.Compare(b, a) }
+
+func TestDeniedStreamIsPinned(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		relay := w.connectLimited()
+		streams := relay.open(2)
+		direct := w.connect(quicAddr)
+		w.mover.setAnswer(func(s *fakeStream) error {
+			if s == streams[0] {
+				return errDeniedByFake
+			}
+			return nil
+		})
+		w.pass(time.Hour)
+		require.Len(t, w.mover.callTimes(streams[0], time.Now()), 1, "a denied stream is not tried again")
+		require.Equal(t, 1, direct.count(), "the other one moves")
+		require.False(t, relay.IsClosed(), "the connection stays for the denied one")
+		require.Contains(t, w.m.Explain(higher).String(), "kept until 1 stream that cannot move have ended")
+		require.Equal(t, 1, w.m.Explain(higher).Conns[1].Candidate.Pinned, "as the policy is told")
+
+		w.connect(tcpAddr)
+		w.pass(time.Minute)
+		require.Len(t, w.mover.callTimes(streams[0], time.Now()), 1, "not for another connection either")
+
+		relay.remove(streams[0])
+		w.pass(time.Minute)
+		require.True(t, relay.pruned(), "once it has ended, the connection goes")
+	})
+}
+
+func TestFailedMigrationIsRetriedWithBackoff(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		// With a short interval there are many rounds that have to leave the stream
+		// alone.
+		w := newWorld(t, higher, WithRetry(time.Second, 5*time.Second), WithInterval(200*time.Millisecond))
+		relay := w.connectLimited()
+		s := relay.open(1)[0]
+		w.mover.setAnswer(func(*fakeStream) error { return errFakeReset })
+		start := time.Now()
+		direct := w.connect(quicAddr)
+		w.pass(20 * time.Second)
+		require.Equal(t, []time.Duration{
+			1000 * time.Millisecond,  // the settle delay
+			2100 * time.Millisecond,  // + rtt + 1 s
+			4200 * time.Millisecond,  // + rtt + 2 s
+			8300 * time.Millisecond,  // + rtt + 4 s
+			13400 * time.Millisecond, // + rtt + 5 s, the limit
+			18500 * time.Millisecond,
+		}, w.mover.callTimes(s, start))
+		require.False(t, relay.IsClosed(), "nothing is closed under a stream")
+
+		other := w.connect(tcpAddr)
+		w.pass(defaultSettleDelay + rtt)
+		require.Equal(t, 21*time.Second, w.mover.callTimes(s, start)[6], "another connection starts over")
+		other.Close()
+
+		w.mover.setAnswer(nil)
+		w.pass(time.Minute)
+		require.Equal(t, 1, direct.count())
+		require.True(t, relay.pruned())
+	})
+}
+
+func TestWhatWasInTheWayIsTriedAgainAfterTheOthers(t *testing.T) {
+	for name, obstacle := range map[string]error{
+		"try later":            migrate.ErrTryLater,
+		"our resource limit":   fmt.Errorf("opening: %w", network.ErrResourceLimitExceeded),
+		"their resource limit": &network.StreamError{ErrorCode: network.StreamResourceLimitExceeded, Remote: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, higher)
+				relay := w.connectLimited()
+				streams := relay.open(3)
+				refused := 0
+				w.mover.setAnswer(func(s *fakeStream) error {
+					if s == streams[1] && refused == 0 {
+						refused++
+						return obstacle
+					}
+					return nil
+				})
+				direct := w.connect(quicAddr)
+				start := time.Now()
+				w.pass(defaultSettleDelay + 2*rtt)
+				require.Equal(t, 3, direct.count(), "in the same round")
+				require.Equal(t, []time.Duration{defaultSettleDelay, defaultSettleDelay + rtt},
+					w.mover.callTimes(streams[1], start), "right after the others")
+			})
+		})
+	}
+	t.Run("but not at once if there are no others", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			s := w.connectLimited().open(1)[0]
+			w.mover.setAnswer(func(*fakeStream) error { return migrate.ErrTryLater })
+			start := time.Now()
+			w.connect(quicAddr)
+			w.pass(3 * time.Second)
+			require.Equal(t, []time.Duration{defaultSettleDelay, defaultSettleDelay + rtt + defaultFirstRetry},
+				w.mover.callTimes(s, start))
+		})
+	})
+}
+
+func TestWinnerThatDiesDuringARound(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		relay := w.connectLimited()
+		relay.open(5)
+		tcp := w.connect(tcpAddr)
+		quic := w.connect(quicAddr)
+		w.pass(defaultSettleDelay + rtt/2)
+		require.Len(t, w.mover.made(), 5, "the round is under way")
+		quic.Close()
+		w.pass(rtt)
+		require.False(t, relay.IsClosed() || tcp.IsClosed(), "nothing else is closed")
+		w.pass(rtt)
+		require.Equal(t, 5, tcp.count(), "the next best wins, without waiting for backoff")
+		w.pass(time.Minute)
+		require.True(t, relay.pruned())
+		require.False(t, tcp.IsClosed())
+	})
+}
+
+func TestLoserThatDiesDuringARound(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		relay := w.connectLimited()
+		relay.open(5)
+		direct := w.connect(quicAddr)
+		w.mover.setAnswer(func(*fakeStream) error { return migrate.ErrClosed })
+		w.pass(defaultSettleDelay + rtt/2)
+		relay.Close()
+		w.pass(time.Minute)
+		require.False(t, direct.IsClosed())
+		require.Len(t, w.mover.made(), 5)
+		require.Empty(t, w.m.peers)
+	})
+}
+
+func TestStreamsThatAppearLaterMoveToo(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		relay := w.connectLimited()
+		relay.setPlain(1)
+		direct := w.connect(quicAddr)
+		w.pass(time.Minute)
+		relay.open(1) // by the peer
+		w.pass(defaultInterval + rtt)
+		require.Equal(t, 1, direct.count())
+	})
+}
+
+func TestRoundDoesNotWaitForEverForAStream(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithConcurrency(1))
+		relay := w.connectLimited()
+		streams := relay.open(2)
+		direct := w.connect(quicAddr)
+		end := make(chan struct{})
+		w.mover.setAnswer(func(s *fakeStream) error {
+			if s == streams[0] {
+				<-end
+			}
+			return nil
+		})
+		w.pass(defaultSettleDelay + rtt)
+		require.Equal(t, 1, direct.count())
+
+		other := peer.ID("peer zz")
+		w.net.identify(other, ManagerID)
+		w.net.connect(other, tcpAddr, false).open(1)
+		otherQUIC := w.net.connect(other, quicAddr, false)
+		w.pass(moveWait)
+		require.Equal(t, 1, otherQUIC.count(), "the next peer has its turn")
+		w.pass(2 * defaultInterval)
+		require.Len(t, w.mover.callTimes(streams[0], time.Now()), 1, "a migration under way is not started again")
+		require.Contains(t, w.messages()[0], "1 still moving")
+
+		relay.remove(streams[0]) // as if its old underlying stream were gone, but not the migration over
+		w.pass(time.Minute)
+		require.False(t, relay.IsClosed(), "nothing is closed while a migration touches it")
+		relay.add(streams[0])
+		close(end)
+		w.pass(time.Minute)
+		require.Equal(t, 2, direct.count())
+		require.True(t, relay.pruned())
+	})
+}
+
+func TestPassingWinnersDoNotMoveStreams(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		first := w.connect(quicAddr)
+		first.open(3)
+		second := w.connect(quicAddr)
+		w.pass(2 * time.Second)
+		require.Empty(t, w.mover.made())
+		second.setPlain(9) // ranks first now: it has more pinned streams
+		w.pass(2*defaultInterval - time.Second)
+		second.setPlain(0)
+		w.pass(defaultInterval)
+		require.Empty(t, w.mover.made(), "a winner for a moment is none")
+		require.False(t, second.IsClosed())
+		second.setPlain(9)
+		w.pass(4 * defaultInterval)
+		require.Equal(t, 3, second.count(), "one that lasts is")
+	})
+}
+
+func TestPeerThatDoesNotMigrate(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.mover.setSupports(false)
+		w.net.identify(higher)
+		tcp := w.connect(tcpAddr)
+		tcp.open(2) // the network counts them, but there is no moving them
+		quic := w.connect(quicAddr)
+		w.pass(time.Hour)
+		require.Empty(t, w.mover.made())
+		require.False(t, tcp.IsClosed() || quic.IsClosed())
+		require.Equal(t, 2, w.m.Explain(higher).Conns[1].Candidate.Pinned)
+	})
+}
+
+func TestPolicyThatNamesNothing(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithPolicy(wrongPolicy{}))
+		w.connectLimited().open(1)
+		w.connect(quicAddr)
+		w.pass(time.Minute)
+		require.Empty(t, w.mover.made())
+		require.Equal(t, 1, w.logs.FilterLevelExact(zap.ErrorLevel).Len(), "said once, not every time")
+		require.Contains(t, w.m.Explain(higher).State, "policy")
+		_, err := w.m.Consolidate(t.Context(), higher)
+		require.ErrorContains(t, err, "policy")
+	})
+}
+
+type wrongPolicy struct{}
+
+func (wrongPolicy) String() string                         { return "wrong" }
+func (wrongPolicy) Rank([]policy.Candidate) policy.Ranking { return policy.Ranking{} }
+
+func TestSteering(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		allowed := network.WithAllowLimitedConn(t.Context(), "test")
+		relay := w.connectLimited()
+		relay.setPlain(1)
+		require.Nil(t, w.m.steer(allowed, higher), "one connection is the swarm's choice anyway")
+		second := w.connectLimited()
+		w.pass(2 * time.Second)
+		require.Equal(t, network.Conn(relay), w.m.steer(allowed, higher))
+		require.Nil(t, w.m.steer(t.Context(), higher), "limited connections keep their rule")
+		require.Nil(t, w.m.steer(network.WithForceDirectDial(allowed, "test"), higher), "a relayed one is not direct")
+		require.Nil(t, w.m.steer(allowed, lower), "another peer")
+
+		direct := w.connect(quicAddr)
+		w.pass(2 * time.Second)
+		require.Equal(t, network.Conn(direct), w.m.steer(network.WithForceDirectDial(t.Context(), "test"), higher))
+		direct.mu.Lock()
+		direct.closed = true
+		direct.mu.Unlock()
+		require.Nil(t, w.m.steer(allowed, higher), "a winner that is closed is not one")
+		direct.mu.Lock()
+		direct.closed = false
+		direct.mu.Unlock()
+		relay.Close()
+		second.Close()
+		w.pass(time.Second)
+		require.Nil(t, w.m.steer(allowed, higher))
+	})
+}
+
+func TestConsolidate(t *testing.T) {
+	t.Run("at once, and the report says what was done", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower) // which is the controller
+			relay := w.connectLimited()
+			streams := relay.open(4)
+			relay.setPlain(2)
+			tcp := w.connect(tcpAddr)
+			tcp.open(1)
+			quic := w.connect(quicAddr)
+			w.mover.setAnswer(func(s *fakeStream) error {
+				switch s {
+				case streams[0]:
+					return errDeniedByFake
+				case streams[1]:
+					return errFakeReset
+				}
+				return nil
+			})
+			report, err := w.m.Consolidate(t.Context(), lower)
+			require.NoError(t, err)
+			require.Equal(t, rtt, report.Duration, "without the settle delay")
+			require.Equal(t, "conn-3", report.Winner.ID)
+			require.Len(t, report.Losers, 2)
+			require.Equal(t, "conn-2", report.Losers[0].Conn.ID, "the best first")
+			require.Equal(t, 1, report.Losers[0].Moved)
+			require.Equal(t, "transport", report.Losers[0].Decision.Rule)
+			require.Equal(t, Loser{
+				Conn:     relayInfo(relay),
+				Decision: report.Losers[1].Decision,
+				Moved:    2, Failed: 1, Pinned: 3,
+				took: rtt,
+			}, report.Losers[1])
+			require.Equal(t, 3, quic.count())
+			require.Contains(t, report.String(), "2 streams moved, 1 failed, 3 pinned")
+
+			w.pass(defaultQuietTime)
+			require.True(t, tcp.pruned(), "later rounds close what is quiet, although the peer decides")
+			require.False(t, relay.IsClosed())
+
+			relay.setPlain(0)
+			for _, s := range streams {
+				relay.remove(s)
+			}
+			w.pass(2*defaultInterval + defaultQuietTime)
+			require.True(t, relay.pruned(), "all of them")
+		})
+	})
+	t.Run("closes what has been quiet already", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			w.connect(quicAddr).setPlain(1)
+			w.connect(tcpAddr)
+			w.pass(defaultSettleDelay + defaultQuietTime)
+			report, err := w.m.Consolidate(t.Context(), lower)
+			require.NoError(t, err)
+			require.True(t, report.Losers[0].Pruned)
+		})
+	})
+	t.Run("in place of the round that was due", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			w.connectLimited().open(1)
+			w.connect(quicAddr)
+			w.pass(defaultSettleDelay - rtt/2)
+			require.Len(t, w.m.due, 1)
+			go func() { _, _ = w.m.Consolidate(t.Context(), higher) }()
+			w.pass(rtt / 4)
+			require.Empty(t, w.m.due)
+			w.pass(rtt)
+			require.Len(t, w.m.due, 1)
+			require.Len(t, w.mover.made(), 1)
+		})
+	})
+	t.Run("waits for the round under way", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			w.connectLimited().open(1)
+			direct := w.connect(quicAddr)
+			w.pass(defaultSettleDelay + rtt/2)
+			report, err := w.m.Consolidate(t.Context(), higher)
+			require.NoError(t, err)
+			require.Equal(t, 1, direct.count())
+			require.Zero(t, report.Losers[0].Moved, "the other round did")
+			require.Len(t, w.mover.made(), 1)
+		})
+	})
+	t.Run("returns with its context, and the migrations go on", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			w.connectLimited().open(2)
+			direct := w.connect(quicAddr)
+			ctx, cancel := context.WithTimeout(t.Context(), rtt/2)
+			defer cancel()
+			report, err := w.m.Consolidate(ctx, higher)
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			require.Equal(t, 2, report.Losers[0].Moving)
+			w.pass(rtt)
+			require.Equal(t, 2, direct.count())
+			require.Len(t, w.mover.made(), 2)
+		})
+	})
+	t.Run("one connection, none, no network", func(t *testing.T) {
+		w := newBareWorld(t, higher)
+		_, err := w.m.Consolidate(t.Context(), higher)
+		require.ErrorIs(t, err, ErrNoNetwork)
+		only := w.connect(quicAddr)
+		report, err := w.m.Consolidate(t.Context(), higher)
+		require.NoError(t, err)
+		require.Equal(t, only.id, report.Winner.ID)
+		require.Empty(t, report.Losers)
+		_, err = w.m.Consolidate(t.Context(), lower)
+		require.ErrorIs(t, err, network.ErrNoConn)
+		require.NoError(t, w.m.Close())
+		_, err = w.m.Consolidate(t.Context(), higher)
+		require.ErrorIs(t, err, ErrClosed)
+	})
+}
+
+func relayInfo(c *fakeConn) ConnInfo {
+	return ConnInfo{ID: c.id, Kind: "limited relay", Remote: c.addr}
+}

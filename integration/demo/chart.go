@@ -1,0 +1,378 @@
+package main
+
+import (
+	"encoding/xml"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+// chart is a picture of one transfer: what arrived over time, by connection, and
+// the moments that mattered.
+type chart struct {
+	title    string
+	subtitle string
+	elapsed  time.Duration // until the last byte
+	series   []series      // stacked, the first at the bottom
+	marks    []mark        // in the order of time
+}
+
+// series is what arrived over one connection.
+type series struct {
+	name  string
+	color string
+	bins  []int64 // bytes, by time, binWidth each
+}
+
+// mark is a moment with a name.
+type mark struct {
+	at    time.Duration
+	label string
+}
+
+// The picture, in pixels. Between the title and the plot is a row for each label.
+const (
+	chartWidth   = 900
+	chartHeight  = 480
+	plotLeft     = 66
+	plotRight    = chartWidth - 24
+	plotBottom   = chartHeight - 52
+	labelsTop    = 78
+	rowHeight    = 17
+	labelIndent  = 5  // from the line to its label
+	labelPadding = 10 // least room between labels of a row
+	legendLine   = chartHeight - 12
+	charWidth    = 6.2 // of a label, on the safe side
+)
+
+const (
+	fromColor = "#e59a3c"
+	toColor   = "#3b78d8"
+)
+
+// chartOf returns what is to be drawn of a transfer.
+func chartOf(s *summary) chart {
+	with := fmt.Sprintf("%s to %s, with Portage", s.cfg.from.title(), s.cfg.to.title())
+	if s.cfg.without {
+		with = fmt.Sprintf("%s with %s beside it, on plain go-libp2p", s.cfg.from.title(), s.cfg.to.title())
+	}
+	if !s.whole() {
+		with += ": lost"
+	}
+	shaped := "Bytes that the receiver reads."
+	if s.cfg.rate > 0 {
+		shaped += fmt.Sprintf(" The sender is paced to %s/s.", formatSize(s.cfg.rate))
+	}
+	if s.cfg.from == relay {
+		shaped += fmt.Sprintf(" The path to the relay is shaped to %s/s, its limit is %s.",
+			formatSize(s.cfg.relay.rate), formatSize(s.cfg.relay.data))
+	}
+	return chart{
+		title:    fmt.Sprintf("%s in %s, %s", formatSize(s.cfg.size), plural(s.cfg.streams, "stream"), with),
+		subtitle: shaped,
+		elapsed:  s.record.elapsed,
+		series: []series{
+			{s.cfg.from.title(), fromColor, s.record.bins[s.cfg.from]},
+			{s.cfg.to.title(), toColor, s.record.bins[s.cfg.to]},
+		},
+		marks: marksOf(s),
+	}
+}
+
+// marksOf names the moments of a transfer. Of many streams it takes the first
+// Migrate, and the last of what follows it.
+func marksOf(s *summary) []mark {
+	first, last := "", ""
+	if s.cfg.streams > 1 {
+		first = fmt.Sprintf("first of %d: ", s.cfg.streams)
+		last = fmt.Sprintf("last of %d: ", s.cfg.streams)
+	}
+	from, to := s.cfg.from.title(), s.cfg.to.title()
+	var marks []mark
+	for _, m := range s.record.marked() {
+		var label string
+		switch m.kind {
+		case secondUp:
+			label = to + " connection up"
+		case asked:
+			label = first + "Migrate leaves the " + string(m.side)
+		case acked:
+			label = last + "ack reaches the " + string(m.side)
+		case sendSwitched:
+			label = last + "sender writes to " + to
+		case receiveSwitched:
+			label = last + "receiver reads from " + to
+		case firstDown:
+			label = from + " connection closed"
+			if !s.whole() {
+				label = fmt.Sprintf("%s connection lost, after %s", from, formatSize(s.arrived))
+			}
+		}
+		marks = append(marks, mark{m.at, label})
+	}
+	return marks
+}
+
+// marked returns one moment of each kind that the chart shows, in the order of
+// time.
+func (r record) marked() []moment {
+	var shown []moment
+	for _, m := range r.moments {
+		pick := r.first
+		if m.kind == acked || m.kind == sendSwitched || m.kind == receiveSwitched {
+			pick = r.last
+		}
+		if chosen, _ := pick(m.kind); chosen == m && m.kind != finished {
+			shown = append(shown, m)
+		}
+	}
+	return shown
+}
+
+// draw returns the chart as an SVG document.
+func (c chart) draw() []byte {
+	span := c.span()
+	x := func(t time.Duration) float64 {
+		return plotLeft + float64(t)/float64(span)*(plotRight-plotLeft)
+	}
+	labels := layOut(c.marks, x)
+	rows := 1
+	for _, l := range labels {
+		rows = max(rows, l.row+1)
+	}
+	plotTop := float64(labelsTop + rows*rowHeight)
+
+	steps := c.steps()
+	peak := 0.0
+	for _, s := range steps {
+		peak = max(peak, s.rate[len(s.rate)-1])
+	}
+	tick := niceStep(peak / 4)
+	if tick == 0 {
+		tick = 1
+	}
+	top := tick * math.Ceil(peak*1.05/tick)
+	top = max(top, tick)
+	y := func(rate float64) float64 {
+		return plotBottom - rate/top*(plotBottom-plotTop)
+	}
+
+	d := &drawing{}
+	d.open(c.title)
+	d.text(plotLeft, 30, `class="title"`, c.title)
+	d.text(plotLeft, 50, `class="note"`, c.subtitle)
+	d.grid(span, x, plotTop, top, tick, y)
+	for i, s := range c.series {
+		d.area(steps, i, s.color, x, y)
+	}
+	d.frame(plotTop)
+	for _, l := range labels {
+		base := plotTop - 8 - float64(l.row)*rowHeight
+		d.line(l.x, base-9, l.x, plotBottom, `class="mark"`)
+		d.label(l.x+labelIndent, base, l.mark)
+	}
+	d.legend(c.series)
+	d.close()
+	return d.bytes()
+}
+
+// span is the time that the chart covers: all of the transfer and all marks, with
+// room for the label of each, which stands to the right of its line.
+func (c chart) span() time.Duration {
+	const width = plotRight - plotLeft
+	span := float64(max(c.elapsed, time.Millisecond)) * 1.02
+	for _, m := range c.marks {
+		room := max(width-labelIndent-m.width(), width/4)
+		span = max(span, float64(m.at)*width/room)
+	}
+	return time.Duration(span)
+}
+
+// when is the time of a mark, which follows its name.
+func (m mark) when() string { return fmt.Sprintf("%.3f s", m.at.Seconds()) }
+
+// width is the room that the mark's name and time take.
+func (m mark) width() float64 {
+	return charWidth * float64(utf8.RuneCountInString(m.label)+1+utf8.RuneCountInString(m.when()))
+}
+
+// label is where the name of a mark stands: to the right of the line at x, in a
+// row counted from the plot upwards.
+type label struct {
+	mark
+	x   float64
+	row int
+}
+
+func (l label) end() float64 { return l.x + labelIndent + l.width() }
+
+// layOut finds a row for each label, so that none overlaps another, nor the line
+// of another. Lines go down from their labels, and labels to the right, so each label
+// has to stand above all those whose lines it spans.
+func layOut(marks []mark, x func(time.Duration) float64) []label {
+	labels := make([]label, len(marks))
+	for i := len(marks) - 1; i >= 0; i-- {
+		l := label{mark: marks[i], x: x(marks[i].at)}
+		for _, later := range labels[i+1:] {
+			if later.x < l.end()+labelPadding {
+				l.row = max(l.row, later.row+1)
+			}
+		}
+		labels[i] = l
+	}
+	return labels
+}
+
+// step is one bin of the chart.
+type step struct {
+	begin, end time.Duration
+	rate       []float64 // MiB/s, up to and including each series
+}
+
+// steps brings the record's bins to a width at which the chart has about fifty.
+func (c chart) steps() []step {
+	width := binWidth
+	for _, n := range []int{2, 5, 10, 20, 50, 100, 200, 500, 1000, 6000, 60000} {
+		if int(c.elapsed/width) <= 60 {
+			break
+		}
+		width = time.Duration(n) * binWidth
+	}
+	count := max(int((c.elapsed+width/2)/width), 1) // half a bin at the end joins the one before it
+	steps := make([]step, count)
+	for i := range steps {
+		steps[i] = step{
+			begin: time.Duration(i) * width,
+			end:   time.Duration(i+1) * width,
+			rate:  make([]float64, len(c.series)),
+		}
+	}
+	steps[count-1].end = max(c.elapsed, steps[count-1].begin+width/2)
+	for j, s := range c.series {
+		for k, bytes := range s.bins {
+			i := min(int(time.Duration(k)*binWidth/width), count-1)
+			seconds := (steps[i].end - steps[i].begin).Seconds()
+			for above := j; above < len(c.series); above++ {
+				steps[i].rate[above] += float64(bytes) / (1 << 20) / seconds
+			}
+		}
+	}
+	return steps
+}
+
+// niceStep returns a step of 1, 2 or 5 times a power of ten, at least as great as
+// least, for the ticks of an axis.
+func niceStep(least float64) float64 {
+	if least <= 0 {
+		return 0
+	}
+	power := math.Pow(10, math.Floor(math.Log10(least)))
+	for _, n := range []float64{1, 2, 5} {
+		if n*power >= least*(1-1e-9) {
+			return n * power
+		}
+	}
+	return 10 * power
+}
+
+// drawing is an SVG document in the making.
+type drawing struct{ b strings.Builder }
+
+func (d *drawing) printf(format string, args ...any) { fmt.Fprintf(&d.b, format+"\n", args...) }
+func (d *drawing) bytes() []byte                     { return []byte(d.b.String()) }
+
+func (d *drawing) open(title string) {
+	d.printf(`<svg xmlns="http://www.w3.org/2000/svg" width="%[1]d" height="%[2]d" viewBox="0 0 %[1]d %[2]d" role="img">`,
+		chartWidth, chartHeight)
+	d.printf(`<title>%s</title>`, escape(title))
+	d.printf(`<style>
+text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-size: 12px; fill: #444 }
+.title { font-size: 17px; font-weight: 600; fill: #222 }
+.note, .tick { fill: #707070 }
+.label, .label .note { font-size: 11px }
+.grid { stroke: #e6e6e6 }
+.axis { stroke: #999 }
+.mark { stroke: #333; stroke-opacity: .55 }
+</style>`)
+	d.printf(`<rect width="%d" height="%d" fill="#fff"/>`, chartWidth, chartHeight)
+}
+
+func (d *drawing) close() { d.printf(`</svg>`) }
+
+func (d *drawing) text(x, y float64, attributes, text string) {
+	d.printf(`<text x="%.1f" y="%.1f" %s>%s</text>`, x, y, attributes, escape(text))
+}
+
+func (d *drawing) label(x, y float64, m mark) {
+	d.printf(`<text x="%.1f" y="%.1f" class="label">%s <tspan class="note">%s</tspan></text>`,
+		x, y, escape(m.label), m.when())
+}
+
+func (d *drawing) line(x1, y1, x2, y2 float64, attributes string) {
+	d.printf(`<line x1="%.1f" y1="%.1f" x2="%.1f" y2="%.1f" %s/>`, x1, y1, x2, y2, attributes)
+}
+
+// grid draws the ticks of both axes, their lines and what they measure.
+func (d *drawing) grid(span time.Duration, x func(time.Duration) float64, plotTop, top, tick float64, y func(float64) float64) {
+	for i := 0; float64(i)*tick <= top*(1+1e-9); i++ {
+		v := float64(i) * tick
+		d.line(plotLeft, y(v), plotRight, y(v), `class="grid"`)
+		d.text(plotLeft-8, y(v)+4, `class="tick" text-anchor="end"`, tickText(v))
+	}
+	seconds := niceStep(span.Seconds() / 8)
+	for i := 0; float64(i)*seconds <= span.Seconds(); i++ {
+		v := float64(i) * seconds
+		at := x(time.Duration(v * float64(time.Second)))
+		d.line(at, plotBottom, at, plotBottom+5, `class="axis"`)
+		d.text(at, plotBottom+19, `class="tick" text-anchor="middle"`, tickText(v))
+	}
+	d.text((plotLeft+plotRight)/2, plotBottom+40, `text-anchor="middle"`, "seconds since the transfer began")
+	middle := (plotTop + plotBottom) / 2
+	d.text(20, middle, fmt.Sprintf(`text-anchor="middle" transform="rotate(-90 20 %.1f)"`, middle), "MiB/s")
+}
+
+func tickText(v float64) string { return strconv.FormatFloat(v, 'g', 4, 64) }
+
+func (d *drawing) frame(plotTop float64) {
+	d.line(plotLeft, plotTop, plotLeft, plotBottom, `class="axis"`)
+	d.line(plotLeft, plotBottom, plotRight, plotBottom, `class="axis"`)
+}
+
+// area draws series i, between the sum of those below it and its own.
+func (d *drawing) area(steps []step, i int, color string, x func(time.Duration) float64, y func(float64) float64) {
+	below := func(s step) float64 {
+		if i == 0 {
+			return 0
+		}
+		return s.rate[i-1]
+	}
+	var path strings.Builder
+	fmt.Fprintf(&path, "M%.1f %.1f", x(0), y(below(steps[0])))
+	for _, s := range steps {
+		fmt.Fprintf(&path, "V%.1fH%.1f", y(s.rate[i]), x(s.end))
+	}
+	for k := len(steps) - 1; k >= 0; k-- {
+		fmt.Fprintf(&path, "V%.1fH%.1f", y(below(steps[k])), x(steps[k].begin))
+	}
+	d.printf(`<path d="%sZ" fill="%s" fill-opacity=".85"/>`, path.String(), color)
+}
+
+// legend names the series, in the lower right corner.
+func (d *drawing) legend(all []series) {
+	right := float64(plotRight)
+	for i := len(all) - 1; i >= 0; i-- {
+		right -= 7*float64(utf8.RuneCountInString(all[i].name)) + 18
+		d.text(right+17, legendLine, "", all[i].name)
+		d.printf(`<rect x="%.1f" y="%d" width="12" height="12" rx="2" fill="%s"/>`, right, legendLine-10, all[i].color)
+		right -= 14
+	}
+}
+
+func escape(text string) string {
+	var b strings.Builder
+	xml.EscapeText(&b, []byte(text))
+	return b.String()
+}

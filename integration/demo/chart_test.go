@@ -1,0 +1,188 @@
+package main
+
+import (
+	"bytes"
+	"encoding/xml"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// sample is a transfer as it usually goes: slow, then fast, with the moments of the
+// move close together.
+func sample(streams int) *summary {
+	at := func(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
+	s := &summary{
+		cfg:      config{size: 64 << 20, streams: streams, from: relay, to: quic, rate: 16 << 20, relay: limitsFor(64 << 20)},
+		begun:    true,
+		arrived:  64 << 20,
+		verified: streams,
+		before: []connection{
+			{senderSide, relay, true}, {senderSide, quic, true},
+			{receiverSide, relay, false}, {receiverSide, quic, false},
+		},
+		after: []connection{{senderSide, quic, true}, {receiverSide, quic, false}},
+		record: record{
+			elapsed:  at(5800),
+			sent:     map[path]int64{relay: 4 << 20, quic: 60 << 20},
+			received: map[path]int64{relay: 4 << 20, quic: 60 << 20},
+			bins:     map[path][]int64{relay: make([]int64, 190), quic: make([]int64, 580)},
+			moves:    streams,
+			moments: []moment{
+				{secondUp, senderSide, at(1500)}, {secondUp, receiverSide, at(1500.4)},
+				{asked, receiverSide, at(1800)}, {acked, receiverSide, at(1800.6)},
+				{sendSwitched, senderSide, at(1800.9)}, {receiveSwitched, receiverSide, at(1890)},
+				{finished, senderSide, at(1890.2)}, {finished, receiverSide, at(1890.5)},
+				{firstDown, receiverSide, at(1902)}, {firstDown, senderSide, at(1903)},
+			},
+			readGap: gap{at(12), at(1100), relay},
+		},
+	}
+	for i := range s.record.bins[relay] {
+		s.record.bins[relay][i] = 4 << 20 / 190
+	}
+	for i := 190; i < 580; i++ {
+		s.record.bins[quic][i] = 60 << 20 / 390
+	}
+	return s
+}
+
+func TestChartIsWellFormedAndComplete(t *testing.T) {
+	lost := sample(1)
+	lost.cfg.without = true
+	lost.verified = 0
+	lost.fail(errors.New("cut"))
+	empty := &summary{cfg: sample(1).cfg, begun: true}
+	for name, test := range map[string]struct {
+		s    *summary
+		want []string
+	}{
+		"one stream":   {sample(1), []string{"QUIC connection up", "Migrate leaves the receiver", "ack", "sender writes", "receiver reads", "relayed connection closed", "MiB/s", "seconds"}},
+		"many streams": {sample(100), []string{"first of 100: Migrate", "last of 100: ack", "last of 100: sender", "last of 100: receiver"}},
+		"lost":         {lost, []string{"plain go-libp2p: lost", "relayed connection lost"}},
+		"nothing":      {empty, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			doc := chartOf(test.s).draw()
+			for _, want := range test.want {
+				if !bytes.Contains(doc, []byte(want)) {
+					t.Errorf("the chart does not say %q", want)
+				}
+			}
+			checkDrawing(t, doc)
+		})
+	}
+}
+
+// checkDrawing checks that doc is well-formed and that all of it lies inside the
+// picture.
+func checkDrawing(t *testing.T, doc []byte) {
+	t.Helper()
+	limits := map[string]float64{
+		"x": chartWidth, "x1": chartWidth, "x2": chartWidth,
+		"y": chartHeight, "y1": chartHeight, "y2": chartHeight,
+	}
+	for decoder := xml.NewDecoder(bytes.NewReader(doc)); ; {
+		token, err := decoder.Token()
+		if err == io.EOF {
+			return
+		} else if err != nil {
+			t.Fatalf("not well-formed: %v", err)
+		}
+		element, ok := token.(xml.StartElement)
+		if !ok {
+			continue
+		}
+		for _, a := range element.Attr {
+			limit, ok := limits[a.Name.Local]
+			if !ok {
+				continue
+			}
+			v, err := strconv.ParseFloat(a.Value, 64)
+			if err != nil || v != v || v < 0 || v > limit {
+				t.Errorf("<%s %s=%q> is outside of the picture", element.Name.Local, a.Name.Local, a.Value)
+			}
+		}
+		if path := attribute(element, "d"); strings.Contains(path, "NaN") || strings.Contains(path, "Inf") {
+			t.Errorf("a path with no place: %s", path)
+		}
+	}
+}
+
+func attribute(element xml.StartElement, name string) string {
+	for _, a := range element.Attr {
+		if a.Name.Local == name {
+			return a.Value
+		}
+	}
+	return ""
+}
+
+func TestLabelsOverlapNeitherLabelsNorLines(t *testing.T) {
+	check := func(t *testing.T, marks []mark) {
+		t.Helper()
+		c := chart{elapsed: 5 * time.Second, marks: marks}
+		span := c.span()
+		labels := layOut(marks, func(at time.Duration) float64 {
+			return plotLeft + float64(at)/float64(span)*(plotRight-plotLeft)
+		})
+		for i, l := range labels {
+			if l.end() > plotRight+1 {
+				t.Errorf("%q ends at %.0f, beyond the plot", l.label, l.end())
+			}
+			for _, other := range labels[i+1:] {
+				spans := other.x < l.end() && l.x <= other.x
+				if spans && other.row == l.row {
+					t.Errorf("%q and %q overlap", l.label, other.label)
+				}
+				if spans && other.row > l.row {
+					t.Errorf("the line of %q runs through %q", other.label, l.label)
+				}
+			}
+		}
+	}
+	check(t, marksOf(sample(1)))
+	check(t, marksOf(sample(100)))
+	random := rand.New(rand.NewPCG(1, 2))
+	for range 1000 {
+		marks := make([]mark, random.IntN(8))
+		at := time.Duration(0)
+		for i := range marks {
+			at += time.Duration(random.ExpFloat64() * float64(300*time.Millisecond))
+			marks[i] = mark{at, strings.Repeat("x", 3+random.IntN(40))}
+		}
+		check(t, marks)
+	}
+}
+
+func TestStepsKeepEveryByte(t *testing.T) {
+	for _, elapsed := range []time.Duration{5 * time.Millisecond, 777 * time.Millisecond, 5 * time.Second, time.Minute + 1, time.Hour} {
+		bins := make([]int64, elapsed/binWidth+1)
+		for i := range bins {
+			bins[i] = 1 << 20
+		}
+		steps := chart{elapsed: elapsed, series: []series{{bins: bins}}}.steps()
+		if len(steps) > 120 {
+			t.Errorf("%v: %d steps are more than a chart can show", elapsed, len(steps))
+		}
+		sum := 0.0
+		for _, s := range steps {
+			sum += s.rate[0] * (s.end - s.begin).Seconds()
+		}
+		if want := float64(len(bins)); sum < want*0.999 || sum > want*1.001 {
+			t.Errorf("%v: the steps hold %.1f MiB; want %.1f", elapsed, sum, want)
+		}
+	}
+}
+
+func TestNiceStep(t *testing.T) {
+	for least, want := range map[float64]float64{0: 0, 0.03: 0.05, 1: 1, 1.1: 2, 2.1: 5, 7: 10, 42: 50} {
+		if got := niceStep(least); got < want*0.999 || got > want*1.001 {
+			t.Errorf("niceStep(%v) = %v; want %v", least, got, want)
+		}
+	}
+}

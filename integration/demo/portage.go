@@ -1,0 +1,85 @@
+package main
+
+import (
+	"slices"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/connmgr"
+	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/policy"
+)
+
+// portage is all that the demo needs of Portage on one host. The host is made with
+// its manager, and then wrapped by it:
+//
+//	h, err := libp2p.New(libp2p.ConnectionManager(p.manager), ...)
+//	h, err = p.manager.Wrap(h)
+type portage struct {
+	manager *connmgr.Manager
+}
+
+// settleDelay is how long the manager lets two connections stand side by side
+// before it decides. It is longer than loopback needs, so that it can be seen in the
+// picture.
+const settleDelay = 300 * time.Millisecond
+
+func newPortage(cfg config, who side, rec *recorder, log *zap.Logger) (*portage, error) {
+	manager, err := connmgr.New(nil,
+		connmgr.WithPolicy(policyFor(cfg.from, cfg.to)),
+		connmgr.WithLogger(log),
+		connmgr.WithSettleDelay(settleDelay),
+		connmgr.WithMigrateOptions(
+			migrate.WithLogger(log),
+			migrate.WithTracer(trace(who, rec)),
+		),
+	)
+	if err != nil {
+		return nil, err
+	}
+	return &portage{manager}, nil
+}
+
+// policyFor returns the default policy where it prefers to over from, and else one
+// that does.
+func policyFor(from, to path) policy.Policy {
+	if slices.Index(paths, to) < slices.Index(paths, from) {
+		return policy.Default()
+	}
+	return policy.Chain(
+		policy.Unlimited(),
+		policy.Direct(),
+		policy.TransportOrder(transports[to], transports[from]),
+	)
+}
+
+// trace returns a tracer that turns the library's events into moments of the
+// record.
+func trace(who side, rec *recorder) func(migrate.Event) {
+	return func(e migrate.Event) {
+		switch e.Kind {
+		case migrate.Started:
+			if e.Initiator {
+				rec.moment(asked, who, e.Time)
+			}
+		case migrate.Acked:
+			if e.Initiator {
+				rec.moment(acked, who, e.Time)
+			}
+		case migrate.SendSwitched:
+			if who == senderSide {
+				rec.moment(sendSwitched, who, e.Time)
+			}
+		case migrate.ReceiveSwitched:
+			if who == receiverSide {
+				rec.moment(receiveSwitched, who, e.Time)
+			}
+		case migrate.Finished:
+			if e.Initiator {
+				rec.migrated()
+			}
+			rec.moment(finished, who, e.Time)
+		}
+	}
+}
