@@ -120,18 +120,20 @@ func (x *exchange) fallBack(untrusted bool) {
 	x.end(false)
 }
 
-// fail ends an exchange that was acked: both streams are reset (S8).
+// fail ends an exchange that was acked: both streams are reset (S8). It returns what the
+// application sees, a network.ErrReset.
 func (x *exchange) fail(cause error) error {
 	if errors.Is(cause, errViolation) {
 		x.s.host.log.Warn("peer broke the stream-migration protocol",
 			zap.Stringer("peer", x.s.peer), zap.Uint64("label", x.from), zap.Error(cause))
 	}
-	_ = x.s.abort(reset(cause), network.StreamNoError)
+	err := reset(cause)
+	_ = x.s.abort(err, codeFor(cause))
 	x.s.mu.Lock()
 	x.s.over = true
 	x.s.mu.Unlock()
 	x.end(false)
-	return cause
+	return err
 }
 
 // charge charges the new stream to the application's protocol. Where that is at its

@@ -48,7 +48,7 @@ var (
 	errReadClosed = errors.New("read on a closed stream")
 
 	errLost         = errors.New("the old stream ended before all of its data came")
-	errTooMuch      = errors.New("the old stream carried more than its final size")
+	errTooMuch      = fmt.Errorf("%w: the old stream carried more than its final size", errViolation) // S12
 	errStalled      = errors.New("the old stream made no progress")
 	errUntrustedEnd = errors.New("EOF after a migration whose outcome is unknown")
 )

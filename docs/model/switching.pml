@@ -206,6 +206,7 @@ inline switchReceiving() {
 /* ---- when a step can be taken ---- */
 
 #define HAS(s, message)	q[IN(s)]?[message,v]
+#define CURRENT(s)	q[IN(s)]?[MIGRATE,eval(on)]	/* its from is the present label */
 #define BROKEN(s)	(flow[IN(s)] == CUT)
 #define HELD		(ex == asked || ex == acked || ex == proof)	/* S1, S5 */
 #define COMPLETE	(ex == handing && VERIFIED && count == final)
@@ -235,12 +236,12 @@ inline switchReceiving() {
 		send(k, DENY, 0); letGo(k); v = 0 } \
 	:: d_step { HAS(k, MIGRATE) && BROKEN(k) -> \
 		printf("%c: %e: error instead of Migrate, or the ack cannot leave\n", NAME(p), STREAM(k)); \
-		reset(k); v = 0 } \
-	:: d_step { HAS(k, MIGRATE) && ex == idle && !failed && (DENIALS || v != on || MINE && !VERIFIED && seen[p] == CLOSED) -> \
+		reset(k) } \
+	:: d_step { HAS(k, MIGRATE) && ex == idle && !failed && (DENIALS || !CURRENT(k) || MINE && !VERIFIED && seen[p] == CLOSED) -> \
 		q[IN(k)]?MIGRATE,v; \
 		printf("%c: %e: reads Migrate, denies\n", NAME(p), STREAM(k)); \
 		send(k, DENY, 0); letGo(k); v = 0 } \
-	:: d_step { HAS(k, MIGRATE) && ex == idle && !failed && v == on && !(MINE && !VERIFIED && seen[p] == CLOSED) -> \
+	:: d_step { HAS(k, MIGRATE) && ex == idle && !failed && CURRENT(k) && !(MINE && !VERIFIED && seen[p] == CLOSED) -> \
 		q[IN(k)]?MIGRATE,v; v = 0; \
 		printf("%c: %e: reads Migrate, sends the ack\n", NAME(p), STREAM(k)); \
 		send(k, ACK, 0); x = k; \
@@ -250,7 +251,6 @@ inline switchReceiving() {
 		printf("%c: %e: reads Migrate, resets it: later\n", NAME(p), STREAM(k)); \
 		reset(k) } \
 	:: d_step { HAS(k, MIGRATE) && !failed && ex == asked && p == 1 && MINE && !BOTH_ACK -> \
-		v = 0; \
 		printf("%c: %e: reads Migrate; its own attempt gives way (M1)\n", NAME(p), STREAM(k)); \
 		reset(x); \
 		untrusted = (untrusted || DRAFT(1 - p)); tried = on; fallBack() } \
@@ -299,9 +299,9 @@ proctype peer(bit p) {
 	byte tried;		/* where untrusted was set */
 	bool failed;		/* the stream was reset */
 	bool lied;		/* the old connection has lied once; often enough */
-	byte v;			/* the value of a message that is looked at; 0 between steps */
+	byte v;			/* the value of the message that is read; 0 between steps */
 
-end:	do
+	do
 
 	/* ---- the application ---- */
 
@@ -356,7 +356,6 @@ end:	do
 		fi }
 	/* S11; after a false EOF, it shows here */
 	:: d_step { !failed && ex == idle && seen[p] == END && HAS(from, DATA) ->
-		v = 0;
 		printf("%c: %e: data after the end\n", NAME(p), STREAM(from));
 		abort() }
 	/* what was kept back was the application's after all */
@@ -430,9 +429,9 @@ end:	do
 	:: d_step { ex == proof && (nempty(q[IN(x)]) || NEW_LIES && BROKEN(x)) ->
 		printf("%c: %e: the ack has arrived, since something came\n", NAME(p), STREAM(x));
 		if
-		:: seen[p] == END && HAS(x, DATA) -> v = 0; abort()
+		:: seen[p] == END && HAS(x, DATA) -> abort()
 		:: else ->
-			v = 0; ex = handing;
+			ex = handing;
 #ifdef PROOF_ON_NEW
 			switchSending();
 #endif
@@ -495,14 +494,13 @@ end:	do
 
 	/* ---- the end of the run ---- */
 
-	:: calm && seen[p] != NONE && (failed || wclosed[p]) && ex == idle -> break
-	od;
-	d_step {
-		outcome[p] = (failed -> FAILED : 1 + on);
+	:: atomic { calm && seen[p] != NONE && (failed || wclosed[p]) && ex == idle ->
 		assert(failed || on == from);
+		outcome[p] = (failed -> FAILED : 1 + on);
 		/* both on old, or both on new; an error was seen by whoever had something yet to see */
-		assert(outcome[0] == outcome[1] || outcome[1 - p] == 0 || outcome[0] == FAILED || outcome[1] == FAILED)
-	}
+		assert(outcome[0] == outcome[1] || outcome[1 - p] == 0 || outcome[0] == FAILED || outcome[1] == FAILED || !VERIFIED);
+		break }
+	od
 }
 
 /* What fails, and when the run is over: when nothing but a failure could happen. */

@@ -149,6 +149,9 @@ func Join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, netw
 	if _, err := b.Network().DialPeer(ctx, a.ID()); err != nil {
 		t.Fatalf("dial over %s: %v", second, err)
 	}
+	WaitFor(t, "the connection that was dialled first", func() bool {
+		return len(a.Network().ConnsToPeer(b.ID())) == 1
+	})
 	release()
 	if err := <-result; err != nil {
 		t.Fatalf("dial over %s: %v", first, err)
@@ -239,8 +242,13 @@ func Far(t testing.TB, b *Node, c network.Conn) network.Conn {
 	var far network.Conn
 	WaitFor(t, "the other side of the connection", func() bool {
 		for _, d := range b.Network().ConnsToPeer(c.LocalPeer()) {
-			if d.RemoteMultiaddr().Equal(c.LocalMultiaddr()) || d.LocalMultiaddr().Equal(c.RemoteMultiaddr()) ||
-				Of(d.RemoteMultiaddr()) == Of(c.RemoteMultiaddr()) {
+			// The local address of a relayed connection is that of the one to the
+			// relay, which a direct connection may share.
+			relayed := Of(c.RemoteMultiaddr()) == Relay
+			if relayed != (Of(d.RemoteMultiaddr()) == Relay) {
+				continue
+			}
+			if relayed || d.RemoteMultiaddr().Equal(c.LocalMultiaddr()) || d.LocalMultiaddr().Equal(c.RemoteMultiaddr()) {
 				far = d
 				return true
 			}
@@ -252,16 +260,17 @@ func Far(t testing.TB, b *Node, c network.Conn) network.Conn {
 
 // gate is a connection gater that lets everything pass, dials when it is told to.
 type gate struct {
-	mu   sync.Mutex
-	held chan struct{} // closed when dials may go on; nil: they may
-	seen chan struct{} // closed when one waits
+	mu    sync.Mutex
+	held  chan struct{} // closed when dials may go on; nil: they may
+	seen  chan struct{} // closed when one waits
+	noted bool          // seen is closed
 }
 
 func (g *gate) hold() (release func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	held := make(chan struct{})
-	g.held, g.seen = held, make(chan struct{})
+	g.held, g.seen, g.noted = held, make(chan struct{}), false
 	return func() {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -282,12 +291,14 @@ func (g *gate) awaitHeld(t testing.TB, ctx context.Context) {
 	}
 }
 
-func (g *gate) InterceptPeerDial(peer.ID) bool {
+// InterceptAddrDial holds a dial back. The swarm asks it after it has looked, for the last
+// time, whether there is a connection already.
+func (g *gate) InterceptAddrDial(peer.ID, ma.Multiaddr) bool {
 	g.mu.Lock()
 	held, seen := g.held, g.seen
-	if held != nil && seen != nil {
+	if held != nil && !g.noted {
 		close(seen)
-		g.seen = nil
+		g.noted = true
 	}
 	g.mu.Unlock()
 	if held != nil {
@@ -296,8 +307,8 @@ func (g *gate) InterceptPeerDial(peer.ID) bool {
 	return true
 }
 
-func (g *gate) InterceptAddrDial(peer.ID, ma.Multiaddr) bool { return true }
-func (g *gate) InterceptAccept(network.ConnMultiaddrs) bool  { return true }
+func (g *gate) InterceptPeerDial(peer.ID) bool              { return true }
+func (g *gate) InterceptAccept(network.ConnMultiaddrs) bool { return true }
 func (g *gate) InterceptSecured(network.Direction, peer.ID, network.ConnMultiaddrs) bool {
 	return true
 }
