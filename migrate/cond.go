@@ -2,9 +2,12 @@ package migrate
 
 import (
 	"errors"
+	"net"
 	"os"
 	"sync"
 	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
 )
 
 // cond is a condition variable whose waiters may have a deadline. Its zero value
@@ -48,9 +51,11 @@ func (c *cond) broadcast() {
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 
-// isTimeout says whether err is a deadline's doing: the stream that reported it is
-// as good as before. The muxers agree on Timeout only, not on the value.
-func isTimeout(err error) bool {
+// isDeadline says whether err, which an underlying stream reported, is a deadline's doing:
+// the stream is as good as before. The muxers agree on Timeout only, not on the value; and
+// a connection that ends because its peer was silent for too long reports a timeout, too.
+func isDeadline(err error, u network.Stream) bool {
 	var t interface{ Timeout() bool }
-	return errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &t) && t.Timeout()
+	return (errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &t) && t.Timeout()) &&
+		!errors.Is(err, net.ErrClosed) && !u.Conn().IsClosed()
 }

@@ -99,14 +99,16 @@ func (x *exchange) end(moved bool) {
 		s.label = x.id
 		s.migrations++
 	}
-	over := s.over
+	over, aborted := s.over, s.aborted
 	s.mu.Unlock()
 	if remove {
 		s.host.labels.remove(s.peer, gone, s)
 	}
 	if over {
-		_ = s.closeHalves()
-		_ = s.send.stream().Close()
+		if !aborted { // else a reset is on its way, which a FIN must not overtake
+			_ = s.closeHalves()
+			_ = s.send.stream().Close()
+		}
 		s.forget()
 	}
 	close(x.done)
@@ -129,9 +131,6 @@ func (x *exchange) fail(cause error) error {
 	}
 	err := reset(cause)
 	_ = x.s.abort(err, codeFor(cause))
-	x.s.mu.Lock()
-	x.s.over = true
-	x.s.mu.Unlock()
 	x.end(false)
 	return err
 }

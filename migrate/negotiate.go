@@ -13,6 +13,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	msmux "github.com/multiformats/go-multistream"
 	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/pb"
 )
 
 // How a stream begins. The opener sends everything in one flight, with the first byte
@@ -210,7 +212,7 @@ func (h *Host) handleLabelled(u network.Stream) {
 	n := negotiators.Get().(*negotiator)
 	defer n.free()
 	n.stream = u
-	n.out = append(n.out, prelude[len(header):]...)
+	_, _ = io.WriteString(n, prelude[len(header):])
 	m, err := readMessage(n)
 	if err != nil && !errors.Is(err, errViolation) {
 		h.refuse(u, err)
@@ -281,22 +283,34 @@ type negotiator struct {
 	stream network.Stream
 	in     [negotiationBuffer]byte
 	r, w   int // in[r:w] is unread
-	out    []byte
+
+	mu  sync.Mutex // guards out, and is held while it is written
+	out []byte
 }
 
 var negotiators = sync.Pool{New: func() any { return new(negotiator) }}
 
 func (n *negotiator) free() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	n.stream, n.r, n.w, n.out = nil, 0, 0, n.out[:0]
 	negotiators.Put(n)
 }
 
-// fill makes sure that something is unread. The answers so far leave before it waits.
+// answerDelay is how long an answer waits for the next one, to leave with it. Nearly every
+// opener sends everything in one flight, and what it sent is here already; one that waits
+// for each answer has it this much later.
+const answerDelay = 2 * time.Millisecond
+
+// fill makes sure that something is unread. The answers so far leave if it has to wait.
 func (n *negotiator) fill() error {
 	if n.r < n.w {
 		return nil
 	}
-	_ = n.flush() // its error shows when we read
+	if n.owes() {
+		timer := time.AfterFunc(answerDelay, func() { _ = n.flush() }) // its error shows when we read
+		defer timer.Stop()
+	}
 	m, err := n.stream.Read(n.in[:])
 	n.r, n.w = 0, m
 	if m > 0 {
@@ -325,6 +339,8 @@ func (n *negotiator) ReadByte() (byte, error) {
 }
 
 func (n *negotiator) Write(p []byte) (int, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	n.out = append(n.out, p...)
 	return len(p), nil
 }
@@ -334,12 +350,31 @@ func (n *negotiator) Write(p []byte) (int, error) {
 func (n *negotiator) Close() error { return nil }
 
 func (n *negotiator) flush() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	if len(n.out) == 0 {
 		return nil
 	}
 	_, err := n.stream.Write(n.out)
 	n.out = n.out[:0]
 	return err
+}
+
+func (n *negotiator) owes() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.out) > 0
+}
+
+// finish sends the answers and m. It says whether they left whole.
+func (n *negotiator) finish(m *pb.StreamMigration) (whole bool, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.out = appendMessage(n.out, m)
+	sent, err := n.stream.Write(n.out)
+	whole = sent == len(n.out)
+	n.out = n.out[:0]
+	return whole, err
 }
 
 // rest is what was read too much. It is valid until free.

@@ -128,10 +128,10 @@ func (h *receiveHalf) read(p []byte) (int, error) {
 func (h *receiveHalf) readSlowly(p []byte) (int, error) {
 	for {
 		switch {
-		case h.closed:
-			return 0, errReadClosed
 		case h.state == receiveFailed:
 			return 0, h.err
+		case h.closed:
+			return 0, errReadClosed
 		case h.ready.len != 0:
 			n := h.ready.take(p)
 			h.budget.release(n)
@@ -177,12 +177,12 @@ func (h *receiveHalf) result(from network.Stream, p []byte, n int, err error) (i
 	before := h.state
 	kept := h.give(from, n, err)
 	switch {
-	case h.closed:
-		return n, orElse(err, errReadClosed)
 	case h.state == receiveFailed && before != receiveFailed:
 		return 0, h.err // these bytes broke the promise of the final size
 	case h.state == receiveFailed && err != nil:
 		return n, h.err
+	case h.closed:
+		return n, orElse(err, errReadClosed)
 	case n > 0 && (kept || err == nil):
 		return n, nil
 	case kept || err == nil:
@@ -212,6 +212,8 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 		return true
 	}
 	h.reading = false
+	// A read of ours has no deadline.
+	end := err != nil && !h.closed && (h.ours || !isDeadline(err, from))
 	if h.ours {
 		h.ours = false
 		if !h.deadline.IsZero() {
@@ -219,7 +221,6 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 		}
 	}
 	h.count += uint64(n)
-	end := err != nil && !isTimeout(err) && !h.closed
 	switch h.state {
 	case receiveHeld:
 		if end {

@@ -125,8 +125,7 @@ func (h *Host) deny(n *negotiator, x *exchange, why string, from uint64) error {
 	u := n.stream
 	h.log.Debug("migration denied", zap.Stringer("peer", u.Conn().RemotePeer()),
 		zap.Uint64("label", from), zap.String("why", why))
-	n.out = appendMessage(n.out, denyMessage())
-	_ = n.flush()
+	_, _ = n.finish(denyMessage())
 	_ = u.Close()
 	if x != nil {
 		x.trace(Denied, nil)
@@ -140,12 +139,8 @@ func (x *exchange) answer(n *negotiator, verified bool) {
 	s, u := x.s, n.stream
 	s.recv.hold() // S1
 	s.send.hold(verified)
-	n.out = appendMessage(n.out, ackMessage(verified))
-	size := len(n.out)
 	x.commit()
-	sent, err := u.Write(n.out)
-	n.out = n.out[:0]
-	if err != nil && sent < size {
+	if whole, err := n.finish(ackMessage(verified)); !whole {
 		// It has not left whole, so the initiator cannot have read it.
 		x.trace(Failed, err)
 		_ = u.Reset()

@@ -110,7 +110,7 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		// While an exchange is under way, neither a deadline of its own nor the
 		// death of the old stream is the application's: the rest of the buffer
 		// may yet take the new stream. The count n is exact in both cases.
-		saved := h.state == sendPaused || h.held && err != nil && !isTimeout(err)
+		saved := h.state == sendPaused || h.held && err != nil && !isDeadline(err, on)
 		switch {
 		case err != nil && !saved:
 			return n, err

@@ -34,6 +34,7 @@ type Stream struct {
 	migrations int
 	denied     bool // M3
 	over       bool // closed by the application, or reset
+	aborted    bool // reset
 }
 
 var _ network.Stream = (*Stream)(nil)
@@ -161,9 +162,6 @@ func (s *Stream) Reset() error {
 
 // ResetWithError implements network.MuxedStream.
 func (s *Stream) ResetWithError(code network.StreamErrorCode) error {
-	s.mu.Lock()
-	s.over = true
-	s.mu.Unlock()
 	return s.abort(&network.StreamError{ErrorCode: code}, code)
 }
 
@@ -171,6 +169,7 @@ func (s *Stream) ResetWithError(code network.StreamErrorCode) error {
 func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 	s.mu.Lock()
 	ex := s.ex
+	s.over, s.aborted = true, true
 	s.mu.Unlock()
 	s.send.fail(err)
 	s.recv.fail(err)
