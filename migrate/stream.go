@@ -34,7 +34,8 @@ type Stream struct {
 	migrations int
 	denied     bool // M3
 	over       bool // closed by the application, or reset
-	aborted    bool // reset
+	aborted    bool // reset, with code
+	code       network.StreamErrorCode
 }
 
 var _ network.Stream = (*Stream)(nil)
@@ -169,7 +170,10 @@ func (s *Stream) ResetWithError(code network.StreamErrorCode) error {
 func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 	s.mu.Lock()
 	ex := s.ex
-	s.over, s.aborted = true, true
+	if s.aborted {
+		code = s.code // the exchange ends after the application's reset: one code for all
+	}
+	s.over, s.aborted, s.code = true, true, code
 	s.mu.Unlock()
 	s.send.fail(err)
 	s.recv.fail(err)

@@ -381,7 +381,7 @@ proctype peer(bit p) {
 		fi }
 	:: d_step { ex == asked && HAS(x, DENY) ->
 		q[IN(x)]?DENY,v;
-		assert(v == 0);	/* VIOLATED: denied for good, for a label that had changed */
+		assert(v == 0 || !VERIFIED);	/* VIOLATED: denied for good, for a label that had changed */
 		v = 0;
 		printf("%c: %e: reads the denial\n", NAME(p), STREAM(x));
 		denied = true; reset(x); fallBack() }
@@ -412,7 +412,11 @@ proctype peer(bit p) {
 			reset(k); bound = false }
 		:: d_step { failed || ex == idle && (DENIALS && !bound || PROOFLESS || !CURRENT(k)) ->
 			printf("%c: %e: reads Migrate, denies\n", NAME(p), STREAM(k));
-			send(k, DENY, !failed && !CURRENT(k)); letGo(k) }
+			if
+			:: failed || CURRENT(k)
+			:: else -> v = 1
+			fi;
+			send(k, DENY, v); letGo(k); v = 0 }
 		:: d_step { ex == idle && !failed && CURRENT(k) && !PROOFLESS ->
 			printf("%c: %e: reads Migrate, sends the ack\n", NAME(p), STREAM(k));
 			q[IN(k)]?MIGRATE,v; v = 0;

@@ -1,0 +1,366 @@
+package simtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/transport"
+	ma "github.com/multiformats/go-multiaddr"
+	manet "github.com/multiformats/go-multiaddr/net"
+)
+
+// Streams of bytes that behave like TCP: ordered, never lost, and blocking when the
+// socket's buffer is full. Each direction of a connection is a wire:
+//
+//	Write -> pipe -> take -> sending -> send: black hole, bandwidth
+//	                      -> flying  -> deliver: latency -> pipe -> Read
+//
+// The kernel's TCP cannot be used: virtual time stands still while anybody waits for it.
+
+// maxSegment is how many bytes travel together at most.
+const maxSegment = 16 << 10
+
+var (
+	errRefused = errors.New("connection refused")
+	errReset   = errors.New("connection reset by peer")
+)
+
+type segment struct {
+	data []byte
+	at   time.Time // when it arrives
+}
+
+// wire carries bytes from src, where a host writes them, to dst, where the other reads.
+type wire struct {
+	net      *Net
+	from, to string
+	src, dst net.Conn
+	room     chan struct{} // told when bytes have arrived
+	sending  chan segment
+	flying   chan segment
+
+	mu      sync.Mutex // guards pending
+	pending int        // bytes taken, and not arrived
+}
+
+// maxQueued bounds the segments of a wire; its buffer bounds their bytes.
+const maxQueued = 1 << 14
+
+func (n *Net) newWire(from, to string, src, dst net.Conn) {
+	w := &wire{
+		net: n, from: from, to: to, src: src, dst: dst,
+		room:    make(chan struct{}, 1),
+		sending: make(chan segment, maxQueued),
+		flying:  make(chan segment, maxQueued),
+	}
+	n.mu.Lock()
+	buffer := n.buffer
+	n.mu.Unlock()
+	n.wires.Go(func() { w.take(buffer) })
+	n.wires.Go(w.send)
+	n.wires.Go(w.deliver)
+}
+
+func (w *wire) take(buffer int) {
+	defer close(w.sending)
+	for {
+		for w.add(0) >= buffer {
+			select {
+			case <-w.room:
+			case <-w.net.done:
+				return
+			}
+		}
+		data := make([]byte, maxSegment)
+		m, err := w.src.Read(data)
+		if m > 0 {
+			w.net.count(w.from, w.to, m)
+			w.add(m)
+			w.sending <- segment{data: data[:m]}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (w *wire) add(bytes int) (pending int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pending += bytes
+	return w.pending
+}
+
+func (w *wire) send() {
+	defer close(w.flying)
+	rate := 0
+	for _, ip := range []string{w.from, w.to} {
+		if r, bounded := w.net.rateOf(ip); bounded && (rate == 0 || r < rate) {
+			rate = r
+		}
+	}
+	var last time.Time
+	for s := range w.sending {
+		if !w.awaitThaw() {
+			continue
+		}
+		if rate > 0 {
+			time.Sleep(time.Duration(float64(len(s.data)*8) / float64(rate) * float64(time.Second)))
+		}
+		s.at = time.Now().Add(w.net.delay(w.from, w.to))
+		if s.at.Before(last) {
+			s.at = last // the latency has dropped; the order stays
+		}
+		last = s.at
+		w.flying <- s
+	}
+	w.awaitThaw() // the end is told as late as the rest
+}
+
+// awaitThaw waits until the link carries something. It says false when the test has ended.
+func (w *wire) awaitThaw() bool {
+	for {
+		thawed := w.net.thawed(w.from, w.to)
+		if thawed == nil {
+			return true
+		}
+		select {
+		case <-thawed:
+		case <-w.net.done:
+			return false
+		}
+	}
+}
+
+func (w *wire) deliver() {
+	defer w.dst.Close()
+	for s := range w.flying {
+		time.Sleep(time.Until(s.at))
+		// An error says that the reader has closed: its own wire ends, too, and
+		// what is left of this one goes nowhere.
+		_, _ = w.dst.Write(s.data)
+		w.add(-len(s.data))
+		select {
+		case w.room <- struct{}{}:
+		default:
+		}
+	}
+	time.Sleep(w.net.delay(w.from, w.to))
+}
+
+// tcpConn is one end of a connection.
+type tcpConn struct {
+	net.Conn          // the host's end of a pipe
+	far      net.Conn // the wires' end of it
+	net      *Net
+	from, to string
+	local    ma.Multiaddr
+	remote   ma.Multiaddr
+
+	mu      sync.Mutex // guards severed
+	severed bool
+}
+
+func (c *tcpConn) LocalMultiaddr() ma.Multiaddr  { return c.local }
+func (c *tcpConn) RemoteMultiaddr() ma.Multiaddr { return c.remote }
+func (c *tcpConn) LocalAddr() net.Addr           { return netAddr(c.local) }
+func (c *tcpConn) RemoteAddr() net.Addr          { return netAddr(c.remote) }
+
+func netAddr(m ma.Multiaddr) net.Addr {
+	a, err := manet.ToNetAddr(m)
+	if err != nil {
+		panic(err) // this package made it
+	}
+	return a
+}
+
+func (c *tcpConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	return n, c.explain(err)
+}
+
+func (c *tcpConn) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	return n, c.explain(err)
+}
+
+func (c *tcpConn) explain(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil && c.severed {
+		return errReset
+	}
+	return err
+}
+
+func (c *tcpConn) Close() error {
+	c.net.mu.Lock()
+	delete(c.net.tcp, c)
+	c.net.mu.Unlock()
+	return c.Conn.Close()
+}
+
+func (c *tcpConn) sever() {
+	c.mu.Lock()
+	c.severed = true
+	c.mu.Unlock()
+	_ = c.far.Close()
+	_ = c.Close()
+}
+
+// newTCP makes a connection, and returns both ends.
+func (n *Net) newTCP(local, remote ma.Multiaddr, from, to string) (near, far *tcpConn) {
+	nearHost, nearNet := net.Pipe()
+	farHost, farNet := net.Pipe()
+	near = &tcpConn{Conn: nearHost, far: nearNet, net: n, from: from, to: to, local: local, remote: remote}
+	far = &tcpConn{Conn: farHost, far: farNet, net: n, from: to, to: from, local: remote, remote: local}
+	n.newWire(from, to, nearNet, farNet)
+	n.newWire(to, from, farNet, nearNet)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.tcp[near], n.tcp[far] = struct{}{}, struct{}{}
+	return near, far
+}
+
+// tcpTransport is a go-libp2p transport over such connections.
+type tcpTransport struct {
+	node     *Node
+	upgrader transport.Upgrader
+	rcmgr    network.ResourceManager
+}
+
+var _ transport.Transport = (*tcpTransport)(nil)
+
+// Dial implements transport.Transport.
+func (t *tcpTransport) Dial(ctx context.Context, raddr ma.Multiaddr, p peer.ID) (transport.CapableConn, error) {
+	scope, err := t.rcmgr.OpenConnection(network.DirOutbound, true, raddr)
+	if err != nil {
+		return nil, err
+	}
+	c, err := t.dial(ctx, raddr)
+	if err != nil {
+		scope.Done()
+		return nil, err
+	}
+	if err := scope.SetPeer(p); err != nil {
+		scope.Done()
+		_ = c.Close()
+		return nil, err
+	}
+	return t.upgrader.Upgrade(ctx, t, c, network.DirOutbound, p, scope)
+}
+
+func (t *tcpTransport) dial(ctx context.Context, raddr ma.Multiaddr) (manet.Conn, error) {
+	n := t.node.net
+	to, err := raddr.ValueForProtocol(ma.P_IP4)
+	if err != nil {
+		return nil, err
+	}
+	from := t.node.source(to)
+	n.mu.Lock()
+	l := n.listeners[raddr.String()]
+	n.port++
+	local := ma.StringCast(fmt.Sprintf("/ip4/%s/tcp/%d", from, 40000+n.port))
+	n.mu.Unlock()
+	for range 2 { // SYN, SYN and ACK
+		if err := n.travel(ctx, from, to); err != nil {
+			return nil, err
+		}
+	}
+	if l == nil {
+		return nil, errRefused
+	}
+	near, far := n.newTCP(local, raddr, from, to)
+	select {
+	case l.incoming <- far:
+		return near, nil
+	case <-l.closed:
+		near.sever()
+		far.sever()
+		return nil, errRefused
+	}
+}
+
+// travel waits as long as something takes from one IP to another.
+func (n *Net) travel(ctx context.Context, from, to string) error {
+	for thawed := n.thawed(from, to); thawed != nil; thawed = n.thawed(from, to) {
+		select {
+		case <-thawed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	timer := time.NewTimer(n.delay(from, to))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// CanDial implements transport.Transport.
+func (t *tcpTransport) CanDial(a ma.Multiaddr) bool {
+	_, err := a.ValueForProtocol(ma.P_TCP)
+	return err == nil && !strings.Contains(a.String(), "/p2p-circuit")
+}
+
+// Listen implements transport.Transport.
+func (t *tcpTransport) Listen(a ma.Multiaddr) (transport.Listener, error) {
+	l := &listener{net: t.node.net, addr: a, incoming: make(chan manet.Conn, 16), closed: make(chan struct{})}
+	l.net.mu.Lock()
+	l.net.listeners[a.String()] = l
+	l.net.mu.Unlock()
+	return t.upgrader.UpgradeGatedMaListener(t, t.upgrader.GateMaListener(l)), nil
+}
+
+// Protocols implements transport.Transport.
+func (t *tcpTransport) Protocols() []int { return []int{ma.P_TCP} }
+
+// Proxy implements transport.Transport.
+func (t *tcpTransport) Proxy() bool { return false }
+
+type listener struct {
+	net      *Net
+	addr     ma.Multiaddr
+	incoming chan manet.Conn
+	once     sync.Once
+	closed   chan struct{}
+}
+
+var _ manet.Listener = (*listener)(nil)
+
+// Accept implements manet.Listener.
+func (l *listener) Accept() (manet.Conn, error) {
+	select {
+	case c := <-l.incoming:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+// Close implements manet.Listener.
+func (l *listener) Close() error {
+	l.once.Do(func() {
+		close(l.closed)
+		l.net.mu.Lock()
+		delete(l.net.listeners, l.addr.String())
+		l.net.mu.Unlock()
+	})
+	return nil
+}
+
+// Multiaddr implements manet.Listener.
+func (l *listener) Multiaddr() ma.Multiaddr { return l.addr }
+
+// Addr implements manet.Listener.
+func (l *listener) Addr() net.Addr { return netAddr(l.addr) }

@@ -1,0 +1,295 @@
+package migrate
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+)
+
+// TestClose: S7. Either end closes the stream for good, at any moment of a migration by
+// either end. All that it wrote arrives, then EOF, however late it is read; and nothing
+// is left of the stream once the other end has closed, too.
+func TestClose(t *testing.T) {
+	eachPath(t, usualPaths, func(t *testing.T, j *journey) {
+		for _, mover := range ends {
+			for _, closer := range ends {
+				for _, m := range everyMoment {
+					name := fmt.Sprintf("%s migrates, %s closes, %s", endName(mover), endName(closer), m)
+					t.Run(name, func(t *testing.T) { closeFor(t, j, mover, closer, m) })
+				}
+			}
+		}
+	})
+}
+
+func closeFor(t *testing.T, j *journey, mover, closer int, m moment) {
+	s := j.start(t)
+	gone, other := s[closer], s[1-closer]
+	said := content(1, 40_000)
+	write(t, gone, said[:30_000])
+	write(t, other, content(2, 10_000)) // lost, as without a migration
+	err := j.duringMove(t, mover, s, m, func() {
+		if _, err := gone.Write(said[30_000:]); err != nil {
+			t.Errorf("Write: %v", err)
+		}
+		if err := gone.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		if err := gone.Close(); err != nil {
+			t.Errorf("Close again: %v", err)
+		}
+	})
+	switch {
+	case m.kind == beforehand && mover == closer:
+		require.ErrorIs(t, err, ErrClosed)
+	case m.kind == beforehand || m.kind == Started && closer != mover:
+		// The responder no longer has the stream, or is about to close it.
+		if err != nil {
+			require.ErrorIs(t, err, ErrDenied)
+		}
+	default:
+		require.NoError(t, err, "Close does not abort a migration")
+	}
+	n, err := gone.Read(make([]byte, 10))
+	require.Zero(t, n)
+	require.Error(t, err)
+	_, err = gone.Write([]byte{1})
+	require.Error(t, err)
+	wantEnd(t, other, said)
+	j.closed(t, s)
+}
+
+// TestCloseAtBothEnds: S7. Both ends close in the middle of a migration, at once: what
+// each wrote is lost, as without one, and nothing is left.
+func TestCloseAtBothEnds(t *testing.T) {
+	eachPath(t, usualPaths, func(t *testing.T, j *journey) {
+		for _, mover := range ends {
+			for _, m := range everyMoment {
+				t.Run(fmt.Sprintf("%s migrates, %s", endName(mover), m), func(t *testing.T) {
+					s := j.start(t)
+					for _, st := range s {
+						write(t, st, content(1, 10_000))
+					}
+					_ = j.duringMove(t, mover, s, m, func() {
+						_ = s[0].Close()
+						_ = s[1].Close()
+					})
+					j.nothingLeft(t)
+				})
+			}
+		}
+	})
+}
+
+// TestReset: S8, S7. Either end resets the stream, at any moment of a migration by either
+// end. Both ends' Reads and Writes fail with network.ErrReset, those that wait and those
+// that come later; no end is ever given a clean EOF; the code reaches the other end; and
+// nothing is left, at the end that did nothing once it has closed.
+func TestReset(t *testing.T) {
+	eachPath(t, usualPaths, func(t *testing.T, j *journey) {
+		for _, mover := range ends {
+			for _, resetter := range ends {
+				for _, m := range everyMoment {
+					name := fmt.Sprintf("%s migrates, %s resets, %s", endName(mover), endName(resetter), m)
+					t.Run(name, func(t *testing.T) { resetFor(t, j, mover, resetter, m) })
+				}
+			}
+		}
+	})
+}
+
+func resetFor(t *testing.T, j *journey, mover, resetter int, m moment) {
+	const code network.StreamErrorCode = 0x77
+	s := j.start(t)
+	for side, st := range s {
+		write(t, st, content(uint64(side), 10_000))
+	}
+	// At both ends a Read waits, behind all that was sent.
+	var waiting [2]chan error
+	for side, st := range s {
+		require.Equal(t, content(uint64(1-side), 10_000), readN(t, st, 10_000))
+		waiting[side] = make(chan error, 1)
+		go func() {
+			_, err := st.Read(make([]byte, 1))
+			waiting[side] <- err
+		}()
+	}
+	_ = j.duringMove(t, mover, s, m, func() {
+		if err := s[resetter].ResetWithError(code); err != nil {
+			t.Errorf("ResetWithError: %v", err)
+		}
+	})
+	for side, st := range s {
+		var err error
+		within(t, fmt.Sprintf("the %s's Read to be called out", endName(side)), func() { err = <-waiting[side] })
+		require.ErrorIs(t, err, network.ErrReset, "the %s's Read that waited", endName(side))
+		wantReset(t, st, "the "+endName(side))
+	}
+	_, err := s[1-resetter].Read(make([]byte, 1))
+	var se *network.StreamError
+	require.True(t, errors.As(err, &se), "%v has no code", err)
+	require.Equal(t, code, se.ErrorCode, "the code of the reset")
+	_ = s[1-resetter].Close()
+	j.nothingLeft(t)
+}
+
+// TestResetOfWebTransportAndWebRTC: as TestReset, where the transports' errors are
+// not typed, at the moments that differ most.
+func TestResetUntyped(t *testing.T) {
+	eachPath(t, []path{tcpWebT, webTTCP, quicWebRTC, webRTCQUIC}, func(t *testing.T, j *journey) {
+		for _, mover := range ends {
+			for _, resetter := range ends {
+				for _, m := range everyMoment {
+					name := fmt.Sprintf("%s migrates, %s resets, %s", endName(mover), endName(resetter), m)
+					t.Run(name, func(t *testing.T) {
+						s := j.start(t)
+						_ = j.duringMove(t, mover, s, m, func() { _ = s[resetter].Reset() })
+						for side, st := range s {
+							_, err := readAll(t, st)
+							require.Error(t, err, "the %s must not be given a clean EOF", endName(side))
+							within(t, "Write to fail", func() {
+								for err = nil; err == nil; {
+									_, err = st.Write([]byte{1})
+								}
+							})
+						}
+						_ = s[1-resetter].Close()
+						j.nothingLeft(t)
+					})
+				}
+			}
+		}
+	})
+}
+
+// TestResetWakesWriter: a Write that is blocked, on the old stream or on its way to the
+// new one, is called out by a reset at either end.
+func TestResetWakesWriter(t *testing.T) {
+	eachPath(t, mainPaths, func(t *testing.T, j *journey) {
+		for _, writer := range ends {
+			for _, resetter := range ends {
+				for _, m := range everyMoment {
+					t.Run(fmt.Sprintf("%s writes, %s resets, %s", endName(writer), endName(resetter), m), func(t *testing.T) {
+						s := j.start(t)
+						done := j.blocked(t, s[writer], content(1, 32<<20))
+						_ = j.duringMove(t, opener, s, m, func() { _ = s[resetter].Reset() })
+						w := result(t, done)
+						require.ErrorIs(t, w.err, network.ErrReset, "Write returned %s", w)
+						_ = s[1-resetter].Close()
+						j.nothingLeft(t)
+					})
+				}
+			}
+		}
+	})
+}
+
+// TestResetAfterCloseWrite: an end that has sent its EOF resets in the middle of a
+// migration. The other end gets all of the data and then EOF, or an error: never an EOF
+// behind fewer bytes (S8).
+func TestResetAfterCloseWrite(t *testing.T) {
+	eachPath(t, usualPaths, func(t *testing.T, j *journey) {
+		for _, mover := range ends {
+			for _, resetter := range ends {
+				for _, m := range everyMoment {
+					t.Run(fmt.Sprintf("%s migrates, %s resets, %s", endName(mover), endName(resetter), m), func(t *testing.T) {
+						s := j.start(t)
+						said := content(1, 100_000)
+						write(t, s[resetter], said)
+						require.NoError(t, s[resetter].CloseWrite())
+						_ = j.duringMove(t, mover, s, m, func() { _ = s[resetter].Reset() })
+						got, err := readAll(t, s[1-resetter])
+						if err == nil {
+							require.True(t, bytes.Equal(said, got), "EOF after %d of %d bytes", len(got), len(said))
+						} else {
+							require.ErrorIs(t, err, network.ErrReset)
+							require.True(t, bytes.HasPrefix(said, got))
+						}
+						_ = s[1-resetter].Close()
+						j.nothingLeft(t)
+					})
+				}
+			}
+		}
+	})
+}
+
+// TestResetWhileMigrateIsCalled: Reset, Close and Migrate race from all sides, at no
+// chosen moment. Whatever wins, all return and nothing is left.
+func TestEndRacesMigrate(t *testing.T) {
+	rounds := 150
+	if testing.Short() {
+		rounds = 30
+	}
+	eachPath(t, mainPaths, func(t *testing.T, j *journey) {
+		for n := range rounds {
+			s := j.start(t)
+			write(t, s[n%2], content(1, 5000))
+			wait := [2]func() error{j.moving(t, opener, s), func() error { return nil }}
+			if n%3 == 0 {
+				wait[1] = j.moving(t, acceptor, s)
+			}
+			switch end := s[n/2%2]; n % 5 {
+			case 0, 1:
+				_ = end.Reset()
+			case 2:
+				_ = end.Close()
+			case 3:
+				_ = s[0].Close()
+				_ = s[1].Reset()
+			case 4:
+				_ = end.CloseWrite()
+				_ = end.CloseRead()
+				_ = end.Close()
+			}
+			_ = wait[0]()
+			_ = wait[1]()
+			for _, st := range s {
+				_ = st.Close()
+			}
+		}
+		j.nothingLeft(t)
+	})
+}
+
+// TestCloseDelivers: S7. A writer that closes right after its last Write, and a reader
+// that is slow, with a migration under way: all of it arrives, every time.
+func TestCloseDelivers(t *testing.T) {
+	rounds := 40
+	if testing.Short() {
+		rounds = 8
+	}
+	eachPath(t, usualPaths, func(t *testing.T, j *journey) {
+		for n := range rounds {
+			s := j.start(t)
+			writer, reader := s[n%2], s[1-n%2]
+			said := content(uint64(n), 300_000)
+			wait := j.moving(t, n/2%2, s)
+			go func() {
+				if _, err := writer.Write(said); err != nil {
+					t.Errorf("Write: %v", err)
+				}
+				if err := writer.Close(); err != nil {
+					t.Errorf("Close: %v", err)
+				}
+			}()
+			got, err := readAll(t, io.LimitReader(reader, 1000))
+			require.NoError(t, err)
+			_ = wait()
+			rest, err := readAll(t, reader)
+			require.NoError(t, err, "round %d", n)
+			require.True(t, bytes.Equal(said, append(got, rest...)), "round %d: %d of %d bytes", n, len(got)+len(rest), len(said))
+			_ = reader.Close()
+		}
+		j.nothingLeft(t)
+	})
+}
+
+var _ = TCP
