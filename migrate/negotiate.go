@@ -95,6 +95,7 @@ type labelled struct {
 	mu     sync.Mutex // guards before: the negotiation reads and writes at once
 	before []byte
 	expect string
+	err    error // the answer was another
 }
 
 func (l *labelled) Write(p []byte) (int, error) {
@@ -108,10 +109,16 @@ func (l *labelled) Write(p []byte) (int, error) {
 
 func (l *labelled) Read(p []byte) (int, error) {
 	if l.expect != "" {
-		if err := readExpected(l.Stream, l.expect); err != nil {
-			return 0, err
+		err := readExpected(l.Stream, l.expect)
+		if l.expect = ""; err != nil {
+			// Wrapped, since an answer that lacks ID says nothing of the protocol that
+			// is negotiated behind it; and for good, since nothing more will come: the
+			// negotiation reads on.
+			l.err = fmt.Errorf("%s: %w", ID, err)
 		}
-		l.expect = ""
+	}
+	if l.err != nil {
+		return 0, l.err
 	}
 	return l.Stream.Read(p)
 }
@@ -144,7 +151,7 @@ func (h *Host) handleStream(u network.Stream) {
 			return
 		}
 		if string(first) == prelude {
-			h.handleLabelled(u)
+			h.handleLabelled(u, prelude[len(header):])
 			return
 		}
 	}
@@ -152,6 +159,10 @@ func (h *Host) handleStream(u network.Stream) {
 	proto, handle, err := h.Mux().Negotiate(in)
 	if err != nil {
 		h.refuse(u, err)
+		return
+	}
+	if proto == ID { // it was not the opener's first choice
+		h.handleLabelled(u, "")
 		return
 	}
 	if h.accept(u, proto) {
@@ -207,12 +218,13 @@ func (r *replay) Write(p []byte) (int, error) {
 	return k + n, err
 }
 
-// handleLabelled serves an inbound stream that speaks ID.
-func (h *Host) handleLabelled(u network.Stream) {
+// handleLabelled serves an inbound stream that speaks ID. owed is what has yet to be
+// answered to that.
+func (h *Host) handleLabelled(u network.Stream, owed string) {
 	n := negotiators.Get().(*negotiator)
 	defer n.free()
 	n.stream = u
-	_, _ = io.WriteString(n, prelude[len(header):])
+	_, _ = io.WriteString(n, owed)
 	m, err := readMessage(n)
 	if err != nil && !errors.Is(err, errViolation) {
 		h.refuse(u, err)
