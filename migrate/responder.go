@@ -139,6 +139,7 @@ func (x *exchange) answer(n *negotiator, verified bool) {
 	s, u := x.s, n.stream
 	s.recv.hold() // S1
 	s.send.hold(verified)
+	ended := s.recv.hasEnded()
 	x.commit()
 	if whole, err := n.finish(ackMessage(verified)); !whole {
 		// It has not left whole, so the initiator cannot have read it.
@@ -148,11 +149,13 @@ func (x *exchange) answer(n *negotiator, verified bool) {
 		return
 	}
 	x.trace(Acked, nil)
-	carry := x.carryVerified
-	if !verified {
-		carry = x.carryDraft
+	var err error
+	if verified {
+		err = x.carryVerified(u)
+	} else {
+		err = x.carryDraft(u, ended)
 	}
-	if err := carry(u); err != nil {
+	if err != nil {
 		x.trace(Failed, err)
 		_ = x.fail(err)
 	}
@@ -175,12 +178,14 @@ func (x *exchange) carryVerified(u network.Stream) error {
 	return nil
 }
 
-// carryDraft does the same for an initiator that has only the draft (S3).
-func (x *exchange) carryDraft(u network.Stream) error {
+// carryDraft does the same for an initiator that has only the draft (S3). ended says that
+// the old stream had ended before the ack was sent. While the ack leaves, it may arrive,
+// and the initiator, with nothing to send, answer with no more than its EOF.
+func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	s := x.s
-	if s.recv.hasEnded() {
-		// It ended before the ack, or while it left. Either way this EOF does not
-		// prove that the ack has arrived; what comes on the new stream does.
+	if ended {
+		// That EOF does not prove that the ack has arrived; what comes on the new
+		// stream does.
 		if err := s.recv.firstOfNext(u); err != nil {
 			return err
 		}
