@@ -59,6 +59,10 @@ func readMessage(r messageReader) (*pb.StreamMigration, error) {
 	t := &tracker{r: r}
 	m := new(pb.StreamMigration)
 	err := protodelim.UnmarshalOptions{MaxSize: maxMessage}.UnmarshalFrom(t, m)
+	if err == nil {
+		// The decoder looks at the required fields of a oneof's first member only.
+		err = proto.CheckInitialized(m)
+	}
 	switch {
 	case t.err == io.EOF && t.read > 0:
 		return nil, io.ErrUnexpectedEOF
