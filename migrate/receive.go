@@ -351,10 +351,16 @@ func (h *receiveHalf) await(stall time.Duration) error {
 		backoff = rereadAfter
 		count   = h.count
 		since   = time.Now()
+		owed    = h.verified // the peer has ended the old stream, so its end is due
 	)
 	for h.state == receiveHandover {
 		if h.count != count {
 			count, since, again, backoff = h.count, time.Now(), rereads, rereadAfter
+		}
+		if !owed && h.ahead.len > 0 {
+			// One that has only the draft may do so much later than it acks, namely when
+			// its application has read what we sent. It writes to the new stream then.
+			owed, since = true, time.Now()
 		}
 		if h.ended != nil {
 			if again == 0 {
@@ -373,16 +379,19 @@ func (h *receiveHalf) await(stall time.Duration) error {
 		switch {
 		case h.starved || h.ready.len+readChunk > maxDrained:
 			since = time.Now() // for want of memory here, the path is not to blame
-		case quiet >= stall:
+		case owed && quiet >= stall:
 			h.failLocked(reset(errStalled))
 			continue
 		case quiet >= stallNotice && !h.aheadOn && h.ahead.len == 0:
 			h.aheadOn = true
 			go h.readAhead(h.next)
 		}
-		wake := since.Add(stallNotice)
-		if quiet >= stallNotice {
+		var wake time.Time
+		if owed {
 			wake = since.Add(stall)
+		}
+		if notice := since.Add(stallNotice); time.Since(notice) < 0 && (!owed || notice.Before(wake)) {
+			wake = notice
 		}
 		h.changed.wait(&h.mu, wake)
 	}
@@ -433,22 +442,32 @@ func (h *receiveHalf) drain() {
 func (h *receiveHalf) readAhead(next network.Stream) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.state == receiveHandover && h.ahead.len < maxAhead && h.budget.reserve(readChunk) == nil {
+	for h.state == receiveHandover && h.ahead.len < maxAhead {
+		buf := make([]byte, min(readChunk, maxAhead-h.ahead.len))
+		if h.budget.reserve(len(buf)) != nil {
+			break
+		}
 		h.mu.Unlock()
-		buf := make([]byte, readChunk)
 		n, err := next.Read(buf)
 		h.mu.Lock()
-		h.budget.release(readChunk - n)
+		h.budget.release(len(buf) - n)
 		switch {
 		case h.state == receiveFailed:
 			h.budget.release(n)
 			return
 		case h.cur == next: // switched meanwhile: this is an ordinary Read now
+			if h.closed {
+				h.budget.release(n)
+				n = 0
+			}
 			h.ready.add(buf[:n])
 			h.give(next, n, err)
 			return
 		}
-		h.ahead.add(buf[:n])
+		if n > 0 {
+			h.ahead.add(buf[:n])
+			h.changed.broadcast()
+		}
 		if err == io.EOF {
 			break // next reports it again
 		}
