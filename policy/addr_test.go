@@ -100,9 +100,12 @@ func TestSetAddr(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := Candidate{Transport: tt.transport, Relayed: tt.relayed, Reach: tt.reach, IPVersion: tt.ipVersion}
+			want := Candidate{Remote: Addr(tt.addr), Transport: tt.transport, Relayed: tt.relayed, Reach: tt.reach, IPVersion: tt.ipVersion}
 			var got Candidate
 			got.SetAddr(addr)
+			if got.Remote != want.Remote {
+				t.Errorf("got remote address %q, want the one given", got.Remote)
+			}
 			if got != want {
 				t.Errorf("got transport %v, relayed %t, reach %v, IP version %d; want %v, %t, %v, %d",
 					got.Transport, got.Relayed, got.Reach, got.IPVersion, tt.transport, tt.relayed, tt.reach, tt.ipVersion)
@@ -113,13 +116,79 @@ func TestSetAddr(t *testing.T) {
 
 func TestSetAddrOverwritesWhatFollowsFromTheAddressAndNothingElse(t *testing.T) {
 	c := Candidate{
-		ID: "c", Transport: QUIC, Relayed: true, Reach: Loopback, IPVersion: 6,
-		Limited: true, Age: time.Second, RTT: time.Second, Streams: 3, Labelled: 2, Pinned: 1, Bytes: 7, Incumbent: true,
+		ID: "c", Remote: "/ip6/::1", Transport: QUIC, Relayed: true, Reach: Loopback, IPVersion: 6,
+		Local: "/ip6/::1", Interface: "lo", Limited: true, Age: time.Second, RTT: time.Second, Throughput: 1, Streams: 3, Labelled: 2, Pinned: 1, Bytes: 7, Incumbent: true,
 	}
 	want := c
+	want.Remote = ""
 	want.Transport, want.Relayed, want.Reach, want.IPVersion = OtherTransport, false, UnknownReach, 0
 	if c.SetAddr(nil); c != want {
 		t.Errorf("after SetAddr(nil): %+v, want %+v", c, want)
+	}
+}
+
+func TestSetLocalAddr(t *testing.T) {
+	for _, tt := range []struct{ addr, zone string }{
+		{"/ip4/192.0.2.1/tcp/4001", ""},
+		{"/ip4/0.0.0.0/udp/4001/quic-v1", ""},
+		{"/ip6zone/wwan0/ip6/fe80::1/tcp/4001", "wwan0"},
+		{"", ""},
+	} {
+		t.Run(tt.addr, func(t *testing.T) {
+			var addr ma.Multiaddr // "" is none
+			if tt.addr != "" {
+				addr = ma.StringCast(tt.addr)
+			}
+			got := Candidate{ID: "c", Remote: "/ip4/192.0.2.2", Local: "/ip4/192.0.2.3", Interface: "eth0"}
+			want := Candidate{ID: "c", Remote: "/ip4/192.0.2.2", Local: Addr(tt.addr), Interface: tt.zone}
+			if got.SetLocalAddr(addr); got != want {
+				t.Errorf("got %+v, want %+v", got, want)
+			}
+		})
+	}
+}
+
+func TestAddrIP(t *testing.T) {
+	for addr, want := range map[Addr]string{
+		"/ip4/192.0.2.1/tcp/4001":                  "192.0.2.1",
+		"/ip4/192.0.2.1":                           "192.0.2.1",
+		"/ip4/192.0.2.1/tcp/4001" + relayPart:      "192.0.2.1",
+		"/ip6/2001:db8::1/udp/4001/quic-v1":        "2001:db8::1",
+		"/ip6/::ffff:192.0.2.1/tcp/4001":           "192.0.2.1",
+		"/ip6zone/eth0/ip6/fe80::1/udp/1/quic-v1":  "fe80::1",
+		"/ip6zone/eth0":                            "invalid IP",
+		"/dns4/example.com/tcp/4001/ip4/192.0.2.1": "invalid IP",
+		"/memory/7":          "invalid IP",
+		"/ip4/example.com":   "invalid IP",
+		"/ip4cidr/192.0.2.1": "invalid IP",
+		"192.0.2.1":          "invalid IP",
+		"":                   "invalid IP",
+	} {
+		if got := addr.IP().String(); got != want {
+			t.Errorf("IP of %q: %s, want %s", addr, got, want)
+		}
+	}
+}
+
+func TestAddrHasPrefix(t *testing.T) {
+	const addr = Addr("/ip4/192.0.2.1/tcp/4001/ws")
+	for prefix, want := range map[Addr]bool{
+		"/ip4/192.0.2.1":                         true,
+		"/ip4/192.0.2.1/tcp/4001":                true,
+		"/ip4/192.0.2.1/tcp/4001/ws":             true,
+		"/ip4/192.0.2.1/tcp/4001/wss":            false,
+		"/ip4/192.0.2.1/tcp/4001/w":              false,
+		"/ip4/192.0.2.1/tcp/400":                 false,
+		"/ip4/192.0.2.1/tcp/4001/ws/p2p-circuit": false,
+		"/ip4/192.0.2.10":                        false,
+		"/tcp/4001":                              false,
+	} {
+		if got := addr.HasPrefix(prefix); got != want {
+			t.Errorf("%q has prefix %q: %t, want %t", addr, prefix, got, want)
+		}
+	}
+	if Addr("").HasPrefix("/ip4/192.0.2.1") {
+		t.Error("no address has a prefix")
 	}
 }
 

@@ -14,9 +14,12 @@ type Candidate struct {
 	// that of every other candidate in the same ranking.
 	ID string
 
-	// Transport, Relayed, Reach and IPVersion follow from the remote address:
-	// see SetAddr.
+	// Remote, Transport, Relayed, Reach and IPVersion follow from the remote
+	// address: see SetAddr.
 
+	// Remote is the address of the other end. It begins with that of the
+	// relay for a relayed connection.
+	Remote Addr
 	// Transport carries the connection; for a relayed one, the transport to
 	// the relay.
 	Transport Transport
@@ -30,6 +33,14 @@ type Candidate struct {
 	// the way to the relay.
 	IPVersion int
 
+	// Local is the address of this end; for a relayed connection, on the way
+	// to the relay. See SetLocalAddr.
+	Local Addr
+	// Interface is the name of the network interface that Local belongs to,
+	// as the operating system has it. "": not known. A policy asks for it with
+	// Use.Interface.
+	Interface string
+
 	// Limited is whether the connection may end after a time or an amount of
 	// data that the relay sets (network.ConnStats.Limited). A relayed
 	// connection need not be.
@@ -40,8 +51,14 @@ type Candidate struct {
 	// ranking at the same instant. 0: not known.
 	Age time.Duration
 	// RTT is the round-trip time to the peer itself, not to a relay between,
-	// and smoothed over several measurements. 0 or less: not known.
+	// and smoothed over several measurements. 0 or less: not known. A policy
+	// asks for it with Use.RTT.
 	RTT time.Duration
+	// Throughput is what the connection was measured to carry while there was
+	// more to send than it took, in bytes per second, smoothed over several
+	// measurements. The mean over idle time is no such measurement. 0: not
+	// known. A policy asks for it with Use.Throughput.
+	Throughput uint64
 
 	// Streams is the number of open streams, of any kind. Labelled of them
 	// are labelled. Pinned of them cannot migrate.

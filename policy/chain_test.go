@@ -1,10 +1,14 @@
 package policy
 
 import (
+	"net/netip"
 	"reflect"
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	ma "github.com/multiformats/go-multiaddr"
 )
 
 func TestChainJudgesEachLoserAgainstTheWinner(t *testing.T) {
@@ -36,6 +40,33 @@ func TestChainWithoutRulesRanksByID(t *testing.T) {
 		if got := ranking.Decisions[i].String(); got != want {
 			t.Errorf("decision %q, want %q", got, want)
 		}
+	}
+}
+
+func TestTiesStayWithTheIncumbent(t *testing.T) {
+	candidates := []Candidate{{ID: "c"}, {ID: "b", Incumbent: true}, {ID: "a"}}
+	for name, tt := range map[string]struct {
+		policy    Policy
+		decisions []string // on a and on c
+	}{
+		"chain": {Chain(Direct()),
+			[]string{"rule incumbent: true over false", "rule incumbent: true over false"}},
+		"weighted": {Weighted(Times(Direct(), 3)),
+			[]string{"equal scores of 300, rule incumbent: true over false", "equal scores of 300, rule incumbent: true over false"}},
+		"function": {Func("none", func(a, b Candidate) int { return 0 }),
+			[]string{"rule incumbent: true over false", "rule incumbent: true over false"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ranking := tt.policy.Rank(candidates)
+			if got := ids(ranking.Order); got != "bac" {
+				t.Errorf("order %q, want %q: the incumbent, then by ID", got, "bac")
+			}
+			for i, want := range tt.decisions {
+				if got := ranking.Decisions[i].String(); got != want {
+					t.Errorf("decision %q, want %q", got, want)
+				}
+			}
+		})
 	}
 }
 
@@ -77,7 +108,7 @@ func mixed() []Candidate {
 }
 
 func TestRankingIsIndependentOfTheOrderOfItsInput(t *testing.T) {
-	for _, policy := range append(singles(), Default(), Chain()) {
+	for _, policy := range append(somePolicies(), Chain(), Weighted()) {
 		t.Run(policy.String(), func(t *testing.T) {
 			want := policy.Rank(mixed())
 			permutations(mixed(), func(candidates []Candidate) {
@@ -102,14 +133,31 @@ func TestRankLeavesItsInputAlone(t *testing.T) {
 	}
 }
 
-// singles returns a chain of each single rule.
-func singles() []Policy {
-	var policies []Policy
-	for _, rule := range []Rule{
-		Unlimited(), Direct(), ReachOrder(), ReachOrder(Public), TransportOrder(), TransportOrder(TCP, QUIC),
-		PinnedStreams(), RTTBand(), MoreStreams(), Older(),
-	} {
-		policies = append(policies, Chain(rule))
+// someRules returns each rule of this package, with the arguments that matter.
+func someRules() []Scored {
+	return []Scored{
+		Unlimited(), Direct(), Incumbent(),
+		ReachOrder(), ReachOrder(Public), ReachOrder(UnknownReach, Public),
+		TransportOrder(), TransportOrder(TCP, QUIC), TransportOrder(OtherTransport),
+		IPVersionOrder(), IPVersionOrder(4), IPVersionOrder(0, 4, 6),
+		DirectionOrder(), DirectionOrder(network.DirInbound),
+		PinnedStreams(), MoreStreams(), Older(), Younger(), RTTBand(), ThroughputBand(),
+		Prefer(RemoteIn(netip.MustParsePrefix("10.0.0.0/8"))),
+		Prefer(LocalIn(netip.MustParsePrefix("fd00::/8")), OnInterface("wwan0")),
+		Never(RemotePrefix(ma.StringCast("/ip4/10.0.0.1/tcp/4001"))),
+		Never(LocalPrefix(ma.StringCast("/ip4/10.0.0.1"))),
 	}
-	return policies
+}
+
+// somePolicies returns a chain of each single rule, a weighted policy of each,
+// Default, and weighted policies of several rules.
+func somePolicies() []Policy {
+	policies := []Policy{Default()}
+	var even, uneven []Term
+	for i, rule := range someRules() {
+		policies = append(policies, Chain(rule), Weighted(Times(rule, 7)))
+		even = append(even, Times(rule, 1))
+		uneven = append(uneven, Times(rule, uint16(i*i)))
+	}
+	return append(policies, Weighted(even...), Weighted(uneven...))
 }

@@ -1,7 +1,9 @@
 package policy_test
 
 import (
+	"cmp"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/go-portage/portage/policy"
@@ -26,4 +28,91 @@ func Example() {
 	// keep quic
 	// drop tcp by rule transport: quic over tcp
 	// drop relayed by rule unlimited: true over false
+}
+
+func ExampleParse() {
+	p, err := policy.Parse("chain(unlimited, direct, rtt, older)")
+	fmt.Println(p, err)
+	_, err = policy.Parse("chain(unlimited, direkt, rtt, older)")
+	fmt.Println(err)
+	// Output:
+	// chain(unlimited, direct, rtt, older) <nil>
+	// policy: column 18: there is no rule "direkt"; did you mean "direct"?
+	//   chain(unlimited, direkt, rtt, older)
+	//                    ^^^^^^
+	// known here: direct, direction, incumbent, ip, never, older, pinned, prefer, reach, rtt, streams, throughput, transport, unlimited, younger, default
+}
+
+func ExampleWeighted() {
+	p := policy.Weighted(policy.Times(policy.Direct(), 10), policy.Times(policy.RTTBand(), 50))
+	ranking := p.Rank([]policy.Candidate{
+		{ID: "direct", RTT: 200 * time.Millisecond},
+		{ID: "relayed", RTT: 20 * time.Millisecond, Relayed: true},
+	})
+	winner, _ := ranking.Winner()
+	fmt.Println(p, "keeps", winner.ID)
+	fmt.Println(ranking.Decisions[0])
+	// Output:
+	// weighted(direct*10, rtt*50) keeps relayed
+	// score 4000 over 3500, most by rule rtt: 20ms over 200ms
+}
+
+func ExampleFunc() {
+	// Candidate.Bytes counts for the relayed connections alone, and for all
+	// others not at all: they are equal, whatever they have carried.
+	spent := func(c policy.Candidate) uint64 {
+		if !c.Relayed {
+			return 0
+		}
+		return c.Bytes
+	}
+	cheap := policy.Func("cheap",
+		func(a, b policy.Candidate) int { return cmp.Compare(spent(b), spent(a)) },
+		policy.WithValue(func(c policy.Candidate) string { return fmt.Sprint(spent(c)) }))
+
+	p, err := policy.Parse("chain(unlimited, cheap, default)", cheap)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ranking := p.Rank([]policy.Candidate{
+		{ID: "relay 1", Relayed: true, Bytes: 1000, Age: time.Hour},
+		{ID: "relay 2", Relayed: true, Bytes: 300},
+	})
+	fmt.Println(ranking.Decisions[0])
+	// Output:
+	// rule cheap: 300 over 1000
+}
+
+func ExampleCheckRule() {
+	// Equal within 10 ms is no order: 10 equals 18, 18 equals 26, but 10 does
+	// not equal 26.
+	tolerant := policy.Func("tolerant", func(a, b policy.Candidate) int {
+		if difference := b.RTT - a.RTT; difference.Abs() > 10*time.Millisecond {
+			return cmp.Compare(difference, 0)
+		}
+		return 0
+	})
+	err := policy.CheckRule(tolerant,
+		policy.Candidate{ID: "a", RTT: 10 * time.Millisecond},
+		policy.Candidate{ID: "b", RTT: 18 * time.Millisecond},
+		policy.Candidate{ID: "c", RTT: 26 * time.Millisecond})
+	problem, _, _ := strings.Cut(err.Error(), "\n")
+	fmt.Println(problem)
+	// Output:
+	// rule tolerant: a is equal to b and b is equal to c, but a is not equal to c:
+}
+
+func ExampleUses() {
+	for _, text := range []string{"default", "chain(unlimited, direct, older)"} {
+		p, err := policy.Parse(text)
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		fmt.Printf("%s: measure the RTT: %t\n", text, policy.Uses(p).RTT)
+	}
+	// Output:
+	// default: measure the RTT: true
+	// chain(unlimited, direct, older): measure the RTT: false
 }

@@ -2,8 +2,12 @@ package policy
 
 import (
 	"math"
+	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	ma "github.com/multiformats/go-multiaddr"
 )
 
 const ms = time.Millisecond
@@ -48,6 +52,25 @@ func TestRules(t *testing.T) {
 		{"a transport named twice counts where it is first", TransportOrder(TCP, QUIC, TCP),
 			Candidate{Transport: TCP}, Candidate{Transport: QUIC}, "rule transport: tcp over quic"},
 
+		{"IPv6 beats IPv4", IPVersionOrder(),
+			Candidate{IPVersion: 6}, Candidate{IPVersion: 4}, "rule ip: v6 over v4"},
+		{"an unknown IP version is last", IPVersionOrder(),
+			Candidate{IPVersion: 4}, Candidate{}, "rule ip: v4 over unknown"},
+		{"IP versions in an order of one's own", IPVersionOrder(4, 6),
+			Candidate{IPVersion: 4}, Candidate{IPVersion: 6}, "rule ip: v4 over v6"},
+		{"unknown named first", IPVersionOrder(0, 6),
+			Candidate{}, Candidate{IPVersion: 6}, "rule ip: unknown over v6"},
+
+		{"outbound beats inbound", DirectionOrder(),
+			Candidate{Direction: network.DirOutbound}, Candidate{Direction: network.DirInbound}, "rule direction: outbound over inbound"},
+		{"an unknown direction is last", DirectionOrder(),
+			Candidate{Direction: network.DirInbound}, Candidate{}, "rule direction: inbound over unknown"},
+		{"directions in an order of one's own", DirectionOrder(network.DirInbound),
+			Candidate{Direction: network.DirInbound}, Candidate{Direction: network.DirOutbound}, "rule direction: inbound over outbound"},
+
+		{"the incumbent stays", Incumbent(),
+			Candidate{Incumbent: true}, Candidate{Streams: 9}, "rule incumbent: true over false"},
+
 		{"pinned streams stay", PinnedStreams(),
 			Candidate{Pinned: 2}, Candidate{Pinned: 1, Streams: 9}, "rule pinned: 2 over 1"},
 		{"fewer streams have to move", MoreStreams(),
@@ -59,6 +82,41 @@ func TestRules(t *testing.T) {
 			Candidate{Age: time.Hour + 1}, Candidate{Age: time.Hour}, "rule older: 1h0m0.000000001s over 1h0m0s"},
 		{"an unknown age is last", Older(),
 			Candidate{Age: 1}, Candidate{}, "rule older: 1ns over unknown"},
+
+		{"younger beats older", Younger(),
+			Candidate{Age: time.Second}, Candidate{Age: 2 * time.Minute}, "rule younger: 1s over 2m0s"},
+		{"an unknown age is last there too", Younger(),
+			Candidate{Age: math.MaxInt64}, Candidate{}, "rule younger: 2562047h47m16.854775807s over unknown"},
+
+		{"a prefix of the remote address", Prefer(RemoteIn(netip.MustParsePrefix("10.0.0.0/8"))),
+			Candidate{Remote: "/ip4/10.1.2.3/tcp/1"}, Candidate{Remote: "/ip4/11.0.0.1/tcp/1", Local: "/ip4/10.0.0.1/tcp/1"},
+			"rule prefer: cidr 10.0.0.0/8 over no match"},
+		{"an unknown address is in no prefix", Prefer(RemoteIn(netip.MustParsePrefix("0.0.0.0/0"))),
+			Candidate{Remote: "/ip4/10.1.2.3/tcp/1"}, Candidate{}, "rule prefer: cidr 0.0.0.0/0 over no match"},
+		{"IPv4 is not in an IPv6 prefix", Prefer(RemoteIn(netip.MustParsePrefix("::/0"))),
+			Candidate{Remote: "/ip6/fd00::1/tcp/1"}, Candidate{Remote: "/ip4/10.0.0.1/tcp/1"}, "rule prefer: cidr ::/0 over no match"},
+		{"a zone does not hide an address", Prefer(RemoteIn(netip.MustParsePrefix("fe80::/10"))),
+			Candidate{Remote: "/ip6zone/eth0/ip6/fe80::1/tcp/1"}, Candidate{Remote: "/ip6/fd00::1/tcp/1"},
+			"rule prefer: cidr fe80::/10 over no match"},
+		{"a prefix counts without its other bits", Prefer(RemoteIn(netip.MustParsePrefix("10.9.9.9/8"))),
+			Candidate{Remote: "/ip4/10.1.2.3/tcp/1"}, Candidate{}, "rule prefer: cidr 10.0.0.0/8 over no match"},
+		{"a prefix of IPv4 inside IPv6 is one of IPv4", Prefer(RemoteIn(netip.MustParsePrefix("::ffff:10.0.0.0/104"))),
+			Candidate{Remote: "/ip6/::ffff:10.1.2.3/tcp/1"}, Candidate{}, "rule prefer: cidr 10.0.0.0/8 over no match"},
+		{"a prefix of the local address", Never(LocalIn(netip.MustParsePrefix("10.0.0.0/8"))),
+			Candidate{Remote: "/ip4/10.1.2.3/tcp/1"}, Candidate{Local: "/ip4/10.1.2.3/tcp/1"},
+			"rule never: no match over local cidr 10.0.0.0/8"},
+		{"a remote multiaddr", Never(RemotePrefix(ma.StringCast("/ip4/192.0.2.1/tcp/4001"))),
+			Candidate{Remote: "/ip4/192.0.2.1/udp/4001/quic-v1", Local: "/ip4/192.0.2.1/tcp/4001"}, Candidate{Remote: "/ip4/192.0.2.1/tcp/4001/ws"},
+			"rule never: no match over addr /ip4/192.0.2.1/tcp/4001"},
+		{"a local multiaddr", Prefer(LocalPrefix(ma.StringCast("/ip4/192.0.2.1"))),
+			Candidate{Local: "/ip4/192.0.2.1/tcp/4001"}, Candidate{Remote: "/ip4/192.0.2.1/tcp/4001", Local: "/ip4/192.0.2.10/tcp/4001"},
+			"rule prefer: local addr /ip4/192.0.2.1 over no match"},
+		{"never this interface", Never(OnInterface("wwan0")),
+			Candidate{Interface: "wwan01"}, Candidate{Interface: "wwan0"}, "rule never: no match over interface wwan0"},
+		{"an interface that is not known is none", Prefer(OnInterface("eth 0")),
+			Candidate{Interface: "eth 0"}, Candidate{}, "rule prefer: interface \"eth 0\" over no match"},
+		{"any of the matches, and the first that holds is shown", Prefer(OnInterface("eth0"), OnInterface("eth1"), LocalIn(netip.MustParsePrefix("::/0"))),
+			Candidate{Interface: "eth1", Local: "/ip6/::1"}, Candidate{Interface: "wwan0"}, "rule prefer: interface eth1 over no match"},
 
 		{"a lower RTT", RTTBand(),
 			Candidate{RTT: 20 * ms}, Candidate{RTT: 80 * ms}, "rule rtt: 20ms over 80ms"},
@@ -76,6 +134,23 @@ func TestRules(t *testing.T) {
 			Candidate{RTT: 35 * ms}, Candidate{RTT: 80 * ms, Incumbent: true}, "rule rtt: 35ms over 80ms (incumbent)"},
 		{"an incumbent of unknown RTT is last", RTTBand(),
 			Candidate{RTT: 80 * ms}, Candidate{Incumbent: true}, "rule rtt: 80ms over unknown"},
+
+		{"a higher throughput", ThroughputBand(),
+			Candidate{Throughput: 40e6}, Candidate{Throughput: 1500e3}, "rule throughput: 40 MB/s over 1.5 MB/s"},
+		{"the first band is all below 1 kB/s", ThroughputBand(),
+			Candidate{Throughput: 1000}, Candidate{Throughput: 999}, "rule throughput: 1 kB/s over 999 B/s"},
+		{"the second band ends at 2 kB/s", ThroughputBand(),
+			Candidate{Throughput: 2000}, Candidate{Throughput: 1999}, "rule throughput: 2 kB/s over 1.999 kB/s"},
+		{"the third band ends at 4 kB/s", ThroughputBand(),
+			Candidate{Throughput: 4000}, Candidate{Throughput: 3999}, "rule throughput: 4 kB/s over 3.999 kB/s"},
+		{"an unknown throughput is last", ThroughputBand(),
+			Candidate{Throughput: 1}, Candidate{}, "rule throughput: 1 B/s over unknown"},
+		{"the incumbent beats what carries a little more", ThroughputBand(),
+			Candidate{Throughput: 3e6, Incumbent: true}, Candidate{Throughput: 4e6}, "rule throughput: 3 MB/s (incumbent) over 4 MB/s"},
+		{"the incumbent yields to what carries much more", ThroughputBand(),
+			Candidate{Throughput: 12e6}, Candidate{Throughput: 3e6, Incumbent: true}, "rule throughput: 12 MB/s over 3 MB/s (incumbent)"},
+		{"an incumbent of unknown throughput is last", ThroughputBand(),
+			Candidate{Throughput: 1}, Candidate{Incumbent: true}, "rule throughput: 1 B/s over unknown"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := tt.rule.Compare(tt.better, tt.worse); got <= 0 {
@@ -110,6 +185,16 @@ func TestRulesThatDoNotTellApart(t *testing.T) {
 		{"an incumbent a band slower", RTTBand(), Candidate{RTT: 100 * ms, Incumbent: true}, Candidate{RTT: 66 * ms}},
 		{"nothing was measured", RTTBand(), Candidate{Incumbent: true}, Candidate{}},
 		{"an RTT below 0 is unknown", RTTBand(), Candidate{RTT: -ms}, Candidate{}},
+		{"an age below 0 is unknown to younger", Younger(), Candidate{Age: -1}, Candidate{}},
+		{"IP versions left out", IPVersionOrder(6), Candidate{IPVersion: 4}, Candidate{}},
+		{"there is no IPv5", IPVersionOrder(0, 4), Candidate{IPVersion: 5}, Candidate{}},
+		{"directions left out", DirectionOrder(network.DirInbound), Candidate{Direction: network.DirOutbound}, Candidate{}},
+		{"nor a third direction", DirectionOrder(network.DirUnknown), Candidate{Direction: 3}, Candidate{}},
+		{"throughputs within the first band", ThroughputBand(), Candidate{Throughput: 1}, Candidate{Throughput: 999}},
+		{"throughputs within a band", ThroughputBand(), Candidate{Throughput: 1024e3}, Candidate{Throughput: 2047e3}},
+		{"an incumbent of half the throughput", ThroughputBand(), Candidate{Throughput: 2e6, Incumbent: true}, Candidate{Throughput: 4e6}},
+		{"no throughput was measured", ThroughputBand(), Candidate{Incumbent: true}, Candidate{}},
+		{"one match or another", Never(OnInterface("eth0"), OnInterface("eth1")), Candidate{Interface: "eth0"}, Candidate{Interface: "eth1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := tt.rule.Compare(tt.a, tt.b); got != 0 {
@@ -150,4 +235,128 @@ func TestRTTNoiseDoesNotFlap(t *testing.T) {
 			t.Fatalf("path of %v: measured as %v, takes over from the incumbent measured as %v", rtt, low.RTT, high.RTT)
 		}
 	}
+}
+
+// What the doc comment of ThroughputBand promises.
+func TestThroughputTakesOverFromTheIncumbent(t *testing.T) {
+	rule := ThroughputBand()
+	for incumbent := uint64(100); incumbent < 1e10; incumbent += incumbent / 7 {
+		for challenger := uint64(100); challenger < 1e10; challenger += challenger / 9 {
+			takesOver := rule.Compare(Candidate{Throughput: challenger}, Candidate{Throughput: incumbent, Incumbent: true}) > 0
+			switch {
+			case takesOver && challenger <= 2*incumbent:
+				t.Fatalf("%v takes over from the incumbent's %v: not more than double", byteRate(challenger), byteRate(incumbent))
+			case takesOver && challenger < 2000:
+				t.Fatalf("%v takes over from the incumbent's %v, which tells nothing of the path", byteRate(challenger), byteRate(incumbent))
+			case !takesOver && challenger >= 4*incumbent && challenger >= 2000:
+				t.Fatalf("%v does not take over from the incumbent's %v: not less than four times", byteRate(challenger), byteRate(incumbent))
+			}
+		}
+	}
+}
+
+func TestThroughputNoiseDoesNotFlap(t *testing.T) {
+	// Two connections over one path, each measured anew a third too low or too
+	// high: whichever is the incumbent stays.
+	rule := ThroughputBand()
+	for throughput := uint64(3); throughput < 1e10; throughput += throughput / 3 {
+		low, high := Candidate{Throughput: throughput - throughput/3, Incumbent: true}, Candidate{Throughput: throughput + throughput/3}
+		if rule.Compare(high, low) > 0 {
+			t.Fatalf("path of %v: measured as %v, takes over from the incumbent measured as %v",
+				byteRate(throughput), byteRate(high.Throughput), byteRate(low.Throughput))
+		}
+	}
+}
+
+func TestByteRateString(t *testing.T) {
+	for rate, want := range map[byteRate]string{
+		0: "0 B/s", 999: "999 B/s", 1000: "1 kB/s", 1001: "1.001 kB/s", 1500: "1.5 kB/s", 999999: "999.999 kB/s",
+		1e6: "1 MB/s", 1000001: "1.000001 MB/s", 1234567890: "1.23456789 GB/s", 1e12: "1000 GB/s",
+		math.MaxUint64: "18446744073.709551615 GB/s",
+	} {
+		if got := rate.String(); got != want {
+			t.Errorf("%d B/s: %q, want %q", uint64(rate), got, want)
+		}
+	}
+}
+
+func TestScores(t *testing.T) {
+	const hour = time.Hour
+	for _, tt := range []struct {
+		rule      Scored
+		candidate Candidate
+		want      float64
+	}{
+		{Unlimited(), Candidate{}, 100},
+		{Unlimited(), Candidate{Limited: true}, 0},
+		{Direct(), Candidate{}, 100},
+		{Direct(), Candidate{Relayed: true}, 0},
+		{Incumbent(), Candidate{Incumbent: true}, 100},
+		{Incumbent(), Candidate{}, 0},
+		{TransportOrder(), Candidate{Transport: QUIC}, 100},
+		{TransportOrder(), Candidate{Transport: WebTransport}, 80},
+		{TransportOrder(), Candidate{Transport: WebSocket}, 20},
+		{TransportOrder(), Candidate{}, 0},
+		{TransportOrder(TCP, TCP, QUIC), Candidate{Transport: QUIC}, 50}, // the repetition does not count
+		{IPVersionOrder(), Candidate{IPVersion: 4}, 50},
+		{PinnedStreams(), Candidate{}, 0},
+		{PinnedStreams(), Candidate{Pinned: 1}, 10},
+		{PinnedStreams(), Candidate{Pinned: 2}, 20},
+		{PinnedStreams(), Candidate{Pinned: 3}, 20},
+		{PinnedStreams(), Candidate{Pinned: 511}, 90},
+		{PinnedStreams(), Candidate{Pinned: 512}, 100},
+		{PinnedStreams(), Candidate{Pinned: math.MaxInt}, 100},
+		{MoreStreams(), Candidate{Streams: -1}, 0},
+		{MoreStreams(), Candidate{Streams: 4}, 30},
+		{Older(), Candidate{}, 0},
+		{Older(), Candidate{Age: hour}, 50},
+		{Older(), Candidate{Age: 3 * hour}, 75},
+		{Younger(), Candidate{}, 0},
+		{Younger(), Candidate{Age: hour}, 50},
+		{Younger(), Candidate{Age: 3 * hour}, 25},
+		{Prefer(OnInterface("eth0")), Candidate{Interface: "eth0"}, 100},
+		{Prefer(OnInterface("eth0")), Candidate{}, 0},
+		{Never(OnInterface("eth0")), Candidate{Interface: "eth0"}, 0},
+		{Never(OnInterface("eth0")), Candidate{}, 100},
+		{RTTBand(), Candidate{}, 0},
+		{RTTBand(), Candidate{RTT: 5 * ms}, 100},
+		{RTTBand(), Candidate{RTT: 7 * ms}, 95},
+		{RTTBand(), Candidate{RTT: 7 * ms, Incumbent: true}, 100},
+		{RTTBand(), Candidate{RTT: 11 * time.Second}, 5},
+		{RTTBand(), Candidate{RTT: 11100 * ms}, 0},
+		{RTTBand(), Candidate{RTT: time.Hour}, 0},
+		{ThroughputBand(), Candidate{}, 0},
+		{ThroughputBand(), Candidate{Throughput: 999}, 0},
+		{ThroughputBand(), Candidate{Throughput: 999, Incumbent: true}, 5},
+		{ThroughputBand(), Candidate{Throughput: 1000}, 5},
+		{ThroughputBand(), Candidate{Throughput: 524e6}, 95},
+		{ThroughputBand(), Candidate{Throughput: 525e6}, 100},
+		{ThroughputBand(), Candidate{Throughput: math.MaxUint64, Incumbent: true}, 100},
+	} {
+		if got := tt.rule.Score(tt.candidate); got != tt.want {
+			t.Errorf("%v scores %v, want %v, for %+v", tt.rule, got, tt.want, tt.candidate)
+		}
+	}
+}
+
+func TestMatchesOfNothingPanic(t *testing.T) {
+	for name, build := range map[string]func(){
+		"remote CIDR":      func() { RemoteIn(netip.Prefix{}) },
+		"local CIDR":       func() { LocalIn(netip.Prefix{}) },
+		"remote multiaddr": func() { RemotePrefix(nil) },
+		"local multiaddr":  func() { LocalPrefix(nil) },
+		"interface":        func() { OnInterface("") },
+	} {
+		t.Run(name, func(t *testing.T) { mustPanic(t, build) })
+	}
+}
+
+func mustPanic(t *testing.T, f func()) {
+	t.Helper()
+	defer func() {
+		if recover() == nil {
+			t.Error("no panic: a mistake in a program goes unseen")
+		}
+	}()
+	f()
 }

@@ -1,0 +1,286 @@
+package migrate
+
+import (
+	"context"
+	"crypto/rand"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+)
+
+// Migrations that meet something: an unknown label, another migration, each other.
+
+// withLabelWait and withBusyWait shorten what an application cannot.
+func withLabelWait(d time.Duration) Option {
+	return func(c *config) error { c.labelWait = d; return nil }
+}
+
+func withBusyWait(d time.Duration) Option {
+	return func(c *config) error { c.busyWait = d; return nil }
+}
+
+// waiting waits until n Migrates wait for their labels.
+func (p *rawPeer) waiting(n int) {
+	p.t.Helper()
+	WaitFor(p.t, "the host to wait for a label", func() bool {
+		p.host.labels.mu.Lock()
+		defer p.host.labels.mu.Unlock()
+		pl := p.host.labels.peers[p.ID()]
+		return pl != nil && pl.nWaiting == n
+	})
+}
+
+// TestUnknownFrom is denied when its label has not come in time (L4, M3).
+func TestUnknownFrom(t *testing.T) {
+	for name, request := range map[string]func(id, from uint64) string{
+		"verified": migrateBytes, "draft-only": migrateDraftBytes,
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := meet(t, verified, withLabelWait(20*time.Millisecond))
+			start := time.Now()
+			u := p.opens(1, tMultistream, tMigration, request(p.fresh(), p.fresh()))
+			u.wants(tMultistream, tMigration, ackDenied)
+			require.GreaterOrEqual(t, time.Since(start), 20*time.Millisecond, "denied before the label could come")
+			u.wantsEOF()
+			p.nothingLeft()
+		})
+	}
+}
+
+// TestMigrateOvertakesLabel: a request that arrives before the label that it refers to
+// waits for it (L4).
+func TestMigrateOvertakesLabel(t *testing.T) {
+	p := meet(t, verified, withLabelWait(time.Hour))
+	label, id := p.fresh(), p.fresh()
+	next := p.opens(1, tMultistream, tMigration, migrateBytes(id, label))
+	p.waiting(1)
+	old := p.opens(0, tMultistream, tMigration, labelBytes(label), tMultistream, tEcho, "hello")
+	old.wants(tMultistream, tMigration, tMultistream, tEcho)
+	next.wants(tMultistream, tMigration, ackVerified)
+	next.sends(finalSizeBytes(5), ", again")
+	next.wants(finalSizeBytes(0))
+	old.wantsEOF()
+	s := p.accepted()
+	p.reads(s, "hello, again")
+	p.talk(s, next)
+	require.NoError(t, s.Close())
+	next.wantsEOF()
+	p.nothingLeft()
+}
+
+// TestTooManyUnknownFroms: a peer can have maxWaiting Migrates wait; one more is reset,
+// and other streams go on (L4).
+func TestTooManyUnknownFroms(t *testing.T) {
+	unlimited := libp2p.ResourceManager(&network.NullResourceManager{})
+	p := meeting{
+		kind: verified, opts: []Option{withLabelWait(time.Hour)}, rawOpts: unlimited, hostOpts: unlimited,
+	}.meet(t)
+	s, old := p.hostOpens()
+	for range maxWaiting {
+		p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), p.fresh()))
+	}
+	p.waiting(maxWaiting)
+	p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), p.fresh())).wantsReset(network.StreamRateLimited)
+	p.talk(s, old)
+
+	// A label that is known does not have to wait.
+	next := p.migrates(old)
+	next.sends(finalSizeBytes(1 + 4))
+	next.wants(finalSizeBytes(1 + 4))
+	p.talk(s, next)
+}
+
+// TestForeignFrom: a peer cannot migrate the stream of another, whatever its label, and
+// two peers may give the same one (L3).
+func TestForeignFrom(t *testing.T) {
+	p := meet(t, verified, withLabelWait(20*time.Millisecond))
+	// The other peer's labels are odd, too: its ID is the higher one.
+	var key crypto.PrivKey
+	for id := peer.ID(""); id < p.host.ID(); {
+		var err error
+		key, _, err = crypto.GenerateEd25519Key(rand.Reader)
+		require.NoError(t, err)
+		id, err = peer.IDFromPrivateKey(key)
+		require.NoError(t, err)
+	}
+	foreigner := &rawPeer{
+		Node: New(t, []Transport{TCP}, libp2p.Identity(key)),
+		t:    t, host: p.host, came: p.came, app: p.app, label: 1<<34 + 1,
+	}
+	foreigner.conns[0] = Dial(t, foreigner.Node, p.host.Host.(*Node), TCP)
+	s, old := foreigner.hostAccepts()
+
+	denied := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
+	denied.wants(tMultistream, tMigration, ackDenied)
+	foreigner.talk(s, old)
+
+	p.label = old.label - 2
+	s2, old2 := p.hostAccepts()
+	require.Equal(t, old.label, old2.label)
+	next := p.migrates(old2)
+	next.sends(finalSizeBytes(1))
+	next.wants(finalSizeBytes(1))
+	old2.wantsEOF()
+	p.talk(s2, next)
+	foreigner.talk(s, old)
+	require.Equal(t, old.label, s.Label())
+}
+
+// TestMigrateBeforeTheLastHasEnded waits for that, and is reset when it takes too long
+// (M2).
+func TestMigrateBeforeTheLastHasEnded(t *testing.T) {
+	// halfway is a migration of which the peer has yet to send 5 bytes on the old stream.
+	halfway := func(t *testing.T, opts ...Option) (p *rawPeer, s *Stream, old, next *rawStream) {
+		p = meet(t, verified, opts...)
+		s, old = p.hostOpens()
+		next = p.migrates(old)
+		next.sends(finalSizeBytes(1 + 5))
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		return
+	}
+	again := func(p *rawPeer, next *rawStream) *rawStream {
+		u := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), next.label))
+		u.label = p.label
+		return u
+	}
+	t.Run("in time", func(t *testing.T) {
+		p, s, old, next := halfway(t, withBusyWait(time.Hour))
+		third := again(p, next)
+		p.writes(s, "still second")
+		next.wants("still second")
+		old.sends("first")
+		next.sends("second")
+		third.wants(tMultistream, tMigration, ackVerified)
+		third.sends(finalSizeBytes(6), "third")
+		third.wants(finalSizeBytes(12))
+		next.wantsEOF()
+		p.reads(s, "firstsecondthird")
+		p.talk(s, third)
+		require.Equal(t, 2, s.Migrations())
+		require.Equal(t, []uint64{third.label}, p.labelled())
+		require.Equal(t, p.ends[0], s.Conn())
+	})
+	t.Run("too late", func(t *testing.T) {
+		p, s, old, next := halfway(t, withBusyWait(20*time.Millisecond))
+		again(p, next).wantsReset(network.StreamNoError)
+		old.sends("first")
+		p.reads(s, "first")
+		p.settled(s, next)
+		p.talk(s, next)
+	})
+	t.Run("not at all", func(t *testing.T) {
+		p, s, old, next := halfway(t, withBusyWait(time.Hour))
+		third := again(p, next)
+		require.NoError(t, next.Reset())
+		third.wants(tMultistream, tMigration, ackDenied)
+		old.wantsEOF()
+		p.failed(s)
+		p.nothingLeft()
+	})
+	t.Run("old label", func(t *testing.T) {
+		// The label from before a migration that has ended means nothing any more.
+		p, s, old, next := halfway(t, withLabelWait(20*time.Millisecond))
+		old.sends("first")
+		p.reads(s, "first")
+		p.settled(s, next)
+		u := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
+		u.wants(tMultistream, tMigration, ackDenied)
+		p.talk(s, next)
+	})
+}
+
+// TestOwnMigrationWaits: an application's Migrate during the peer's waits, too, and does
+// nothing where the stream is there by then.
+func TestOwnMigrationWaits(t *testing.T) {
+	p := meet(t, verified)
+	s, old := p.hostOpens()
+	next := p.migrates(old)
+	moved := p.hostMigrates(s)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	require.ErrorIs(t, p.host.Migrate(ctx, s, p.ends[1]), context.Canceled)
+	next.sends(finalSizeBytes(1))
+	next.wants(finalSizeBytes(1))
+	moved.is(nil)
+	require.Equal(t, 1, s.Migrations())
+	p.talk(s, next)
+}
+
+// TestBothMigrate: of two migrations of the same label at once, that of the lower peer
+// ID stands (M1).
+func TestBothMigrate(t *testing.T) {
+	for _, kind := range []struct {
+		name string
+		peerKind
+	}{{"verified", verified}, {"draft-only", draftOnly}} {
+		request, ack := migrateBytes, ackVerified
+		if kind.name == "draft-only" {
+			request, ack = migrateDraftBytes, ackDraft
+		}
+		t.Run(kind.name+", host lower", func(t *testing.T) {
+			p := meet(t, kind.peerKind)
+			s, old := p.hostOpens()
+			moved, next := p.asked(s)
+			theirs := p.opens(1, tMultistream, tMigration, request(p.fresh(), old.label))
+			theirs.wantsReset(network.StreamNoError)
+			p.talk(s, old)
+			// The peer answers, having dropped its own.
+			next.acks(ack)
+			if ack == ackVerified {
+				next.wants(finalSizeBytes(1 + 4))
+				next.sends(finalSizeBytes(1 + 4))
+			}
+			old.wantsEOF()
+			old.closesWrite()
+			moved.is(nil)
+			p.settled(s, next)
+			p.talk(s, next)
+		})
+		t.Run(kind.name+", host higher", func(t *testing.T) {
+			p := meeting{kind: kind.peerKind, hostHigher: true}.meet(t)
+			s, old := p.hostOpens()
+			moved, next := p.asked(s)
+			id := p.fresh()
+			theirs := p.opens(1, tMultistream, tMigration, request(id, old.label))
+			next.wantsReset(network.StreamNoError)
+			moved.is(ErrTryLater)
+			theirs.wants(tMultistream, tMigration, ack)
+			theirs.label = id
+			if ack == ackVerified {
+				theirs.sends(finalSizeBytes(1))
+				theirs.wants(finalSizeBytes(1))
+			}
+			old.closesWrite()
+			old.wantsEOF()
+			p.settled(s, theirs)
+			p.talk(s, theirs)
+			require.NoError(t, s.Close())
+			theirs.wantsEOF()
+			p.nothingLeft()
+		})
+	}
+	t.Run("host higher, and acked already", func(t *testing.T) {
+		// The peer has answered ours, and then asks itself: for it, M2 holds.
+		p := meeting{kind: verified, hostHigher: true, opts: []Option{withBusyWait(time.Hour)}}.meet(t)
+		s, _ := p.hostOpens()
+		moved, next := p.asked(s)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		theirs := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), next.label))
+		next.sends(finalSizeBytes(1))
+		moved.is(nil)
+		theirs.wants(tMultistream, tMigration, ackVerified)
+		theirs.sends(finalSizeBytes(0))
+		theirs.wants(finalSizeBytes(0))
+		p.talk(s, theirs)
+		require.Equal(t, 2, s.Migrations())
+	})
+}

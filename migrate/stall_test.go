@@ -1,0 +1,254 @@
+package migrate
+
+import (
+	"context"
+	"io"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+)
+
+// Peers that stall: they cost bounded memory, and no other stream's progress (M4).
+
+// kept returns how much of the new stream, and of the old one, the host keeps for
+// the application.
+func (p *rawPeer) kept(s *Stream) (ahead, ready int) {
+	s.recv.mu.Lock()
+	defer s.recv.mu.Unlock()
+	return s.recv.ahead.len, s.recv.ready.len
+}
+
+// TestPeerThatNeverSendsFinalSize: it has acked, and goes no further. The old stream
+// serves the direction from the peer on, the caller is not held up beyond its context,
+// and a Reset frees everything (S10, M4).
+func TestPeerThatNeverSendsFinalSize(t *testing.T) {
+	t.Run("responder", func(t *testing.T) { // the peer is
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		other, otherEnd := p.hostOpens()
+		ctx, cancel := context.WithCancel(context.Background())
+		moved := make(chan error, 1)
+		go func() { moved <- p.host.Migrate(ctx, s, p.ends[1]) }()
+		next := p.arrives()
+		next.wantsMigrate(old.label)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		cancel()
+		require.ErrorIs(t, take(t, moved, "Migrate to return"), context.Canceled)
+
+		p.writes(s, "new")
+		next.wants("new")
+		old.sends("old")
+		p.reads(s, "old")
+		p.talk(other, otherEnd)
+		require.NoError(t, s.Reset())
+		next.wantsReset(network.StreamNoError)
+		require.NoError(t, other.Reset())
+		p.nothingLeft()
+	})
+	t.Run("initiator", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		other, otherEnd := p.hostOpens()
+		next := p.migrates(old)
+		p.talk(s, old)
+		p.talk(other, otherEnd)
+		require.NoError(t, s.Reset())
+		next.wantsReset(network.StreamNoError)
+		old.wantsReset(network.StreamNoError)
+		require.NoError(t, other.Reset())
+		p.nothingLeft()
+	})
+	t.Run("initiator, closed", func(t *testing.T) {
+		// S7: the Close waits for the exchange; that the peer ends it is enough.
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		next := p.migrates(old)
+		require.NoError(t, s.Close())
+		old.wantsEOF()
+		require.NoError(t, next.Reset())
+		p.nothingLeft()
+	})
+}
+
+// TestPeerThatNeverAnswers: the stream goes on where it is for as long as it takes (S10),
+// and a Reset frees everything.
+func TestPeerThatNeverAnswers(t *testing.T) {
+	p := meet(t, verified)
+	s, old := p.hostOpens()
+	ctx, cancel := context.WithCancel(context.Background())
+	moved := make(chan error, 1)
+	go func() { moved <- p.host.Migrate(ctx, s, p.ends[1]) }()
+	next := p.arrives()
+	next.wantsMigrate(old.label)
+	cancel()
+	require.ErrorIs(t, take(t, moved, "Migrate to return"), context.Canceled)
+	p.talk(s, old)
+	require.NoError(t, s.Reset())
+	next.wantsReset(network.StreamNoError)
+	old.wantsReset(network.StreamNoError)
+	p.nothingLeft()
+}
+
+// TestStall: a peer that has told how much is still to come on the old stream, and does
+// not send it: both streams are reset (M4, S8).
+func TestStall(t *testing.T) {
+	for _, role := range []string{"initiator", "responder"} {
+		t.Run(role, func(t *testing.T) {
+			p := meet(t, verified, WithStallTimeout(50*time.Millisecond))
+			s, old := p.hostOpens()
+			other, otherEnd := p.hostOpens()
+			var next *rawStream
+			if role == "initiator" {
+				_, next = p.asked(s)
+				next.acks(ackVerified)
+			} else {
+				next = p.migrates(old)
+			}
+			next.sends(finalSizeBytes(1 + 5))
+			next.wants(finalSizeBytes(1))
+			old.sends("abc")
+			require.Equal(t, "abc", p.readsEnd(s, network.ErrReset))
+			next.wantsReset(network.StreamNoError)
+			p.failed(s)
+			p.talk(other, otherEnd)
+			require.NoError(t, other.Reset())
+			p.nothingLeft()
+		})
+	}
+}
+
+// TestStallFillsNothing: a peer that writes to the new stream while it owes data on the
+// old one. The host reads a bounded part of it ahead, so that it takes little of the
+// window that all streams of a QUIC connection share, and then lets it wait; other
+// streams of that connection go on, and the data come in order in the end (M4, S4).
+func TestStallFillsNothing(t *testing.T) {
+	p := meet(t, verified)
+	s, old := p.hostOpens()
+	next := p.migrates(old)
+	next.sends(finalSizeBytes(1 + 5))
+	next.wants(finalSizeBytes(1))
+	data := strings.Repeat("0123456789abcdef", 64<<10) // 1 MiB
+	written := make(chan error, 1)
+	go func() {
+		_, err := io.WriteString(next, data)
+		written <- err
+	}()
+	WaitFor(t, "the new stream to be read ahead", func() bool {
+		ahead, _ := p.kept(s)
+		return ahead == maxAhead
+	})
+	// Another stream on the new connection.
+	p.host.cfg.selector = func(context.Context, peerID) network.Conn { return p.ends[1] }
+	ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+	require.NoError(t, err)
+	p.writes(ns.(*Stream), "hello")
+	u := p.arrives()
+	u.wants(tMultistream, tMigration, labelBytes(ns.(*Stream).Label()), tMultistream, tEcho, "hello")
+	u.sends(tMultistream, tMigration, tMultistream, tEcho, strings.Repeat("x", 100<<10))
+	p.reads(ns.(*Stream), strings.Repeat("x", 100<<10))
+
+	ahead, ready := p.kept(s)
+	require.Equal(t, maxAhead, ahead, "read ahead without a bound")
+	require.Zero(t, ready)
+	require.Equal(t, int64(maxAhead+5), s.Scope().Stat().Memory,
+		"what is read ahead has to be reserved, and what the Read on the old stream will bring")
+
+	old.sends("first")
+	p.reads(s, "first"+data)
+	require.NoError(t, take(t, written, "the peer to write"))
+	require.Zero(t, s.Scope().Stat().Memory)
+	p.talk(s, next)
+}
+
+// TestPeerThatNeverReads: a Write that is blocked on the old stream is called out, and
+// goes on on the new one, at the exact byte; nothing is buffered on the way, and other
+// streams go on (S2, M4).
+func TestPeerThatNeverReads(t *testing.T) {
+	onBothTransports(t, func(t *testing.T, m meeting) {
+		m.kind = verified
+		p := m.meet(t)
+		s, old := p.hostOpens()
+		other, otherEnd := p.hostOpens()
+		data := make([]byte, 8<<20)
+		for i := range data {
+			data[i] = byte(i >> (i % 3 * 8))
+		}
+		wrote := make(chan error, 1)
+		go func() {
+			_, err := s.Write(data)
+			wrote <- err
+		}()
+		WaitFor(t, "the Write to be inside the old stream", func() bool {
+			s.send.mu.Lock()
+			defer s.send.mu.Unlock()
+			return s.send.inside
+		})
+		moved, next := p.asked(s)
+		next.acks(ackVerified)
+		final := next.finalSize()
+		next.sends(finalSizeBytes(1))
+		moved.is(nil)
+		p.talk(other, otherEnd)
+		select {
+		case err := <-wrote:
+			t.Fatalf("8 MiB were written to a peer that does not read: %v", err)
+		default:
+		}
+		require.Zero(t, s.Scope().Stat().Memory)
+
+		// It reads after all: the old stream to its end, then the new one.
+		got, err := io.ReadAll(old.r)
+		require.NoError(t, err)
+		require.Len(t, got, int(final-1), "the final size is not what the old stream carried")
+		rest := make([]byte, len(data)-len(got))
+		_, err = io.ReadFull(next.r, rest)
+		require.NoError(t, err)
+		require.NoError(t, take(t, wrote, "the Write to end"))
+		require.True(t, string(append(got, rest...)) == string(data), "the bytes differ")
+		p.talk(s, next)
+	})
+}
+
+// TestDraftResponderInNoHurry: a draft-only responder ends the old stream when its
+// application has read what was sent, which may take any time: that is no stall.
+func TestDraftResponderInNoHurry(t *testing.T) {
+	p := meet(t, draftOnly, WithStallTimeout(time.Millisecond))
+	s, old := p.hostOpens()
+	moved, next := p.asked(s)
+	next.acks(ackDraft)
+	old.wantsEOF()
+	// Longer than the stall timeout: the notice of a quiet old stream comes after it.
+	WaitFor(t, "the host to notice that the old stream is quiet", func() bool {
+		s.recv.mu.Lock()
+		defer s.recv.mu.Unlock()
+		return s.recv.aheadOn
+	})
+	old.sends("old")
+	old.closesWrite()
+	next.sends("new")
+	p.reads(s, "oldnew")
+	moved.is(nil)
+	p.talk(s, next)
+}
+
+// TestDraftResponderThatStalls: one that writes to the new stream has ended the old one,
+// or never will (M4).
+func TestDraftResponderThatStalls(t *testing.T) {
+	p := meet(t, draftOnly, WithStallTimeout(50*time.Millisecond))
+	s, old := p.hostOpens()
+	moved, next := p.asked(s)
+	next.acks(ackDraft)
+	old.wantsEOF()
+	next.sends("new")
+	next.wantsReset(network.StreamNoError)
+	moved.is(network.ErrReset)
+	p.readsEnd(s, network.ErrReset)
+	p.nothingLeft()
+}

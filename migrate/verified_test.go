@@ -1,0 +1,601 @@
+package migrate
+
+import (
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+)
+
+// The verified handover (S12) with a scripted peer: what FinalSize says, and what the old
+// stream brings, agree or do not.
+
+// migrates has the peer ask to migrate old to the new connection. The host has acked,
+// and waits for the peer's final size.
+func (p *rawPeer) migrates(old *rawStream) *rawStream {
+	p.t.Helper()
+	id := p.fresh()
+	next := p.opens(1, tMultistream, tMigration, migrateBytes(id, old.label))
+	next.label = id
+	next.wants(tMultistream, tMigration, ackVerified)
+	return next
+}
+
+// handingOver is a migration at the point where the host has told its final size, and
+// waits for that of the peer (initiator) or has read it (responder).
+type handingOver struct {
+	p         *rawPeer
+	s         *Stream
+	old, next *rawStream
+}
+
+// bothRoles runs the test with the host as the initiator and as the responder. Before,
+// one byte was sent either way on the old stream, by hostOpens, and the peer has sent
+// what extra says. final is the final size that the peer tells.
+func bothRoles(t *testing.T, extra string, final uint64, test func(t *testing.T, h handingOver)) {
+	t.Run("initiator", func(t *testing.T) { // the host is
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		old.sends(extra)
+		_, next := p.asked(s)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		next.sends(finalSizeBytes(final))
+		test(t, handingOver{p, s, old, next})
+	})
+	t.Run("responder", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		old.sends(extra)
+		next := p.migrates(old)
+		next.sends(finalSizeBytes(final))
+		test(t, handingOver{p, s, old, next})
+	})
+}
+
+// isReset checks that the host has reset both streams, and that the application sees it
+// at both halves (S8).
+func (h handingOver) isReset(code network.StreamErrorCode) {
+	h.p.t.Helper()
+	h.next.wantsReset(code)
+	h.p.readsEnd(h.s, network.ErrReset)
+	h.p.failed(h.s)
+	h.p.nothingLeft()
+}
+
+// TestVerifiedResponder: the host answers with its own final size as soon as it has the
+// peer's, and does not wait for the end of the old stream (S3, S4, S12).
+func TestVerifiedResponder(t *testing.T) {
+	onBothTransports(t, func(t *testing.T, m meeting) {
+		m.kind = verified
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+			next := p.migrates(old)
+			// Until the final size comes, the ack may have been lost (S3).
+			p.writes(s, "old still")
+			old.wants("old still")
+			next.sends(finalSizeBytes(1+9+8), "first of new")
+			next.wants(finalSizeBytes(1 + 9))
+			old.wantsEOF()
+			p.writes(s, "new")
+			next.wants("new")
+			old.sends("old data ", "and last")
+			p.reads(s, "old data and lastfirst of new")
+			// No EOF came on the old stream, and none is needed.
+			p.settled(s, next)
+			p.talk(s, next)
+			next.closesWrite()
+			p.readsEnd(s, io.EOF)
+			require.NoError(t, s.Close())
+			next.wantsEOF()
+			p.nothingLeft()
+		})
+	})
+}
+
+// TestVerifiedInitiator: the same with the roles changed.
+func TestVerifiedInitiator(t *testing.T) {
+	onBothTransports(t, func(t *testing.T, m meeting) {
+		m.kind = verified
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+			moved, next := p.asked(s)
+			p.writes(s, "old until the ack")
+			old.wants("old until the ack")
+			next.acks(ackVerified)
+			next.wants(finalSizeBytes(1 + 17))
+			old.wantsEOF()
+			p.writes(s, "new")
+			next.wants("new")
+			old.sends("old data ")
+			p.reads(s, "old data ")
+			next.sends(finalSizeBytes(1+9+8), "first of new")
+			old.sends("and last")
+			p.reads(s, "and lastfirst of new")
+			moved.is(nil)
+			p.settled(s, next)
+			p.talk(s, next)
+			next.closesWrite()
+			p.readsEnd(s, io.EOF)
+			require.NoError(t, s.Close())
+			next.wantsEOF()
+			p.nothingLeft()
+		})
+	})
+}
+
+// TestVerifiedNeverReadingSide: the host reads the old stream although the application
+// does not (S4).
+func TestVerifiedNeverReadingSide(t *testing.T) {
+	data := strings.Repeat("0123456789abcdef", 10<<10)
+	bothRoles(t, data, uint64(1+len(data)), func(t *testing.T, h handingOver) {
+		h.p.settled(h.s, h.next)
+		h.next.sends("new")
+		h.next.closesWrite()
+		require.Equal(t, data+"new", h.p.readsEnd(h.s, io.EOF))
+	})
+}
+
+// TestVerifiedHalfClosed: closed writing is closed on the new stream behind FinalSize,
+// and an EOF that was given stays given (S6).
+func TestVerifiedHalfClosed(t *testing.T) {
+	t.Run("initiator, our writing", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		require.NoError(t, s.CloseWrite())
+		old.wantsEOF()
+		moved, next := p.asked(s)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		next.wantsEOF()
+		next.sends(finalSizeBytes(1), "new")
+		p.reads(s, "new")
+		moved.is(nil)
+	})
+	t.Run("responder, our writing", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		require.NoError(t, s.CloseWrite())
+		old.wantsEOF()
+		next := p.migrates(old)
+		next.sends(finalSizeBytes(1), "new")
+		next.wants(finalSizeBytes(1))
+		next.wantsEOF()
+		p.reads(s, "new")
+		p.settled(s, next)
+	})
+	t.Run("initiator, its writing", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		old.closesWrite()
+		p.readsEnd(s, io.EOF)
+		moved, next := p.asked(s)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		next.sends(finalSizeBytes(1))
+		next.closesWrite()
+		moved.is(nil)
+		require.Equal(t, "", p.readsEnd(s, io.EOF))
+		p.writes(s, "new")
+		next.wants("new")
+	})
+	t.Run("responder, its writing, EOF not read", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		old.sends("the last")
+		old.closesWrite()
+		next := p.migrates(old)
+		next.sends(finalSizeBytes(1 + 8))
+		next.closesWrite()
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		require.Equal(t, "the last", p.readsEnd(s, io.EOF))
+		p.writes(s, "new")
+		next.wants("new")
+	})
+	t.Run("responder, our reading", func(t *testing.T) {
+		// With a final size there is proof of the ack, so it is not denied (S3).
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		require.NoError(t, s.CloseRead())
+		next := p.migrates(old)
+		next.sends(finalSizeBytes(1))
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		p.writes(s, "new")
+		next.wants("new")
+		p.settled(s, next)
+		require.NoError(t, s.Close())
+		next.wantsEOF()
+		p.nothingLeft()
+	})
+	t.Run("data after the end", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		old.closesWrite()
+		p.readsEnd(s, io.EOF)
+		next := p.migrates(old)
+		next.sends(finalSizeBytes(1), "more")
+		next.wantsReset(network.StreamProtocolViolation) // S11
+		p.failed(s)
+		p.nothingLeft()
+	})
+}
+
+// TestFalseEOF: the old stream ends short of the final size. What is missing cannot be
+// had, so that both ends see a reset; what came is delivered (S8, S12).
+func TestFalseEOF(t *testing.T) {
+	bothRoles(t, "abc", 1+6, func(t *testing.T, h handingOver) {
+		h.old.closesWrite()
+		got := h.p.readsEnd(h.s, network.ErrReset)
+		require.True(t, strings.HasPrefix("abc", got), "%q is not what was sent", got)
+		h.isReset(network.StreamNoError)
+	})
+}
+
+// TestFalseEOFThatWasBelieved: the application was given an EOF by the old stream, and
+// the peer now says that there was more (S12).
+func TestFalseEOFThatWasBelieved(t *testing.T) {
+	for _, role := range []string{"initiator", "responder"} {
+		t.Run(role, func(t *testing.T) {
+			p := meet(t, verified)
+			s, old := p.hostOpens()
+			old.closesWrite()
+			p.readsEnd(s, io.EOF)
+			var next *rawStream
+			if role == "initiator" {
+				_, next = p.asked(s)
+				next.acks(ackVerified)
+				next.wants(finalSizeBytes(1))
+			} else {
+				next = p.migrates(old)
+			}
+			next.sends(finalSizeBytes(1 + 5))
+			next.wantsReset(network.StreamNoError)
+			p.failed(s)
+			p.nothingLeft()
+		})
+	}
+}
+
+// TestOldConnectionDies: with all bytes delivered, the death of the old connection does
+// not matter, at any point of the handover; with bytes missing both ends see a reset
+// (S12).
+func TestOldConnectionDies(t *testing.T) {
+	die := func(p *rawPeer) {
+		require.NoError(p.t, p.conns[0].Close())
+		WaitFor(p.t, "the host to notice", p.ends[0].IsClosed)
+	}
+	onBothTransports(t, func(t *testing.T, m meeting) {
+		m.kind = verified
+		t.Run("initiator, before the ack", func(t *testing.T) {
+			p := m.meet(t)
+			s, _ := p.hostOpens()
+			got := reading(s)
+			moved, next := p.asked(s)
+			die(p)
+			p.holds(s) // S5: the error is kept back like an EOF
+			p.stillReading(got)
+			wrote := make(chan error, 1)
+			go func() {
+				_, err := s.Write([]byte("new"))
+				wrote <- err
+			}()
+			next.acks(ackVerified)
+			next.wants(finalSizeBytes(1), "new")
+			require.NoError(t, take(t, wrote, "the Write"), "the dead stream took nothing, so the new one takes it")
+			next.sends(finalSizeBytes(1), "new")
+			require.Equal(t, "new", take(t, got, "the Read"))
+			moved.is(nil)
+			p.talk(s, next)
+			require.NoError(t, s.Close())
+			next.wantsEOF()
+			p.nothingLeft()
+		})
+		t.Run("initiator, after the ack", func(t *testing.T) {
+			p := m.meet(t)
+			s, _ := p.hostOpens()
+			moved, next := p.asked(s)
+			next.acks(ackVerified)
+			next.wants(finalSizeBytes(1))
+			die(p)
+			p.writes(s, "new")
+			next.wants("new")
+			next.sends(finalSizeBytes(1), "new")
+			p.reads(s, "new")
+			moved.is(nil)
+			p.talk(s, next)
+		})
+		t.Run("responder, before the final size", func(t *testing.T) {
+			p := m.meet(t)
+			s, old := p.hostOpens()
+			next := p.migrates(old)
+			die(p)
+			wrote := make(chan error, 1)
+			go func() {
+				_, err := s.Write([]byte("new"))
+				wrote <- err
+			}()
+			next.sends(finalSizeBytes(1), "new")
+			next.wants(finalSizeBytes(1), "new")
+			require.NoError(t, take(t, wrote, "the Write"))
+			p.reads(s, "new")
+			p.settled(s, next)
+			p.talk(s, next)
+		})
+		t.Run("initiator, bytes missing", func(t *testing.T) {
+			p := m.meet(t)
+			s, _ := p.hostOpens()
+			moved, next := p.asked(s)
+			next.acks(ackVerified)
+			next.wants(finalSizeBytes(1))
+			die(p)
+			next.sends(finalSizeBytes(1+5), "new")
+			next.wantsReset(network.StreamNoError)
+			moved.is(network.ErrReset)
+			p.readsEnd(s, network.ErrReset)
+			p.failed(s)
+			p.nothingLeft()
+		})
+		t.Run("responder, bytes missing", func(t *testing.T) {
+			p := m.meet(t)
+			s, old := p.hostOpens()
+			next := p.migrates(old)
+			die(p)
+			next.sends(finalSizeBytes(1+5), "new")
+			next.wantsReset(network.StreamNoError)
+			p.readsEnd(s, network.ErrReset)
+			p.failed(s)
+			p.nothingLeft()
+		})
+		t.Run("denied", func(t *testing.T) {
+			// Without a migration the death is what it always is.
+			p := m.meet(t)
+			s, _ := p.hostOpens()
+			got := reading(s)
+			moved, next := p.asked(s)
+			die(p)
+			p.holds(s)
+			next.acks(ackDenied)
+			moved.is(ErrDenied)
+			require.Contains(t, take(t, got, "the Read"), "error: ")
+			_, err := s.Write([]byte("x"))
+			require.Error(t, err)
+			require.NoError(t, s.Reset())
+			p.nothingLeft()
+		})
+	})
+}
+
+// TestFinalSizeTooHigh: a peer that claims more than it sent, and ends the old stream:
+// both ends see a reset, and never a clean end (S8, S12).
+func TestFinalSizeTooHigh(t *testing.T) {
+	for name, final := range map[string]uint64{"by one": 1 + 1, "by all there is": 1<<64 - 1} {
+		t.Run(name, func(t *testing.T) {
+			bothRoles(t, "", final, func(t *testing.T, h handingOver) {
+				h.old.closesWrite()
+				h.isReset(network.StreamNoError)
+			})
+		})
+	}
+}
+
+// TestFinalSizeTooLow: a peer that sent more than it claims (S11, S12).
+func TestFinalSizeTooLow(t *testing.T) {
+	for _, role := range []string{"initiator", "responder"} {
+		t.Run(role, func(t *testing.T) {
+			p := meet(t, verified)
+			s, old := p.hostOpens()
+			old.sends("abc")
+			p.reads(s, "abc")
+			var next *rawStream
+			if role == "initiator" {
+				_, next = p.asked(s)
+				next.acks(ackVerified)
+				next.wants(finalSizeBytes(1))
+			} else {
+				next = p.migrates(old)
+			}
+			next.sends(finalSizeBytes(1 + 2))
+			handingOver{p, s, old, next}.isReset(network.StreamProtocolViolation)
+		})
+	}
+}
+
+// TestFinalSizeMissing: something else where FinalSize has to be (W4). There is no way
+// back (S10), so both streams are reset.
+func TestFinalSizeMissing(t *testing.T) {
+	for name, sent := range map[string]string{
+		"data":          "\x02hi",
+		"no member":     "\x00",
+		"another":       ackVerified,
+		"no size":       "\x03\xa2\x06\x00",
+		"oversized":     uvarint(1025),
+		"overlong":      strings.Repeat("\xff", 10),
+		"not a message": "\x01\xff",
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, role := range []string{"initiator", "responder"} {
+				t.Run(role, func(t *testing.T) {
+					p := meet(t, verified)
+					s, old := p.hostOpens()
+					var next *rawStream
+					if role == "initiator" {
+						_, next = p.asked(s)
+						next.acks(ackVerified)
+						next.wants(finalSizeBytes(1))
+						next.sends(sent)
+					} else {
+						next = p.migrates(old)
+						next.sends(sent)
+						old.wantsReset(network.StreamProtocolViolation)
+					}
+					handingOver{p, s, old, next}.isReset(network.StreamProtocolViolation)
+				})
+			}
+		})
+	}
+}
+
+// TestFinalSizeTwice: what follows the final size is the application's, whatever it
+// looks like.
+func TestFinalSizeTwice(t *testing.T) {
+	bothRoles(t, "", 1, func(t *testing.T, h handingOver) {
+		h.next.sends(finalSizeBytes(1))
+		h.p.reads(h.s, finalSizeBytes(1))
+		h.p.settled(h.s, h.next)
+	})
+}
+
+// TestFinalSizeInPieces: however it is cut, nothing behind it is lost.
+func TestFinalSizeInPieces(t *testing.T) {
+	p := meet(t, verified)
+	s, old := p.hostOpens()
+	moved, next := p.asked(s)
+	next.drips(tMultistream, tMigration, ackVerified, finalSizeBytes(1), "new")
+	next.wants(finalSizeBytes(1))
+	old.wantsEOF()
+	p.reads(s, "new")
+	moved.is(nil)
+	p.talk(s, next)
+}
+
+// TestAckWithoutFinalSize: a peer that advertises the verified handover, and acks
+// without: what was kept back on its account cannot be judged any more (S12).
+func TestAckWithoutFinalSize(t *testing.T) {
+	p := meet(t, verified)
+	s, old := p.hostOpens()
+	moved, next := p.asked(s)
+	next.acks(ackDraft)
+	next.wantsReset(network.StreamProtocolViolation)
+	old.wantsReset(network.StreamProtocolViolation)
+	moved.is(network.ErrReset)
+	p.readsEnd(s, network.ErrReset)
+	p.failed(s)
+	p.nothingLeft()
+}
+
+// TestUnadvertised: what both messages of the exchange say counts, not what identify
+// said, where it can be had (S12).
+func TestUnadvertised(t *testing.T) {
+	t.Run("initiator", func(t *testing.T) {
+		p := meet(t, draftOnly)
+		s, old := p.hostOpens()
+		moved, next := p.asked(s)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		require.NoError(t, p.conns[0].Close())
+		next.sends(finalSizeBytes(1), "new")
+		p.reads(s, "new")
+		moved.is(nil)
+		p.talk(s, next)
+	})
+	t.Run("responder", func(t *testing.T) {
+		p := meet(t, draftOnly)
+		s, old := p.hostOpens()
+		next := p.migrates(old)
+		next.sends(finalSizeBytes(1), "new")
+		next.wants(finalSizeBytes(1))
+		old.wantsEOF()
+		p.reads(s, "new")
+		p.settled(s, next)
+	})
+	t.Run("advertised, and not offered", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		next := p.migratesDraft(old)
+		old.closesWrite()
+		old.wantsEOF()
+		p.settled(s, next)
+		p.talk(s, next)
+	})
+}
+
+// TestVerifiedReset: after the ack, a reset of the new stream resets both; one of the old
+// stream does so only where bytes are missing (S8, S12).
+func TestVerifiedReset(t *testing.T) {
+	t.Run("initiator, new", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		moved, next := p.asked(s)
+		next.acks(ackVerified)
+		next.wants(finalSizeBytes(1))
+		require.NoError(t, next.Reset())
+		moved.is(network.ErrReset)
+		old.wantsEOF() // it was closed for writing before
+		p.readsEnd(s, network.ErrReset)
+		p.failed(s)
+		p.nothingLeft()
+	})
+	t.Run("responder, new", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		next := p.migrates(old)
+		require.NoError(t, next.Reset())
+		old.wantsReset(network.StreamNoError)
+		p.readsEnd(s, network.ErrReset)
+		p.failed(s)
+		p.nothingLeft()
+	})
+	t.Run("responder, new ends", func(t *testing.T) {
+		p := meet(t, verified)
+		s, old := p.hostOpens()
+		next := p.migrates(old)
+		next.closesWrite()
+		old.wantsReset(network.StreamNoError)
+		p.readsEnd(s, network.ErrReset)
+		p.nothingLeft()
+	})
+	t.Run("old, bytes missing", func(t *testing.T) {
+		bothRoles(t, "", 1+5, func(t *testing.T, h handingOver) {
+			require.NoError(t, h.old.Reset())
+			h.isReset(network.StreamNoError)
+		})
+	})
+	t.Run("old, nothing missing", func(t *testing.T) {
+		for _, role := range []string{"initiator", "responder"} {
+			t.Run(role, func(t *testing.T) {
+				p := meet(t, verified)
+				s, old := p.hostOpens()
+				got := reading(s)
+				var next *rawStream
+				if role == "initiator" {
+					_, next = p.asked(s)
+					require.NoError(t, old.Reset())
+					p.holds(s)
+					next.acks(ackVerified)
+				} else {
+					next = p.migrates(old)
+					require.NoError(t, old.Reset())
+					p.holds(s)
+				}
+				next.sends(finalSizeBytes(1), "new")
+				next.wants(finalSizeBytes(1))
+				require.Equal(t, "new", take(t, got, "the Read"))
+				p.settled(s, next)
+				p.talk(s, next)
+			})
+		}
+	})
+}
+
+// TestErrorsHaveADirection: a peer that closes its reading makes the host's Writes fail
+// on QUIC, and nothing else (S13).
+func TestErrorsHaveADirection(t *testing.T) {
+	p := meeting{kind: verified, first: QUIC, second: TCP}.meet(t)
+	s, old := p.hostOpens()
+	require.NoError(t, old.CloseRead())
+	WaitFor(t, "Writes to fail", func() bool {
+		_, err := s.Write([]byte("x"))
+		return err != nil
+	})
+	old.sends("to be ")
+	p.reads(s, "to be ")
+	old.sends("read")
+	old.closesWrite()
+	require.Equal(t, "read", p.readsEnd(s, io.EOF))
+}
