@@ -3,16 +3,13 @@ package migrate
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -76,7 +73,6 @@ var (
 	webRTCQUIC   = path{QUIC, WebRTC, true}
 	mainPaths    = []path{tcpQUIC, quicTCP}
 	usualPaths   = []path{tcpQUIC, quicTCP, relayQUIC, wsQUIC}
-	windowPaths  = []path{tcpQUIC, quicTCP, wsQUIC, quicWS}
 	everyPath    = []path{tcpQUIC, quicTCP, relayQUIC, wsQUIC, quicWS, tcpWebT, webTTCP, quicWebRTC, webRTCQUIC}
 	shortOfPaths = len(mainPaths) // with -short
 )
@@ -118,30 +114,6 @@ func newJourney(t testing.TB, p path, opts ...Option) *journey {
 	t.Helper()
 	st := new(steps)
 	return &journey{newPair(t, p.first, p.second, append(opts, WithTracer(st.trace))...), p, st}
-}
-
-// joined wraps two hosts of the test's own making, and connects them on the path.
-func joined(t testing.TB, a, b *Node, p path, opts ...Option) *journey {
-	t.Helper()
-	st := new(steps)
-	pr := &pair{nodes: [2]*Node{a, b}}
-	for i, n := range pr.nodes {
-		h, err := Wrap(n, append(opts, WithTracer(st.trace))...)
-		require.NoError(t, err)
-		t.Cleanup(func() { _ = h.Close() })
-		pr.hosts[i] = h
-	}
-	pr.conns[0][0], pr.conns[0][1] = Join(t, a, b, p.first, p.second)
-	for i, c := range pr.conns[0] {
-		pr.conns[1][i] = Far(t, b, c)
-	}
-	return &journey{pr, p, st}
-}
-
-// newNode returns a host that listens on what the path needs.
-func newNode(t testing.TB, p path, opts ...libp2p.Option) *Node {
-	t.Helper()
-	return New(t, []Transport{p.first, p.second}, opts...)
 }
 
 // start opens a stream at the beginning of the path, and returns its ends.
@@ -306,18 +278,6 @@ func (st *steps) took(s *Stream, kind EventKind) int {
 		}
 	}
 	return n
-}
-
-// errorOf returns the error of the last step Failed of s.
-func (st *steps) errorOf(s *Stream) error {
-	st.mu.Lock()
-	defer st.mu.Unlock()
-	for _, e := range slices.Backward(st.seen) {
-		if e.Stream == s && e.Kind == Failed {
-			return e.Err
-		}
-	}
-	return nil
 }
 
 // moment is when something happens to a stream: before its migration, at a step of one
@@ -488,42 +448,6 @@ func result(t testing.TB, done <-chan written) (w written) {
 	t.Helper()
 	within(t, "a Write to return", func() { w = <-done })
 	return w
-}
-
-// retry migrates until it succeeds, as long as it is told to try later.
-func retry(migrate func() error) error {
-	for {
-		if err := migrate(); !errors.Is(err, ErrTryLater) {
-			return err
-		}
-		time.Sleep(time.Millisecond) // backoff, not synchronisation
-	}
-}
-
-// rawProtocols are the streams of a connection that are not of libp2p itself.
-func ownStreams(c network.Conn) (own []network.Stream) {
-	for _, s := range c.GetStreams() {
-		if !perConnection[s.Protocol()] || s.Protocol() == ID {
-			own = append(own, s)
-		}
-	}
-	return own
-}
-
-// plainHandler hands over every stream of id that n gets.
-func accepting(h interface {
-	SetStreamHandler(protocol.ID, network.StreamHandler)
-}, id protocol.ID) <-chan network.Stream {
-	ch := make(chan network.Stream, 1000)
-	h.SetStreamHandler(id, func(s network.Stream) { ch <- s })
-	return ch
-}
-
-// next takes a stream that arrives.
-func next(t testing.TB, ch <-chan network.Stream) (s network.Stream) {
-	t.Helper()
-	within(t, "a stream to arrive", func() { s = <-ch })
-	return s
 }
 
 var _ = peer.ID("")

@@ -2,7 +2,6 @@ package migrate
 
 import (
 	"errors"
-	"fmt"
 	"sync"
 	"testing"
 	"time"
@@ -248,7 +247,7 @@ func TestManyMigrateCalls(t *testing.T) {
 		for i := range j.conns[0] {
 			require.Equal(t, s[0].Conn() == j.conns[0][i], s[1].Conn() == j.conns[1][i], "both ends stand on one connection")
 		}
-		t.Log(fmt.Sprintf("%d migrations", s[0].Migrations()))
+		t.Logf("%d migrations", s[0].Migrations())
 		j.converses(t, s, 1000)
 	})
 }

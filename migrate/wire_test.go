@@ -90,8 +90,8 @@ const (
 
 const (
 	goldenProtocol protocol.ID = "/echo/1.0.0"
-	goldenFrom                 = 19088744
-	goldenTo                   = 19088746
+	goldenFrom     uint64      = 19088744
+	goldenTo       uint64      = 19088746
 )
 
 // countTo sets the counter of the host's labels, so that the next one is label.

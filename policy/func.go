@@ -77,11 +77,22 @@ func checkName(name string) error {
 	return nil
 }
 
-func (r FuncRule) Name() string                        { return r.name }
-func (r FuncRule) Compare(a, b Candidate) int          { return r.compare(a, b) }
-func (r FuncRule) Value(c Candidate) string            { return r.value(c) }
-func (r FuncRule) String() string                      { return r.name }
-func (r FuncRule) Uses() Use                           { return r.use }
+// Name is the name given to [Func].
+func (r FuncRule) Name() string { return r.name }
+
+// Compare is what the function returns.
+func (r FuncRule) Compare(a, b Candidate) int { return r.compare(a, b) }
+
+// Value is as set by [WithValue].
+func (r FuncRule) Value(c Candidate) string { return r.value(c) }
+
+// String is the name.
+func (r FuncRule) String() string { return r.name }
+
+// Uses is as set by [WithUse].
+func (r FuncRule) Uses() Use { return r.use }
+
+// Rank ranks by this rule alone, as the [Chain] of it does.
 func (r FuncRule) Rank(candidates []Candidate) Ranking { return chain{r}.Rank(candidates) }
 
 // ScoreRule is a rule made of a function, by [ScoreFunc].

@@ -12,7 +12,7 @@ import (
 func byBytes(a, b Candidate) int { return cmp.Compare(a.Bytes, b.Bytes) }
 
 func TestFuncIsARuleAndAPolicy(t *testing.T) {
-	bytes := func(c Candidate) string { return strconv.FormatUint(c.Bytes, 10) }
+	bytes := func(c Candidate) string { return strconv.FormatUint(c.Bytes, 10) + " B" }
 	candidates := []Candidate{{ID: "a", Bytes: 1}, {ID: "b", Bytes: 3, Relayed: true}, {ID: "c", Bytes: 2}}
 	for _, tt := range []struct {
 		name      string
@@ -24,13 +24,13 @@ func TestFuncIsARuleAndAPolicy(t *testing.T) {
 		{"policy", Func("volume", byBytes), "volume", "bca",
 			[]string{"rule volume: b over c", "rule volume: b over a"}},
 		{"rule", Chain(Direct(), Func("volume", byBytes, WithValue(bytes))), "chain(direct, volume)", "cab",
-			[]string{"rule volume: 2 over 1", "rule direct: true over false"}},
+			[]string{"rule volume: 2 B over 1 B", "rule direct: true over false"}},
 		{"score as policy", ScoreFunc("volume", func(c Candidate) float64 { return float64(c.Bytes) }), "volume", "bca",
 			[]string{"rule volume: 3 over 2", "rule volume: 3 over 1"}},
 		{"score as weighted rule",
 			Weighted(Times(Direct(), 1), Times(ScoreFunc("volume", func(c Candidate) float64 { return float64(c.Bytes) }, WithValue(bytes)), 80)),
 			"weighted(direct*1, volume*80)", "cba",
-			[]string{"score 260 over 240, most by rule direct: true over false", "score 260 over 180, most by rule volume: 2 over 1"}},
+			[]string{"score 260 over 240, most by rule direct: true over false", "score 260 over 180, most by rule volume: 2 B over 1 B"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := tt.policy.String(); got != tt.text {

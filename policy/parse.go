@@ -47,9 +47,9 @@ import (
 //
 // Rules in own, which may be ones made by [Func] or [ScoreFunc], or of any other
 // type, stand in the text by their name, and one that is also a Policy can be the
-// whole text. For each policy of this package, Parse of its String with the rules
-// that are not of this package returns its equal. The names must be as Func
-// demands, and differ.
+// whole text. For each policy of this package, Parse of its String, with those of
+// its rules that are not of this package, returns its equal; the String of these
+// has to be their name. The names must be as Func demands, and differ.
 //
 // An error of the text is a [*ParseError], which points at the word that is wrong.
 func Parse(text string, own ...Rule) (Policy, error) {
@@ -465,7 +465,7 @@ func (p *parser) match() (Match, error) {
 			return Match{}, err
 		}
 		prefix, err := ma.NewMultiaddr(value.value)
-		if err != nil || len(prefix) == 0 {
+		if err != nil {
 			return Match{}, p.fail(value, fmt.Sprintf("expected %s, found %s", what, value))
 		}
 		return addr(prefix), nil

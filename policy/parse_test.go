@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"errors"
 	"strings"
 	"testing"
 )
@@ -24,6 +25,7 @@ var parsed = []struct{ text, want string }{
 	{"chain(never(cidr ::ffff:10.0.0.0/104, cidr 192.0.2.1/32))", "chain(never(cidr 10.0.0.0/8, cidr 192.0.2.1/32))"},
 	{`chain(never(interface "Ethernet 2", interface "vEthernet (WSL)", interface "\"", interface "\x00"))`, ""},
 	{`chain(never(interface "eth0", interface en:0, interface 日本))`, `chain(never(interface eth0, interface en:0, interface 日本))`},
+	{`chain(never(interface "\xff"))`, ""},
 	{"weighted()", ""},
 	{"weighted(direct*10, rtt*3)", ""},
 	{"weighted(reach(public)*0, never(cidr 10.0.0.0/8)*65535, older)", "weighted(reach(public)*0, never(cidr 10.0.0.0/8)*65535, older*1)"},
@@ -158,6 +160,10 @@ known here: cidr, addr, interface, local, remote`},
   chain(never(local /ip4/10.0.0.1))
                     ^^^^^^^^^^^^^
 known here: cidr, addr`},
+	{"chain(never(local))", `policy: column 18: expected a match, found ")"
+  chain(never(local))
+                   ^
+known here: cidr, addr`},
 	{"chain(never(local interface eth0))", `policy: column 19: there is no match "interface"
   chain(never(local interface eth0))
                     ^^^^^^^^^
@@ -171,6 +177,9 @@ known here: cidr, addr`},
 	{"chain(never(addr 10.0.0.1))", `policy: column 18: expected a multiaddr such as /ip4/192.0.2.1/udp/4001, found "10.0.0.1"
   chain(never(addr 10.0.0.1))
                    ^^^^^^^^`},
+	{"chain(never(addr /))", `policy: column 18: expected a multiaddr such as /ip4/192.0.2.1/udp/4001, found "/"
+  chain(never(addr /))
+                   ^`},
 	{"chain(never(addr))", `policy: column 17: expected a multiaddr such as /ip4/192.0.2.1/udp/4001, found ")"
   chain(never(addr))
                   ^`},
@@ -190,6 +199,9 @@ known here: cidr, addr`},
 	{"chain(\tdirect,\tü\x00\x1b)", "policy: column 16: there is no rule \"ü\\x00\\x1b\"\n" +
 		"  chain(\tdirect,\tü��)\n" +
 		"        \t       \t^^^" + knownRules + ", default"},
+	{`chain(never(interface "日本"), rt)`, `policy: column 30: there is no rule "rt"; did you mean "rtt"?
+  chain(never(interface "日本"), rt)
+                               ^^` + knownRules + ", default"},
 	{"chain(\n  direct,\n  rt)", "policy: line 3, column 3: there is no rule \"rt\"; did you mean \"rtt\"?\n" +
 		"    rt)\n" +
 		"    ^^" + knownRules + ", default"},
@@ -211,6 +223,17 @@ func TestParseErrors(t *testing.T) {
 			}
 			checkParseError(t, tt.text, err)
 		})
+	}
+}
+
+func TestParseErrorIsTheCallersOwn(t *testing.T) {
+	for range 2 {
+		_, err := Parse("chain(ip(6))")
+		var parseError *ParseError
+		if !errors.As(err, &parseError) || parseError.Known[0] != "v6" || parseError.Meant != "v6" {
+			t.Fatalf("error %v, want one that knows v6 first", err)
+		}
+		parseError.Known[0] = "changed"
 	}
 }
 

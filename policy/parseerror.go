@@ -55,7 +55,7 @@ func (e *ParseError) Error() string {
 	start := strings.LastIndexByte(e.Text[:e.Offset], '\n') + 1
 	shown, _, _ := strings.Cut(e.Text[start:], "\n")
 	before := shown[:e.Offset-start]
-	wrong := shown[len(before):min(len(before)+e.length, len(shown))]
+	wrong := shown[len(before) : len(before)+e.length] // a word has no line end in it
 	fmt.Fprintf(&b, "\n  %s\n  %s%s", strings.Map(visible, shown), strings.Map(blank, before),
 		strings.Repeat("^", max(1, utf8.RuneCountInString(wrong))))
 	if len(e.Known) > 0 {

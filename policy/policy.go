@@ -19,6 +19,8 @@
 //
 //	chain(unlimited, direct, never(cidr 10.0.0.0/8), rtt, older)
 //
+// docs/policies.md has all rules, when to use which, and worked examples.
+//
 // Some of what a rule may look at costs something to find out, such as a
 // round-trip time. [Uses] tells whether a policy looks at it at all.
 //

@@ -18,7 +18,7 @@ import (
 // Compare must be a strict weak order: no candidate is better than itself, and
 // both "better than" and "neither is better" are transitive. The sure way is to
 // compare what each candidate is worth by itself, with a worth for missing
-// values too.
+// values too. CheckRule tests for it.
 type Rule interface {
 	// Name is the rule's name in decisions: one lower-case word.
 	Name() string

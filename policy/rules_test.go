@@ -339,6 +339,20 @@ func TestScores(t *testing.T) {
 	}
 }
 
+func TestMatchString(t *testing.T) {
+	for want, match := range map[string]Match{
+		"cidr 10.0.0.0/8":           RemoteIn(netip.MustParsePrefix("10.0.0.0/8")),
+		"local cidr fd00::/8":       LocalIn(netip.MustParsePrefix("fd00::/8")),
+		"addr /ip4/192.0.2.1":       RemotePrefix(ma.StringCast("/ip4/192.0.2.1")),
+		"local addr /ip4/192.0.2.1": LocalPrefix(ma.StringCast("/ip4/192.0.2.1")),
+		`interface "Ethernet 2"`:    OnInterface("Ethernet 2"),
+	} {
+		if got := match.String(); got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 func TestMatchesOfNothingPanic(t *testing.T) {
 	for name, build := range map[string]func(){
 		"remote CIDR":      func() { RemoteIn(netip.Prefix{}) },

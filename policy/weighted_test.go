@@ -55,6 +55,17 @@ func TestWeightedDecides(t *testing.T) {
 	}
 }
 
+func TestWeightedFindsTheSameRuleEitherWay(t *testing.T) {
+	policy := weighted{Times(Older(), 1), Times(Direct(), 9)}
+	better, worse := Candidate{ID: "b"}, Candidate{ID: "a", Relayed: true, Age: time.Hour}
+	if rule, order := policy.compare(better, worse); order <= 0 || rule.Name() != "direct" {
+		t.Errorf("better and worse: %d by %s, want more than 0 by direct", order, rule)
+	}
+	if rule, order := policy.compare(worse, better); order >= 0 || rule.Name() != "direct" {
+		t.Errorf("worse and better: %d by %s, want less than 0 by direct", order, rule)
+	}
+}
+
 func TestDecisionWithoutScoresAndWithEqualOnes(t *testing.T) {
 	d := Decision{Rule: "id", WinnerValue: "a", LoserValue: "b"}
 	if got, want := d.String(), "rule id: a over b"; got != want {
