@@ -72,20 +72,26 @@ func newPair(t *testing.T, n *Net, first, second way, opts ...libp2p.Option) *pa
 	t.Helper()
 	p := newPlainPair(t, n, first, second, opts...)
 	for i := range p.nodes {
-		p.logs[i] = new(events)
-		h, err := migrate.Wrap(p.nodes[i],
-			migrate.WithTracer(p.logs[i].add),
-			migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn {
-				p.mu.Lock()
-				defer p.mu.Unlock()
-				return p.conns[i][p.open]
-			}))
-		require.NoError(t, err)
-		t.Cleanup(func() { _ = h.Close() })
-		p.hosts[i] = h
+		p.wrap(i)
 	}
-	time.Sleep(time.Second) // identify tells the peer of the protocol
 	return p
+}
+
+// wrap wraps the side's host, and waits until identify has told the peer.
+func (p *pair) wrap(side int) {
+	p.t.Helper()
+	p.logs[side] = new(events)
+	h, err := migrate.Wrap(p.nodes[side],
+		migrate.WithTracer(p.logs[side].add),
+		migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.conns[side][p.open]
+		}))
+	require.NoError(p.t, err)
+	p.t.Cleanup(func() { _ = h.Close() })
+	p.hosts[side] = h
+	time.Sleep(time.Second)
 }
 
 // newPlainPair returns a pair whose hosts are not wrapped.
@@ -175,7 +181,7 @@ func (p *pair) openOn(i int) *migrate.Stream {
 	p.open = i
 	p.mu.Unlock()
 	ctx := network.WithAllowLimitedConn(p.t.Context(), "test")
-	s, err := p.hosts[0].NewStream(ctx, p.hosts[1].ID(), testID)
+	s, err := p.hosts[0].NewStream(ctx, p.nodes[1].ID(), testID)
 	require.NoError(p.t, err)
 	require.Equal(p.t, p.conns[0][i], s.Conn())
 	return s.(*migrate.Stream)

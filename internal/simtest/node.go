@@ -50,8 +50,9 @@ type Node struct {
 	net *Net
 	ips []string
 
-	mu     sync.Mutex        // guards routes
+	mu     sync.Mutex        // guards all below
 	routes map[string]string // from which IP the node dials which
+	held   chan struct{}     // closed when dials may go on; nil: they may
 }
 
 // NewNode returns a host that listens on TCP and QUIC at each of ips. Its key, and so
@@ -106,8 +107,15 @@ func (d *Node) secret(purpose byte) [32]byte {
 	return sha256.Sum256(append([]byte{purpose}, d.ips[0]...))
 }
 
-// source is the IP from which the node dials another.
+// source is the IP from which the node dials another. Every dial asks for it first, and
+// waits here while dials are held back.
 func (d *Node) source(to string) string {
+	d.mu.Lock()
+	held := d.held
+	d.mu.Unlock()
+	if held != nil {
+		<-held
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if from, ok := d.routes[to]; ok {
@@ -143,9 +151,21 @@ func (n *Net) Dial(a, b *Node, path Path) network.Conn {
 // that is there. It returns a's side of both.
 func (n *Net) Join(a, b *Node, first, second Path) (network.Conn, network.Conn) {
 	n.t.Helper()
+	held := make(chan struct{})
+	hold := func(ch chan struct{}) {
+		for _, d := range []*Node{a, b} {
+			d.mu.Lock()
+			d.held = ch
+			d.mu.Unlock()
+		}
+	}
+	hold(held)
 	results := make(chan error, 2)
 	go func() { results <- a.dial(n.ctx(), b, first) }()
 	go func() { results <- b.dial(n.ctx(), a, second) }()
+	synctest.Wait() // both have seen that there is no connection
+	hold(nil)
+	close(held)
 	for range cap(results) {
 		if err := <-results; err != nil {
 			n.t.Fatalf("join over %s and %s: %v", first, second, err)
