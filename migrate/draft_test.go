@@ -312,6 +312,74 @@ func TestDraftInitiatorFasterThanAck(t *testing.T) {
 	p.talk(s, next)
 }
 
+// TestDraftReadingClosedMeanwhile: an application that stops reading during the handover.
+// Where the old stream was read to its end before, there is the proof; where not, what
+// comes on the new stream is it (S3).
+func TestDraftReadingClosedMeanwhile(t *testing.T) {
+	closesAt := func(t *testing.T, kind EventKind) (p *rawPeer, s *Stream, old *rawStream) {
+		p = meet(t, draftOnly, WithTracer(func(e Event) {
+			if e.Kind == kind {
+				_ = e.Stream.CloseRead()
+			}
+		}))
+		s, old = p.hostOpens()
+		return
+	}
+	t.Run("after the end", func(t *testing.T) {
+		p, s, old := closesAt(t, ReceiveSwitched)
+		next := p.migratesDraft(old)
+		old.closesWrite()
+		old.wantsEOF()
+		p.settled(s, next)
+		p.writes(s, "new")
+		next.wants("new")
+	})
+	t.Run("before the end, twice", func(t *testing.T) {
+		p, s, old := closesAt(t, Acked)
+		next := p.migratesDraft(old)
+		p.writes(s, "old still")
+		old.wants("old still")
+		WaitFor(t, "the host to have switched blindly", s.recv.switchedBlind)
+		require.NoError(t, s.CloseRead())
+		p.writes(s, "old still")
+		old.wants("old still")
+		next.sends("x")
+		old.wantsEOF()
+		p.settled(s, next)
+		p.writes(s, "new")
+		next.wants("new")
+	})
+	t.Run("before the end, closed", func(t *testing.T) {
+		// S7: what was written is still delivered, then EOF.
+		p, s, old := closesAt(t, Acked)
+		next := p.migratesDraft(old)
+		p.writes(s, "old still")
+		WaitFor(t, "the host to have switched blindly", s.recv.switchedBlind)
+		require.NoError(t, s.Close())
+		old.wants("old still")
+		old.wantsEOF()
+		next.sends("x")
+		next.wantsEOF()
+		p.nothingLeft()
+	})
+	for name, proof := range map[string]func(next *rawStream){
+		"before the end, data": func(next *rawStream) { next.sends("x") },
+		"before the end, EOF":  (*rawStream).closesWrite,
+	} {
+		t.Run(name, func(t *testing.T) {
+			p, s, old := closesAt(t, Acked)
+			next := p.migratesDraft(old)
+			p.writes(s, "old still")
+			old.wants("old still")
+			proof(next)
+			old.wantsEOF()
+			p.settled(s, next)
+			p.writes(s, "new")
+			next.wants("new")
+		})
+	}
+}
+
 // TestDraftNeverReadingSide: the old stream is read to its end though the application
 // does not read, and the application finds everything later (S4).
 func TestDraftNeverReadingSide(t *testing.T) {

@@ -1,8 +1,10 @@
 package migrate
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -18,12 +20,14 @@ type exchange struct {
 	old       network.Stream
 	from, id  uint64        // the label before, and after; id is set before begin
 	done      chan struct{} // closed when another exchange may begin
+	turn      chan struct{} // responder that waits: closed when it has begun, or never will
 
 	// Guarded by s.mu.
 	new     network.Stream // nil until it is open
 	entered bool           // id is in the table of labels
 	acked   bool           // there is no way back (S10)
 	drop    bool           // the peer's exchange goes first (M1)
+	stop    func()         // ends the opening of new; nil until that begins
 
 	unpaid bool // new is not charged to the application's protocol yet
 }
@@ -38,12 +42,84 @@ func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
 	case s.ex != nil:
 		return s.ex, nil
 	}
+	s.enter(x)
+	return nil, nil
+}
+
+// enter makes x the stream's exchange. mu must be held, and no other be under way.
+func (s *Stream) enter(x *exchange) {
 	if s.id == "" {
 		s.id = s.send.stream().ID()
 	}
 	x.s, x.old, x.from, x.done = s, s.send.stream(), s.label, make(chan struct{})
 	s.ex = x
-	return nil, nil
+}
+
+// beginNext enters a responder's exchange, or has it begin as soon as that which is under
+// way ends: no exchange of our own comes between, so that one that is dropped (M1) and
+// tried again at once cannot keep the peer waiting for ever. An attempt of ours that is
+// under way is dropped. With oursFirst it goes first instead, as soon as it has a stream
+// to ask on: until then the peer does not know of it. x has begun when it is the stream's
+// exchange after x.turn was closed.
+func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
+	s.mu.Lock()
+	x.turn = make(chan struct{})
+	ours := s.ex
+	switch {
+	case s.over:
+		s.mu.Unlock()
+		return ErrClosed
+	case ours == nil:
+		s.enter(x)
+		close(x.turn)
+		s.mu.Unlock()
+		return nil
+	}
+	var dropped network.Stream
+	if ours.initiator && !ours.acked {
+		dropped = ours.new
+		if dropped != nil && oursFirst {
+			s.mu.Unlock()
+			return errOursFirst
+		}
+		ours.drop = true
+		ours.interrupt()
+	}
+	s.waiting = append(s.waiting, x)
+	s.mu.Unlock()
+	if dropped != nil {
+		_ = breakOff(dropped, network.StreamNoError)
+	}
+	return nil
+}
+
+var errOursFirst = errors.New("our own migration of the stream goes first")
+
+// giveTurn lets the next responder that waits begin, or none where the stream is over. mu
+// must be held.
+func (s *Stream) giveTurn() {
+	if len(s.waiting) > 0 && !s.over {
+		x := s.waiting[0]
+		s.waiting = s.waiting[1:]
+		s.enter(x)
+		close(x.turn)
+		return
+	}
+	for _, x := range s.waiting {
+		close(x.turn)
+	}
+	s.waiting = nil
+}
+
+// stopWaiting takes x out of those that wait. It says whether x has begun instead.
+func (s *Stream) stopWaiting(x *exchange) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.waiting = slices.DeleteFunc(s.waiting, func(w *exchange) bool { return w == x })
+	if len(s.waiting) == 0 {
+		s.waiting = nil
+	}
+	return s.ex == x
 }
 
 // attach tells which stream the exchange moves to, and enters its label. It says false
@@ -54,6 +130,26 @@ func (x *exchange) attach(u network.Stream) bool {
 	defer x.s.mu.Unlock()
 	x.new, x.entered = u, entered
 	return entered && !x.drop
+}
+
+// opening is the context for opening the stream to move to. A connection may have no room
+// for it for a long time; whoever closes or resets the logical stream, or takes precedence
+// (M1), does not wait for that.
+func (x *exchange) opening(ctx context.Context) context.Context {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	ctx, x.stop = context.WithCancel(ctx)
+	if x.drop || x.s.over {
+		x.stop()
+	}
+	return ctx
+}
+
+// interrupt ends the opening. It does nothing later on (S7, S10). s.mu must be held.
+func (x *exchange) interrupt() {
+	if x.stop != nil {
+		x.stop()
+	}
 }
 
 func (x *exchange) next() network.Stream {
@@ -70,21 +166,12 @@ func (x *exchange) commit() bool {
 	return x.acked
 }
 
-// supersede drops an exchange that has not been acked, for the peer's (M1). It says
-// whether it could.
-func (x *exchange) supersede() bool {
-	x.s.mu.Lock()
-	if x.acked || !x.initiator {
-		x.s.mu.Unlock()
-		return false
-	}
-	x.drop = true
-	u := x.new
-	x.s.mu.Unlock()
-	if u != nil {
-		_ = u.Reset()
-	}
-	return true
+// breakOff resets u, and calls out whoever is inside it. A reset alone does not do that
+// on WebTransport while the session ends, nor on a yamux connection whose path is dead;
+// a deadline does, and what it may destroy is lost anyway.
+func breakOff(u network.Stream, code network.StreamErrorCode) error {
+	_ = u.SetDeadline(past)
+	return u.ResetWithError(code)
 }
 
 // end lets the next exchange begin. Where the application has closed the stream in the
@@ -100,6 +187,7 @@ func (x *exchange) end(moved bool) {
 		s.migrations++
 	}
 	over, aborted := s.over, s.aborted
+	s.giveTurn()
 	s.mu.Unlock()
 	if remove {
 		s.host.labels.remove(s.peer, gone, s)
@@ -225,7 +313,11 @@ func (x *exchange) switchReceiving(u network.Stream, final uint64, verified bool
 // finish lets go of the old stream, whose both directions are done with.
 func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 	s := x.s
-	_ = x.old.CloseRead() // calls out a Read that is still inside, see receive.go
+	// Calls out a Read that is still inside, see receive.go. The deadline is for
+	// WebTransport, where CloseRead does not while the session ends; nothing is left
+	// that it could destroy.
+	_ = x.old.CloseRead()
+	_ = x.old.SetReadDeadline(past)
 	eof, closed := s.recv.view()
 	if closed {
 		_ = u.CloseRead() // S6

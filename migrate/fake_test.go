@@ -61,6 +61,24 @@ func newFake() *fakeStream {
 	return f
 }
 
+// feeds adds what Reads return. err, if any, comes with the last byte of data.
+func (f *fakeStream) feeds(data string, err error) *fakeStream {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.in = append(f.in, fakeRead{data, err})
+	f.changed.Broadcast()
+	return f
+}
+
+// grants lets Writes take n bytes more, and then fail with err, or block where that is
+// nil.
+func (f *fakeStream) grants(n int, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.room, f.breaks = n, err
+	f.changed.Broadcast()
+}
+
 func (f *fakeStream) Read(p []byte) (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -186,6 +204,33 @@ func (f *fakeStream) Conn() network.Conn               { return f.conn }
 func (f *fakeStream) Scope() network.StreamScope       { return f.scope }
 func (f *fakeStream) ID() string                       { return "fake" }
 func (f *fakeStream) Stat() (s network.Stats)          { return s }
+func (f *fakeStream) sees(cond func() bool) func() bool {
+	return func() bool {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return cond()
+	}
+}
+
+// wait waits until cond holds. cond is called with the stream's lock held.
+func (f *fakeStream) wait(cond func() bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for !cond() {
+		f.changed.Wait()
+	}
+}
+
+// awaitReader waits until somebody is inside Read with nothing to read.
+func (f *fakeStream) awaitReader() {
+	f.wait(func() bool { return f.reading > 0 && len(f.in) == 0 })
+}
+
+// awaitWriter waits until somebody is blocked in Write.
+func (f *fakeStream) awaitWriter() {
+	f.wait(func() bool { return f.writing > 0 && f.room == 0 })
+}
+
 func (f *fakeStream) taken() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -204,6 +249,12 @@ func (c *fakeConn) IsClosed() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.closed
+}
+
+func (c *fakeConn) dies() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
 }
 
 func (c *fakeConn) RemotePeer() peer.ID { return c.remote }
@@ -257,6 +308,14 @@ func (c *fakeScope) SetService(service string) error {
 		c.service = service
 	}
 	return c.refuses
+}
+
+func (c *fakeScope) reserved() int { return int(c.Stat().Memory) }
+
+func (c *fakeScope) limitTo(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.limit = n
 }
 
 // lonelyHost returns a wrapped host that listens nowhere, for streams that a test makes

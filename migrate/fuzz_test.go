@@ -2,40 +2,259 @@ package migrate
 
 import (
 	"bytes"
+	"encoding/binary"
+	"io"
+	"strings"
 	"testing"
+	"testing/iotest"
+	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	msmux "github.com/multiformats/go-multistream"
+	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/proto"
 )
 
-// FuzzReadMessage: W4. Whatever a peer sends, the parser returns a message with a member or
-// an error, reads no byte behind the message, and none of one that is too long.
+// FuzzReadMessage: whatever a peer sends, the parser does not panic, takes the bytes of
+// one message and no more, obeys the bound, and understands what it writes (W4).
 func FuzzReadMessage(f *testing.F) {
-	for _, seed := range [][]byte{
-		appendMessage(nil, migrateMessage(4, 2)),
-		appendMessage(nil, ackMessage(true)),
-		appendMessage(nil, denyMessage()),
-		appendMessage(nil, finalSizeMessage(1000)),
-		{0}, {2, 0x1a}, {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, {0x81, 0x08},
-	} {
-		f.Add(seed)
+	for _, m := range malformed {
+		f.Add([]byte(m))
 	}
-	f.Fuzz(func(t *testing.T, data []byte) {
-		const behind = "behind"
-		r := bytes.NewReader(append(bytes.Clone(data), behind...))
+	for _, m := range []string{
+		labelBytes(600), migrateBytes(602, 600), migrateDraftBytes(602, 600),
+		ackDraft, ackVerified, ackDenied, finalSizeBytes(5), padded(600, 1024), padded(600, 1025),
+		labelBytes(600) + ackVerified, labelBytes(600)[:3], "\x85\x00" + ackVerified[1:],
+		lengthy("\x1a\x00\x0a" + lengthy("\x08\x02")),
+	} {
+		f.Add([]byte(m))
+	}
+	f.Fuzz(func(t *testing.T, in []byte) {
+		r := bytes.NewReader(in)
 		m, err := readMessage(r)
+		taken := len(in) - r.Len()
+
+		dripping := bytes.NewReader(in)
+		again, err2 := readMessage(byteReader{iotest.OneByteReader(dripping)})
+		require.Equal(t, taken, len(in)-dripping.Len(), "how the bytes are cut decides how many are taken")
+		require.Equal(t, err == nil, err2 == nil, "%v, and byte by byte %v", err, err2)
+
+		size, n := binary.Uvarint(in)
+		whole := n > 0 && size <= maxMessage && uint64(len(in)-n) >= size
+		if whole {
+			require.Equal(t, n+int(size), taken)
+		} else {
+			require.Error(t, err)
+			require.LessOrEqual(t, taken, binary.MaxVarintLen64+maxMessage)
+		}
 		if err != nil {
+			require.Nil(t, m)
 			return
 		}
-		if m.Type == nil {
-			t.Fatal("a message without a member was accepted")
+		require.True(t, whole)
+		require.True(t, proto.Equal(m, again))
+		require.NotNil(t, m.Type)
+		encoded := appendMessage(nil, m)
+		rest := strings.NewReader(string(encoded) + "rest")
+		decoded, err := readMessage(rest)
+		require.NoError(t, err, "%x, of %x", encoded, in)
+		require.True(t, proto.Equal(m, decoded), "%x, of %x", encoded, in)
+		require.Equal(t, len("rest"), rest.Len())
+	})
+}
+
+// scripted is an inbound stream that brings what it is given, size bytes at a time, and
+// then ends.
+type scripted struct {
+	*fakeStream
+	in   string
+	size int
+	end  error
+}
+
+func (s *scripted) Read(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.resetWith != nil:
+		return 0, network.ErrReset
+	case len(s.in) == 0:
+		return 0, s.end
+	case s.size > 0 && len(p) > s.size:
+		p = p[:s.size]
+	}
+	n := copy(p, s.in)
+	s.in = s.in[n:]
+	return n, nil
+}
+
+// reference is what go-multistream itself makes of the beginning of a stream: which
+// protocol it speaks, what is answered, and what is left for the application.
+type reference struct {
+	proto    protocol.ID
+	answered string
+	rest     string
+	err      error
+}
+
+type readWriteCloser struct {
+	io.Reader
+	io.Writer
+}
+
+func (readWriteCloser) Close() error { return nil }
+
+func negotiated(in string, ids ...protocol.ID) (ref reference) {
+	mux := msmux.NewMultistreamMuxer[protocol.ID]()
+	for _, id := range ids {
+		mux.AddHandler(id, nil)
+	}
+	r, w := strings.NewReader(in), new(bytes.Buffer)
+	ref.proto, _, ref.err = mux.Negotiate(readWriteCloser{r, w})
+	rest, _ := io.ReadAll(r)
+	ref.answered, ref.rest = w.String(), string(rest)
+	return ref
+}
+
+// FuzzHandleStream: arbitrary bytes into the negotiation of an inbound stream. It ends
+// when they end, without a panic; streams without a label are negotiated as go-multistream
+// would, to the byte; nothing that is the application's is lost; and nothing is left in
+// any table.
+func FuzzHandleStream(f *testing.F) {
+	const remote peer.ID = "\xff\xff" // higher than any host's, so that its labels are odd
+	const living = 601
+	for _, in := range []string{
+		"", tMultistream, tMultistream + tEcho + "data", tMultistream + tNA + tEcho + "data",
+		tMultistream + tok("/test/other/1.0.0") + tEcho,
+		tMultistream + tok("/test/other/1.0.0") + tMigration + labelBytes(603) + tMultistream + tEcho + "data",
+		tMultistream + tok("/test/as-long-as-the-id/1") + tEcho + "data",
+		tMultistream + tok(FinalSizeID),
+		tMultistream + tMigration + labelBytes(603) + tMultistream + tEcho + "data",
+		tMultistream + tMigration + labelBytes(603) + tMultistream + tok("/test/other/1.0.0") + tEcho + "data",
+		tMultistream + tMigration + labelBytes(602) + tMultistream + tEcho,
+		tMultistream + tMigration + labelBytes(living) + tMultistream + tEcho,
+		tMultistream + tMigration + labelBytes(603) + tMultistream + tMigration,
+		tMultistream + tMigration + labelBytes(603) + tMultistream + tok(FinalSizeID),
+		tMultistream + tMigration + migrateBytes(603, living) + finalSizeBytes(0) + "data",
+		tMultistream + tMigration + migrateBytes(603, living) + finalSizeBytes(5) + "data",
+		tMultistream + tMigration + migrateBytes(603, living) + ackVerified,
+		tMultistream + tMigration + migrateDraftBytes(603, living) + "data",
+		tMultistream + tMigration + migrateBytes(living, living),
+		tMultistream + tMigration + migrateBytes(603, 605),
+		tMultistream + tMigration + ackVerified,
+		tMultistream + tMigration + padded(603, 1024) + tMultistream + tEcho + strings.Repeat("data", 500),
+	} {
+		f.Add([]byte(in), uint8(0))
+		f.Add([]byte(in), uint8(1))
+		f.Add([]byte(in), uint8(52))
+	}
+	for _, m := range malformed {
+		f.Add([]byte(tMultistream+tMigration+m), uint8(0))
+	}
+
+	h := lonelyHost(f, WithNegotiationTimeout(0), withLabelWait(time.Nanosecond), withBusyWait(time.Nanosecond))
+	for _, id := range h.Mux().Protocols() {
+		if id != ID && id != FinalSizeID {
+			h.Mux().RemoveHandler(id)
 		}
-		read := r.Size() - int64(r.Len())
-		if read > maxMessage+10 {
-			t.Fatalf("read %d bytes", read)
+	}
+	app := make(chan network.Stream, 1)
+	h.SetStreamHandler(echoID, func(s network.Stream) { app <- s })
+
+	f.Fuzz(func(t *testing.T, bytes []byte, size uint8) {
+		in := string(bytes)
+		u := &scripted{fakeStream: newFake(), in: in, size: int(size), end: io.EOF}
+		u.conn.remote = remote
+		old := &scripted{fakeStream: newFake(), end: network.ErrReset}
+		old.conn.remote = remote
+		alive := newStream(h, old, echoID, living)
+		require.True(t, h.labels.add(remote, living, alive))
+
+		h.handleStream(u) // and it ends
+
+		var got network.Stream
+		for _, s := range h.labels.all(remote) {
+			switch {
+			case s.Protocol() == FinalSizeID:
+				_ = s.Reset() // as its handler does, at any moment
+			case s != alive:
+				got = s
+			}
 		}
-		again, err := readMessage(bytes.NewReader(appendMessage(nil, m)))
-		if err != nil || !proto.Equal(m, again) {
-			t.Fatalf("%v became %v, %v", m, again, err)
+		if got != nil {
+			require.Same(t, got, <-app, "the application has the stream")
+		} else {
+			select {
+			case got = <-app:
+			default:
+			}
 		}
+		readAll := func(s network.Stream) string {
+			data, err := io.ReadAll(s)
+			require.NoError(t, err)
+			return string(data)
+		}
+
+		// What go-multistream and the parser of messages make of it.
+		ref := negotiated(in, ID, FinalSizeID, echoID)
+		migrated := false
+		switch {
+		case ref.err != nil:
+			require.Nil(t, got)
+			require.NotNil(t, u.resetWith)
+			require.Equal(t, network.StreamProtocolNegotiationFailed, *u.resetWith)
+		case ref.proto == FinalSizeID:
+			require.Nil(t, got)
+			require.NotNil(t, u.resetWith)
+		case ref.proto == echoID:
+			require.Same(t, u, got, "the application has to get the raw stream")
+			require.Equal(t, ref.answered, u.taken())
+			require.Equal(t, ref.rest, readAll(got))
+			require.Equal(t, echoID, u.Protocol())
+			require.Nil(t, u.resetWith)
+		default:
+			r := strings.NewReader(ref.rest)
+			m, err := readMessage(r)
+			behind := ref.rest[len(ref.rest)-r.Len():]
+			switch {
+			case err == nil && m.GetLabel() != nil:
+				label := m.GetLabel().GetId()
+				inner := negotiated(behind, ID, FinalSizeID, echoID)
+				if label%2 == 0 || label == living || inner.err != nil || inner.proto == ID {
+					require.Nil(t, got)
+					require.NotNil(t, u.resetWith)
+					break
+				}
+				if inner.proto == FinalSizeID {
+					break // its handler resets what it gets
+				}
+				require.NotNil(t, got)
+				require.Equal(t, label, got.(*Stream).Label())
+				require.Equal(t, ref.answered+inner.answered, u.taken())
+				require.Equal(t, inner.rest, readAll(got))
+				require.Equal(t, uint64(len(inner.rest)), got.(*Stream).recv.count)
+			case err == nil && m.GetMigrate() != nil && alive.Migrations() > 0:
+				migrated = true
+				require.Equal(t, m.GetMigrate().GetId(), alive.Label())
+				f, err := readFinalSize(r)
+				require.NoError(t, err)
+				require.Zero(t, f, "the old stream brought nothing")
+				require.True(t, strings.HasPrefix(u.taken(), ref.answered+ackVerified))
+				require.Equal(t, ref.rest[len(ref.rest)-r.Len():], readAll(alive))
+			default:
+				require.Nil(t, got)
+				require.True(t, u.resetWith != nil || u.isClosed, "a stream that is no use any more has to end")
+			}
+		}
+		require.Equal(t, migrated, alive.Migrations() > 0)
+		if got != nil {
+			require.NoError(t, got.Reset())
+		}
+		require.NoError(t, alive.Reset())
+		h.labels.mu.Lock()
+		defer h.labels.mu.Unlock()
+		require.Empty(t, h.labels.peers, "nothing may be left of a stream (L5)")
 	})
 }

@@ -104,7 +104,11 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	}
 	// The label must be on its way before somebody refers to it.
 	s.sendOpening()
-	u, err := to.NewStream(ctx)
+	if s.unsent.Load() {
+		return tryLater(errors.New("the opening of the stream cannot be sent"))
+	}
+	u, err := to.NewStream(x.opening(ctx))
+	x.stop()
 	if err != nil {
 		return tryLater(fmt.Errorf("open a stream: %w", err))
 	}

@@ -75,6 +75,34 @@ func TestMigrateOvertakesLabel(t *testing.T) {
 	p.nothingLeft()
 }
 
+// TestMigrateBeforeOpening: nothing can refer to a label that has not been sent (L4). The
+// application's write deadline keeps the opening back; that denies nothing for good.
+func TestMigrateBeforeOpening(t *testing.T) {
+	p := meet(t, verified)
+	ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+	require.NoError(t, err)
+	s := ns.(*Stream)
+	require.NoError(t, s.SetWriteDeadline(past))
+	p.hostMigrates(s).is(ErrTryLater)
+	require.Equal(t, []uint64{s.Label()}, p.labelled())
+
+	// Without the deadline, Migrate sends the opening itself.
+	require.NoError(t, s.SetWriteDeadline(time.Time{}))
+	moved := p.hostMigrates(s)
+	old, next := p.arrives(), p.arrives()
+	if old.Conn() != p.conns[0] {
+		old, next = next, old
+	}
+	old.wants(tMultistream, tMigration, labelBytes(s.Label()), tMultistream, tEcho)
+	next.wantsMigrate(s.Label())
+	next.acks(ackVerified)
+	next.wants(finalSizeBytes(0))
+	old.wantsEOF()
+	next.sends(finalSizeBytes(0))
+	moved.is(nil)
+	p.talk(s, next)
+}
+
 // TestTooManyUnknownFroms: a peer can have maxWaiting Migrates wait; one more is reset,
 // and other streams go on (L4).
 func TestTooManyUnknownFroms(t *testing.T) {

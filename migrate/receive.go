@@ -103,6 +103,7 @@ type receiveHalf struct {
 	verified  bool // final is known
 	eof       bool // the application was given EOF
 	closed    bool // CloseRead or Close was called
+	blind     bool // it switched since the application reads no more, before cur ended
 	untrusted bool // S5: a draft-only responder may have acked an attempt
 	ownEnd    bool // the application has ended its writing
 }
@@ -256,6 +257,7 @@ func (h *receiveHalf) end(err error) error {
 func (h *receiveHalf) settle() {
 	switch {
 	case h.closed:
+		h.blind = h.ended == nil
 		h.switchOver()
 	case h.verified && h.count > h.final:
 		h.failLocked(reset(errTooMuch))
@@ -485,6 +487,10 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 // closeRead ends the application's reading. It may block.
 func (h *receiveHalf) closeRead() error {
 	h.mu.Lock()
+	if h.closed { // cur may be the next stream by now, on which the exchange waits (S3)
+		h.mu.Unlock()
+		return nil
+	}
 	h.closed = true
 	h.budget.release(h.ready.len)
 	h.ready = chunks{}
@@ -638,6 +644,14 @@ func (h *receiveHalf) hasEnded() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.eof || h.ended != nil
+}
+
+// switchedBlind says whether the half has switched without having seen how the old stream
+// ended.
+func (h *receiveHalf) switchedBlind() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.blind
 }
 
 // firstOfNext waits for the first bytes or the EOF of next, and keeps the bytes.

@@ -93,30 +93,23 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 // enterResponder begins x on s, if an exchange of our own does not go first (M1) and
 // the last one ends in time (M2).
 func (h *Host) enterResponder(s *Stream, x *exchange) error {
+	if err := s.beginNext(x, h.ID() < s.peer); err != nil {
+		return err
+	}
 	timer := time.NewTimer(h.cfg.busyWait)
 	defer timer.Stop()
-	for {
-		busy, err := s.begin(x)
-		if busy == nil {
-			return err
-		}
-		if busy.initiator {
-			s.mu.Lock()
-			acked := busy.acked
-			s.mu.Unlock()
-			if !acked && h.ID() < s.peer {
-				return errors.New("our own migration of the stream goes first")
-			}
-			busy.supersede()
-		}
-		select {
-		case <-busy.done:
-		case <-timer.C:
-			return errors.New("the last migration of the stream has not ended")
-		case <-h.ctx.Done():
-			return h.ctx.Err()
-		}
+	err := ErrClosed
+	select {
+	case <-x.turn:
+	case <-timer.C:
+		err = errors.New("the last migration of the stream has not ended")
+	case <-h.ctx.Done():
+		err = h.ctx.Err()
 	}
+	if s.stopWaiting(x) {
+		return nil
+	}
+	return err
 }
 
 // deny answers that the stream is not to be migrated (M3). x is nil where there is no
@@ -193,7 +186,7 @@ func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	if err := x.switchReceiving(u, 0, false); err != nil {
 		return err
 	}
-	if _, closed := s.recv.view(); closed {
+	if !ended && s.recv.switchedBlind() {
 		// The application has stopped reading, and with it our view of the old
 		// stream. The proof is whatever comes on the new one.
 		if _, err := u.Read(make([]byte, 1)); err != nil && err != io.EOF {

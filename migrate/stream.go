@@ -26,10 +26,11 @@ type Stream struct {
 
 	unsent atomic.Bool // the opening has not been sent (W1)
 
-	mu         sync.Mutex // guards all below; taken before the halves'
-	scope      *scope     // nil until somebody asks for it
-	ex         *exchange  // the migration under way, or nil
-	id         string     // set before the first migration
+	mu         sync.Mutex  // guards all below; taken before the halves'
+	scope      *scope      // nil until somebody asks for it
+	ex         *exchange   // the migration under way, or nil
+	waiting    []*exchange // the peer's, which come when it has ended, before any of ours
+	id         string      // set before the first migration
 	label      uint64
 	migrations int
 	denied     bool // M3
@@ -118,6 +119,9 @@ func (s *Stream) Close() error {
 	s.mu.Lock()
 	over, migrating := s.over, s.ex != nil
 	s.over = true
+	if migrating {
+		s.ex.interrupt()
+	}
 	s.mu.Unlock()
 	if over {
 		return nil
@@ -174,17 +178,20 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 		code = s.code // the exchange ends after the application's reset: one code for all
 	}
 	s.over, s.aborted, s.code = true, true, code
+	if ex != nil {
+		ex.interrupt()
+	}
 	s.mu.Unlock()
 	s.send.fail(err)
 	s.recv.fail(err)
 	s.forget()
 	if ex == nil {
-		return s.send.stream().ResetWithError(code)
+		return breakOff(s.send.stream(), code)
 	}
 	// One of the two paths may be dead, and Reset block there.
-	go ex.old.ResetWithError(code)
+	go breakOff(ex.old, code)
 	if next := ex.next(); next != nil {
-		return next.ResetWithError(code)
+		return breakOff(next, code)
 	}
 	return nil
 }

@@ -1,0 +1,234 @@
+#!/usr/bin/env bash
+# Checks switching.pml with Spin: that nothing goes wrong where nothing should, and that
+# something does where a rule is broken or a hole is known. README.md has the results.
+#
+#   check.sh            everything but the long searches: some minutes on two cores
+#   check.sh quick      only what takes seconds
+#   check.sh all        everything; one search takes 3 GB
+#   check.sh NAME...    those configurations
+#   check.sh trail NAME the shortest way to the error of a configuration, step by step
+#
+# It needs spin, gcc, and 4 GB of memory, and writes only to a temporary directory. It
+# fails when a verdict is not the expected one. JOBS is how many searches run at once.
+set -eu
+
+here=$(cd "$(dirname "$0")" && pwd)
+model=$here/switching.pml
+
+# A line for each configuration: its name; when it runs (q: also in quick, n: normally,
+# l: only in all); how it is searched (dfs: all states; bfs: until the first error, which
+# is then the nearest; ltl: all runs); the verdict that is expected; the definitions.
+#
+# A verdict is "no error", or what switching.pml says behind VIOLATED or REACHED.
+truncated='EOF before all that was written'
+lost='a stream was lost although nothing had failed'
+stuck='a peer is stuck'
+quiet='-DNEW_FAILS=0 -DOLD_FAILS=0'
+both='-DINIT_B=1 -DMIGRATIONS=2'
+ours='-DCHECK_DRAFT=0 -DCLOSE_READ=1'
+
+configurations() {
+	cat <<-END
+	# Two peers with the verified handover. Everything may fail, unless it says otherwise.
+	one|q|dfs|no error|-DK=2
+	one-3-bytes|n|dfs|no error|-DK=3
+	one-close-reset|n|dfs|no error|-DK=2 -DCLOSE_READ=1 -DRESETS=1
+	two-attempts|n|dfs|no error|-DK=2 -DMIGRATIONS=2
+	both-migrate|n|dfs|no error|-DK=1 $both -DDENIALS=0 -DCLOSE_READ=1
+	both-migrate-2-bytes|l|dfs|no error|-DK=2 $both -DDENIALS=0
+	three-attempts|n|dfs|no error|-DK=1 -DMIGRATIONS=3
+	both-nothing-fails|q|dfs|no error|-DK=2 -DINIT_B=1 -DMIGRATIONS=3 -DDENIALS=0 $quiet
+	every-run-ends|q|ltl|no error|-DK=1 -DENDS -DCLOSE_READ=1
+	both-every-run-ends|n|ltl|no error|-DK=1 -DENDS $both -DDENIALS=0
+
+	# One of them has only the draft.
+	draft-responder|n|dfs|no error|-DK=2 -DDRAFT_B=1 -DMIGRATIONS=2 -DOLD_LIES=0 -DCLOSE_READ=1
+	draft-responder-ours|n|dfs|no error|-DK=1 -DDRAFT_B=1 $both $ours
+	draft-initiator-ours|n|dfs|no error|-DK=1 -DDRAFT_A=1 $both $ours -DNEW_LIES=1
+	draft-initiator-holds-ours|n|dfs|no error|-DK=1 -DDRAFT_A=1 -DDRAFT_HOLDS=1 $both $ours -DNEW_LIES=1
+	draft-initiator-holds|q|dfs|no error|-DK=2 -DDRAFT_A=1 -DDRAFT_HOLDS=1 -DMIGRATIONS=2 -DNEW_FAILS=0 -DOLD_LIES=0
+
+	# A rule is broken.
+	no-S1|q|bfs|$truncated|-DNO_S1 $quiet
+	no-S3|q|bfs|$truncated|-DNO_S3 -DOLD_FAILS=0
+	no-S4|q|bfs|$truncated|-DNO_S4 $quiet
+	no-S5|q|bfs|$truncated|-DNO_S5 -DNEW_FAILS=0
+	no-S5-draft|q|bfs|$truncated|-DNO_S5 -DDRAFT_B=1 $quiet
+	no-S5-exception|q|bfs|$truncated|-DNO_S5_EXCEPTION -DDRAFT_B=1 -DOLD_FAILS=0
+	no-S6|q|bfs|$stuck|-DNO_S6 $quiet
+	no-S10-initiator|q|bfs|$lost|-DNO_S10_INITIATOR $quiet
+	no-S10-responder|q|bfs|$truncated|-DNO_S10_RESPONDER $quiet
+	no-S12|q|bfs|$truncated|-DNO_S12 -DNEW_FAILS=0
+	no-M1|q|bfs|$stuck|-DNO_M1 $both -DDENIALS=0 $quiet
+
+	# What is known to remain.
+	hole-denial|q|bfs|$lost|$both $quiet
+	hole-draft-initiator|q|bfs|$truncated|-DDRAFT_A=1 $quiet
+	hole-draft-initiator-holds|q|bfs|$truncated|-DDRAFT_A=1 -DDRAFT_HOLDS=1 -DOLD_FAILS=0
+	hole-draft-initiator-new-lies|q|bfs|$truncated|-DDRAFT_A=1 -DPROOF_ON_NEW=1 -DNEW_LIES=1 -DOLD_FAILS=0
+	hole-draft-initiator-old-lies|q|bfs|$truncated|-DDRAFT_A=1 -DPROOF_ON_NEW=1 -DNEW_FAILS=0
+	hole-draft-responder-old-lies|q|bfs|$truncated|-DDRAFT_B=1 -DNEW_FAILS=0
+
+	# Rules that were changed.
+	denies-first|n|dfs|no error|-DK=1 $both -DDENIES_FIRST=1
+	denies-first-nothing-fails|q|dfs|no error|-DK=1 -DINIT_B=1 -DMIGRATIONS=3 -DDENIES_FIRST=1 $quiet
+	proof-on-new|n|dfs|no error|-DK=1 -DDRAFT_A=1 $both -DOLD_LIES=0 -DPROOF_ON_NEW=1 -DCLOSE_READ=1
+	proof-on-new-holds|n|dfs|no error|-DK=2 -DDRAFT_A=1 -DDRAFT_HOLDS=1 -DMIGRATIONS=2 -DOLD_LIES=0 -DPROOF_ON_NEW=1
+	doubt-ends|n|dfs|no error|-DK=1 -DDRAFT_B=1 -DMIGRATIONS=3 -DOLD_LIES=0 -DDOUBT_ENDS=1
+
+	# The model does something: what should be possible is.
+	reach-survival|q|bfs|the stream outlives its old connection|-DREACH=1
+	reach-second-attempt|q|bfs|the second attempt succeeds|-DREACH=2 -DMIGRATIONS=2 -DOLD_FAILS=0
+	END
+}
+
+fail() {
+	echo "check.sh: $*" >&2
+	exit 1
+}
+
+# field NAME N prints the Nth field of a configuration.
+field() {
+	configurations | awk -F'|' -v name="$1" -v n="$2" '$1 == name { print $n }'
+}
+
+# prepare NAME DIR builds the search of a configuration in DIR.
+prepare() {
+	local how flags opts
+	how=$(field "$1" 3) flags=$(field "$1" 5)
+	case $flags in *-DK=*) ;; *) flags="-DK=1 $flags" ;; esac
+	echo "$flags" >"$2/flags"
+	cp "$model" "$2/"
+	cd "$2"
+	# No state is left out: neither by partial order reduction nor by hashing.
+	case $how in
+	dfs) opts='-O2 -DSAFETY -DCOLLAPSE' ;;
+	bfs) opts='-O0 -DSAFETY -DBFS' ;; # compiling takes longer than searching
+	ltl) opts='-O2 -DCOLLAPSE' ;;
+	esac
+	# shellcheck disable=SC2086 # flags and options are words
+	spin $flags -a switching.pml >spin.out 2>&1 || { cat spin.out >&2; fail "$1: spin does not take the model"; }
+	# shellcheck disable=SC2086
+	gcc -w -DNOREDUCE -DMEMLIM=3800 $opts -o pan pan.c || fail "$1: gcc does not take what spin made of the model"
+}
+
+# search DIR HOW runs the search. It leaves what pan says in pan.out, and the seconds of
+# processor time that it took in pan.time.
+search() {
+	local claim='' TIMEFORMAT='%U'
+	[ "$2" = ltl ] && claim=-a
+	# What it found counts, not its status.
+	{ time (cd "$1" && ./pan -m10000 $claim >pan.out 2>pan.err) || true; } 2>"$1/pan.time"
+}
+
+# verdict DIR HOW says what a search has found.
+verdict() {
+	local out=$1/pan.out
+	if grep -qE 'max search depth too small|out of memory|reached -?DMEMLIM|aborting|hash table .*full|truncat' "$out" "$1/pan.err"; then
+		echo "not exhaustive"
+	elif [ -e "$1/switching.pml.trail" ]; then
+		local line
+		# shellcheck disable=SC2046 # flags are words
+		line=$(cd "$1" && spin $(cat flags) -t switching.pml 2>&1 | sed -n 's/.*switching.pml:\([0-9]*\), Error: assertion.*/\1/p' | head -1)
+		if [ -n "$line" ]; then
+			sed -n "${line}s/.*\(VIOLATED\|REACHED\): \(.*\) \*\/.*/\2/p" "$model"
+		elif grep -q 'invalid end state' "$out"; then
+			echo "$stuck"
+		elif grep -q 'acceptance cycle' "$out"; then
+			echo "a run does not end"
+		else
+			echo "the model is faulty: $(head -1 "$out")"
+		fi
+	elif [ "$2" != bfs ] && ! grep -q '^Full statespace search for' "$out"; then
+		echo "not exhaustive"
+	elif grep -q 'errors: 0$' "$out" && ! grep -q 'Search not completed' "$out"; then
+		echo "no error"
+	else
+		echo "not exhaustive"
+	fi
+}
+
+# row NAME checks a configuration and prints its line of the table. It fails if the
+# verdict is not the expected one.
+row() {
+	local dir how expected found states depth
+	how=$(field "$1" 3) expected=$(field "$1" 4)
+	[ -n "$how" ] || fail "no configuration $1"
+	dir=$(mktemp -d "$work/$1.XXXX")
+	(prepare "$1" "$dir") || exit 1
+	search "$dir" "$how"
+	states=$(awk '/states, stored/ { print $1 }' "$dir/pan.out")
+	depth=$(sed -n 's/.*depth reached \([0-9]*\),.*/\1/p' "$dir/pan.out")
+	found=$(verdict "$dir" "$how")
+	local mark=ok
+	[ "$found" = "$expected" ] || mark="EXPECTED: $expected"
+	printf '%-30s %11s %6s %7.1fs  %-46s %s\n' "$1" "${states:-?}" "${depth:-?}" "$(cat "$dir/pan.time")" "$found" "$mark"
+	rm -rf "$dir"
+	[ "$mark" = ok ]
+}
+
+trail() {
+	local dir=$work/trail
+	[ -n "$(field "$1" 3)" ] || fail "no configuration $1"
+	mkdir "$dir"
+	(prepare "$1" "$dir") || exit 1
+	search "$dir" "$(field "$1" 3)"
+	[ -e "$dir/switching.pml.trail" ] || fail "$1: $(verdict "$dir" "$(field "$1" 3)")"
+	# shellcheck disable=SC2046
+	(cd "$dir" && spin -T $(cat flags) -t switching.pml 2>&1) | sed '/^spin:/,$d; /^ltl /d'
+	echo "=> $(verdict "$dir" "$(field "$1" 3)")"
+}
+
+missing=
+for tool in spin gcc awk sed; do
+	command -v "$tool" >/dev/null || missing="$missing $tool"
+done
+[ -z "$missing" ] || fail "missing:$missing (Debian: apt install spin gcc)"
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+case ${1-} in
+trail)
+	[ $# = 2 ] || fail "usage: check.sh trail NAME"
+	trail "$2"
+	exit
+	;;
+quick) when=q ;;
+all) when=qnl ;;
+'') when=qn ;;
+*) when= ;;
+esac
+
+if [ -n "$when" ]; then
+	names=$(configurations | awk -F'|' -v when="$when" 'NF == 5 && index(when, $2) { print $1 }')
+else
+	names=$*
+fi
+
+printf '%-30s %11s %6s %8s  %s\n' configuration states depth time verdict
+# Rows are printed in order, each as soon as those before it are there.
+jobs=${JOBS:-2} bad=0 printed=0
+started=()
+report() { # report all: waits for them
+	local name pid
+	while [ $printed -lt ${#started[@]} ]; do
+		name=${started[$printed]#*:} pid=${started[$printed]%%:*}
+		if [ "${1-}" != all ] && kill -0 "$pid" 2>/dev/null; then
+			return
+		fi
+		wait "$pid" || bad=$((bad + 1))
+		cat "$work/$name.row"
+		printed=$((printed + 1))
+	done
+}
+for name in $names; do
+	while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
+		wait -n || true
+	done
+	(row "$name" >"$work/$name.row") &
+	started+=("$!:$name")
+	report
+done
+report all
+[ $bad = 0 ] || fail "$bad verdicts are not as expected"

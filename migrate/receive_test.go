@@ -1,0 +1,764 @@
+package migrate
+
+import (
+	"errors"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+)
+
+// The receiving half, over fake streams, in virtual time.
+
+// virtual runs the test in a bubble with a clock of its own. Under the race detector the
+// test is skipped: the race runtime crashes on such bubbles now and then.
+func virtual(t *testing.T, test func(t *testing.T)) {
+	if raceEnabled {
+		t.Skip("the race runtime crashes on testing/synctest now and then")
+	}
+	synctest.Test(t, test)
+}
+
+// bubble is virtual as a subtest.
+func bubble(t *testing.T, name string, test func(t *testing.T)) {
+	t.Run(name, func(t *testing.T) { virtual(t, test) })
+}
+
+type readResult struct {
+	data string
+	err  error
+}
+
+// receiver is a receiving half on its way from old to next.
+type receiver struct {
+	*receiveHalf
+	old, next *fakeStream
+	scope     *fakeScope
+	awaited   chan error
+}
+
+func newReceiver(t *testing.T) *receiver {
+	r := &receiver{old: newFake(), next: newFake(), scope: new(fakeScope)}
+	r.receiveHalf = &receiveHalf{cur: r.old}
+	t.Cleanup(r.ends)
+	return r
+}
+
+// hands begins the handover; verified where final is not negative.
+func (r *receiver) hands(final int, stall time.Duration) {
+	r.hold()
+	r.handover(r.next, uint64(max(0, final)), final >= 0, &span{parent: r.scope})
+	r.awaited = make(chan error, 1)
+	go func() { r.awaited <- r.await(stall) }()
+	synctest.Wait()
+}
+
+// reads begins a Read of up to size bytes.
+func (r *receiver) reads(size int) chan readResult {
+	ch := make(chan readResult, 1)
+	go func() {
+		p := make([]byte, size)
+		n, err := r.read(p)
+		ch <- readResult{string(p[:n]), err}
+	}()
+	synctest.Wait()
+	return ch
+}
+
+func (r *receiver) wants(t *testing.T, data string) {
+	t.Helper()
+	var got strings.Builder
+	for got.Len() < len(data) {
+		select {
+		case v := <-r.reads(len(data) - got.Len()):
+			require.NoError(t, v.err)
+			got.WriteString(v.data)
+		default:
+			t.Fatalf("Read blocks after %q", got.String())
+		}
+	}
+	require.Equal(t, data, got.String())
+}
+
+func now[T any](t *testing.T, ch chan T, what string) (v T) {
+	t.Helper()
+	synctest.Wait()
+	select {
+	case v = <-ch:
+	default:
+		t.Fatalf("%s has to return by now", what)
+	}
+	return v
+}
+
+func later[T any](t *testing.T, ch chan T, what string) {
+	t.Helper()
+	synctest.Wait()
+	notYet(t, ch, what)
+}
+
+// ends lets everything end that is still inside a stream.
+func (r *receiver) ends() {
+	r.fail(errors.New("the test is over"))
+	_, _ = r.old.Reset(), r.next.Reset()
+	synctest.Wait()
+}
+
+// TestReadOfOpenHalf: what the stream says, as it says it, outside of an exchange.
+func TestReadOfOpenHalf(t *testing.T) {
+	h := &receiveHalf{cur: newFake().feeds("hello", nil).feeds("", nil).feeds("end", io.EOF)}
+	p := make([]byte, 3)
+	for _, want := range []string{"hel", "lo"} {
+		n, err := h.read(p)
+		require.NoError(t, err)
+		require.Equal(t, want, string(p[:n]))
+	}
+	n, err := h.read(p) // one that brings nothing is not passed on
+	require.Equal(t, "end", string(p[:n]))
+	require.Equal(t, io.EOF, err)
+	_, err = h.read(p)
+	require.Equal(t, io.EOF, err, "an EOF that was given stays given (S6)")
+	require.Equal(t, uint64(8), h.count)
+
+	broken := errors.New("broken")
+	h = &receiveHalf{cur: newFake().feeds("", os.ErrDeadlineExceeded).feeds("x", broken)}
+	_, err = h.read(p)
+	require.Equal(t, os.ErrDeadlineExceeded, err)
+	n, err = h.read(p)
+	require.Equal(t, "x", string(p[:n]))
+	require.Equal(t, broken, err)
+	_ = h.closeRead()
+	_, err = h.read(p)
+	require.ErrorIs(t, err, errReadClosed)
+}
+
+// TestReadOfHeldHalf: data flow, and an end is kept back until it is released (S5).
+func TestReadOfHeldHalf(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		for _, end := range []error{io.EOF, network.ErrReset} {
+			r := newReceiver(t)
+			r.hold()
+			r.old.feeds("data", nil)
+			r.wants(t, "data")
+			r.old.feeds("last", end)
+			r.wants(t, "last")
+			got := r.reads(10)
+			later(t, got, "the end")
+			require.True(t, r.hasEnded())
+			r.release(false)
+			require.Equal(t, readResult{"", end}, now(t, got, "the end"))
+		}
+	})
+}
+
+// TestDeadlineOfHeldHalf: an application's deadline is none that is kept back.
+func TestDeadlineOfHeldHalf(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		got := r.reads(10)
+		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
+		later(t, got, "the Read")
+		time.Sleep(time.Second)
+		require.Equal(t, readResult{"", os.ErrDeadlineExceeded}, now(t, got, "the Read"))
+		require.False(t, r.hasEnded())
+
+		// Of a Read that waits for the meaning of an end, too.
+		require.NoError(t, r.setDeadline(time.Time{}))
+		r.old.feeds("", io.EOF)
+		got = r.reads(10)
+		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
+		time.Sleep(time.Second)
+		require.Equal(t, readResult{"", os.ErrDeadlineExceeded}, now(t, got, "the Read"))
+		require.True(t, r.hasEnded())
+	})
+}
+
+// TestSwitchOver: a reader that is blocked inside the old stream goes on with the new one
+// (S4, S12).
+func TestSwitchOver(t *testing.T) {
+	bubble(t, "draft, at EOF", func(t *testing.T) {
+		r := newReceiver(t)
+		got := r.reads(10)
+		r.hands(-1, time.Minute)
+		r.next.feeds("new", nil)
+		later(t, got, "the Read")
+		r.old.feeds("", io.EOF)
+		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+		require.NoError(t, now(t, r.awaited, "await"))
+	})
+	bubble(t, "draft, EOF with the last data", func(t *testing.T) {
+		r := newReceiver(t)
+		got := r.reads(10)
+		r.hands(-1, time.Minute)
+		r.old.feeds("old", io.EOF)
+		require.Equal(t, readResult{"old", nil}, now(t, got, "the Read"), "the EOF is the migration's")
+		r.next.feeds("new", nil)
+		r.wants(t, "new")
+	})
+	bubble(t, "draft, an EOF that was held", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		r.old.feeds("", io.EOF)
+		got := r.reads(10)
+		r.hands(-1, time.Minute)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.next.feeds("new", nil)
+		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+	})
+	bubble(t, "verified, at the final size", func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("abc", nil)
+		r.wants(t, "abc")
+		got := r.reads(10)
+		r.hands(5, time.Minute)
+		later(t, r.awaited, "await")
+		r.old.feeds("de", nil)
+		require.Equal(t, readResult{"de", nil}, now(t, got, "the Read"))
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.next.feeds("new", nil)
+		r.wants(t, "new")
+		require.Equal(t, uint64(3), r.count, "the count begins anew")
+	})
+	bubble(t, "verified, all there is was read", func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("abc", nil)
+		r.wants(t, "abc")
+		got := r.reads(10)
+		r.hands(3, time.Minute)
+		require.NoError(t, now(t, r.awaited, "await"))
+		// The Read is still inside the old stream. It is called out by CloseRead.
+		r.next.feeds("new", nil)
+		later(t, got, "a Read inside the old stream")
+		_ = r.old.CloseRead()
+		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+	})
+	bubble(t, "verified, more than the final size", func(t *testing.T) {
+		r := newReceiver(t)
+		got := r.reads(10)
+		r.hands(3, time.Minute)
+		r.old.feeds("abcd", nil)
+		v := now(t, got, "the Read")
+		require.ErrorIs(t, v.err, network.ErrReset)
+		require.ErrorIs(t, v.err, errViolation)
+		require.Empty(t, v.data)
+		require.ErrorIs(t, now(t, r.awaited, "await"), errTooMuch)
+	})
+	bubble(t, "verified, more after the switch", func(t *testing.T) {
+		r := newReceiver(t)
+		got := r.reads(10)
+		r.hands(0, time.Minute)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.old.feeds("x", nil)
+		require.ErrorIs(t, now(t, got, "the Read").err, network.ErrReset)
+	})
+	bubble(t, "verified, an error at the final size", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		r.old.feeds("abc", network.ErrReset)
+		r.wants(t, "abc")
+		got := r.reads(10)
+		r.hands(3, time.Minute)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.next.feeds("new", nil)
+		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+	})
+}
+
+// TestEndsThatAreNotBelieved (S8, S12).
+func TestEndsThatAreNotBelieved(t *testing.T) {
+	bubble(t, "draft, an error", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(-1, time.Minute)
+		r.old.feeds("abc", errors.New("broken"))
+		require.ErrorContains(t, now(t, r.awaited, "await"), "broken")
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+	})
+	bubble(t, "draft, EOF of a dead connection", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(-1, time.Minute)
+		r.old.conn.dies()
+		r.old.feeds("abc", io.EOF)
+		require.ErrorIs(t, now(t, r.awaited, "await"), errLost)
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+	})
+	bubble(t, "draft, EOF of a dead connection that was held", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		r.old.conn.dies()
+		r.old.feeds("", io.EOF)
+		got := r.reads(10)
+		later(t, got, "the end")
+		r.hands(-1, time.Minute)
+		require.ErrorIs(t, now(t, r.awaited, "await"), errLost)
+		require.ErrorIs(t, now(t, got, "Read").err, network.ErrReset)
+	})
+	bubble(t, "verified, an error too early", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Minute)
+		r.old.feeds("abc", errors.New("broken"))
+		err := now(t, r.awaited, "await")
+		require.ErrorIs(t, err, errLost)
+		require.ErrorContains(t, err, "broken")
+		require.ErrorIs(t, err, network.ErrReset)
+	})
+	bubble(t, "verified, an EOF that the application was given", func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("abc", nil).feeds("", io.EOF)
+		r.wants(t, "abc")
+		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err)
+		r.hands(5, time.Minute)
+		require.ErrorIs(t, now(t, r.awaited, "await"), errLost)
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+	})
+	bubble(t, "verified, an EOF that was right", func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("abc", nil).feeds("", io.EOF)
+		r.wants(t, "abc")
+		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err)
+		r.hands(3, time.Minute)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err, "an EOF that was given stays given (S6)")
+	})
+	bubble(t, "untrusted", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		r.release(true)
+		r.noteOwnEnd()
+		r.old.feeds("abc", io.EOF)
+		v := now(t, r.reads(10), "Read")
+		require.Equal(t, "abc", v.data)
+		if v.err == nil {
+			v = now(t, r.reads(10), "Read")
+		}
+		require.ErrorIs(t, v.err, network.ErrReset)
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errUntrustedEnd)
+	})
+}
+
+// TestReread: a stream that reports EOF too early is read again, since a muxer that goes
+// down may have more on its way into its buffer: 6 times, 630 ms in all (S12).
+func TestReread(t *testing.T) {
+	bubble(t, "comes", func(t *testing.T) {
+		for eofs := range rereads + 1 {
+			r := newReceiver(t)
+			r.old.feeds("abc", io.EOF)
+			for range eofs {
+				r.old.feeds("", io.EOF)
+			}
+			r.old.feeds("de", io.EOF)
+			if eofs == rereads {
+				r.hands(5, time.Minute)
+				start := time.Now()
+				require.ErrorIs(t, <-r.awaited, errLost)
+				require.Equal(t, 630*time.Millisecond, time.Since(start))
+				continue
+			}
+			r.hands(5, time.Minute)
+			require.NoError(t, <-r.awaited, "after %d false EOFs", 1+eofs)
+			r.next.feeds("new", nil)
+			r.wants(t, "abcdenew")
+			require.Zero(t, r.scope.reserved())
+		}
+	})
+	bubble(t, "progress begins anew", func(t *testing.T) {
+		r := newReceiver(t)
+		for range 5 {
+			for range rereads {
+				r.old.feeds("", io.EOF)
+			}
+			r.old.feeds("x", nil)
+		}
+		r.hands(5, time.Minute)
+		require.NoError(t, <-r.awaited)
+		r.wants(t, "xxxxx")
+	})
+	bubble(t, "for a reader", func(t *testing.T) {
+		r := newReceiver(t)
+		got := r.reads(10)
+		r.hands(3, time.Minute)
+		r.old.feeds("", io.EOF)
+		later(t, got, "the Read")
+		r.old.feeds("abc", nil)
+		require.NoError(t, <-r.awaited)
+		require.Equal(t, readResult{"abc", nil}, now(t, got, "the Read"))
+	})
+	bubble(t, "fails meanwhile", func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("", io.EOF)
+		r.hands(3, time.Minute)
+		gone := errors.New("gone")
+		r.fail(gone)
+		require.Equal(t, gone, now(t, r.awaited, "await"))
+	})
+}
+
+// TestDrain: the old stream is read though the application does not read, up to a bound,
+// in reserved memory; application Reads are served first from what was drained (S4, M4).
+func TestDrain(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(-1, time.Hour)
+		block := strings.Repeat("0123456789abcdef", 1<<12) // 64 KiB
+		const blocks = 300                                 // 18.75 MiB
+		for range blocks {
+			r.old.feeds(block, nil)
+		}
+		r.old.feeds("", io.EOF)
+		synctest.Wait()
+		require.LessOrEqual(t, r.ready.len, maxDrained)
+		require.Greater(t, r.ready.len, maxDrained-readChunk)
+		require.Equal(t, r.ready.len, r.scope.reserved())
+		later(t, r.awaited, "await")
+		time.Sleep(59 * time.Minute)
+		later(t, r.awaited, "await") // a full buffer is no stall
+
+		r.wants(t, block)
+		synctest.Wait()
+		require.Greater(t, r.ready.len, maxDrained-readChunk, "what was read makes room")
+		for range blocks - 1 {
+			r.wants(t, block)
+		}
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Zero(t, r.scope.reserved())
+		require.LessOrEqual(t, r.scope.peak, maxDrained)
+		r.next.feeds("new", nil)
+		r.wants(t, "new")
+	})
+}
+
+// TestDrainReadsNoFurther than the final size, so that what a peer sends beyond costs
+// nothing.
+func TestDrainReadsNoFurther(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Minute)
+		r.old.feeds("abcdefgh", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, 5, r.ready.len)
+		require.Equal(t, 5, r.scope.reserved())
+		r.wants(t, "abcde")
+	})
+}
+
+// TestDrainWithoutMemory: where the resource manager refuses the drain, the application
+// can still read, nothing is taken for a stall, and the drain goes on when there is
+// memory (M4).
+func TestDrainWithoutMemory(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.scope.limitTo(100)
+		r.hands(50_000, time.Minute)
+		r.old.feeds(strings.Repeat("x", 40_000), nil)
+		synctest.Wait()
+		require.Zero(t, r.ready.len)
+		require.True(t, r.starved)
+		time.Sleep(time.Hour)
+		later(t, r.awaited, "await")
+
+		r.wants(t, strings.Repeat("x", 10_000))
+		require.Zero(t, r.scope.reserved())
+		r.scope.limitTo(0)
+		time.Sleep(stallNotice)
+		synctest.Wait()
+		require.Equal(t, 30_000, r.ready.len)
+		r.old.feeds(strings.Repeat("y", 10_000), nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, strings.Repeat("x", 30_000)+strings.Repeat("y", 10_000))
+		require.Zero(t, r.scope.reserved())
+	})
+}
+
+// TestDrainHasNoDeadline: the application's deadline holds for its Read, and never
+// reaches a stream that the drain reads: on yamux and WebRTC that would lose data.
+func TestDrainHasNoDeadline(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		got := r.reads(10)
+		before := len(r.old.deadlines)
+		at := time.Now().Add(stallNotice / 2)
+		require.NoError(t, r.setDeadline(at))
+		time.Sleep(stallNotice / 2)
+		require.Equal(t, readResult{"", os.ErrDeadlineExceeded}, now(t, got, "the Read"))
+		require.Len(t, r.old.deadlines, before, "a deadline was set on a stream that the drain reads")
+		later(t, r.awaited, "await")
+
+		r.old.feeds("abcde", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, []time.Time{at}, r.next.deadlines, "it holds across the switch")
+		v := now(t, r.reads(10), "the Read")
+		require.Equal(t, readResult{"abcde", nil}, v, "what is there is given, deadline or not")
+		require.Equal(t, os.ErrDeadlineExceeded, now(t, r.reads(10), "the Read").err)
+		require.NoError(t, r.setDeadline(time.Time{}))
+		r.next.feeds("new", nil)
+		r.wants(t, "new")
+	})
+}
+
+// TestDeadlineBeforeTheDrain: one that was set before is taken off the old stream while
+// the drain reads it.
+func TestDeadlineBeforeTheDrain(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		at := time.Now().Add(stallNotice / 4)
+		require.NoError(t, r.setDeadline(at))
+		r.hands(5, time.Hour)
+		require.Equal(t, []time.Time{at, {}}, r.old.deadlines)
+		time.Sleep(stallNotice / 2)
+		r.old.feeds("abcde", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, []time.Time{at}, r.next.deadlines)
+		r.wants(t, "abcde")
+	})
+}
+
+// TestStallTimeout: no progress at all for that long, once the peer has told how much is
+// still to come; a peer that drips makes progress (M4).
+func TestStallTimeout(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		for _, stall := range []time.Duration{time.Millisecond, 30 * time.Second, time.Hour} {
+			r := newReceiver(t)
+			start := time.Now()
+			r.hands(100, stall)
+			for range 50 {
+				time.Sleep(stall - time.Nanosecond)
+				r.old.feeds("x", nil)
+				later(t, r.awaited, "await")
+			}
+			drip := time.Since(start)
+			require.ErrorIs(t, <-r.awaited, errStalled)
+			require.Equal(t, drip+stall, time.Since(start))
+			require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+			require.LessOrEqual(t, r.scope.peak, readChunk+100)
+		}
+	})
+}
+
+// TestDraftHasNoStallTimeout before the peer is seen to write to the new stream: it ends
+// the old one when its application has read what was sent, which may take any time. What
+// it has written to the new one, it wrote after it ended the old one.
+func TestDraftHasNoStallTimeout(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(-1, 30*time.Second)
+		time.Sleep(24 * time.Hour)
+		later(t, r.awaited, "await")
+		r.next.feeds("new", nil)
+		synctest.Wait()
+		time.Sleep(29 * time.Second)
+		r.old.feeds("old", nil)
+		time.Sleep(29 * time.Second)
+		later(t, r.awaited, "await")
+		r.old.feeds("", io.EOF)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "oldnew")
+
+		r = newReceiver(t)
+		r.hands(-1, 30*time.Second)
+		time.Sleep(24 * time.Hour)
+		start := time.Now()
+		r.next.feeds("new", nil)
+		require.ErrorIs(t, <-r.awaited, errStalled)
+		require.Equal(t, 30*time.Second, time.Since(start))
+	})
+}
+
+// TestReadAhead: the new stream is read while the old one makes no progress, not before,
+// and no further than maxAhead (M4).
+func TestReadAhead(t *testing.T) {
+	bubble(t, "bound", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		for range 1000 {
+			r.next.feeds(strings.Repeat("n", 1001), nil)
+		}
+		time.Sleep(stallNotice - time.Nanosecond)
+		synctest.Wait()
+		require.Zero(t, r.ahead.len, "an ordinary handover takes a round trip")
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		require.Equal(t, maxAhead, r.ahead.len)
+		require.Equal(t, maxAhead+5, r.scope.reserved())
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Equal(t, maxAhead, r.ahead.len)
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "first"+strings.Repeat("n", 1001*1000))
+		require.Zero(t, r.scope.reserved())
+		require.Equal(t, uint64(1001*1000), r.count)
+	})
+	bubble(t, "progress", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(100, time.Hour)
+		r.next.feeds("new", nil)
+		for range 100 {
+			time.Sleep(stallNotice - time.Nanosecond)
+			require.Zero(t, r.ahead.len)
+			r.old.feeds("x", nil)
+			synctest.Wait()
+		}
+		require.NoError(t, now(t, r.awaited, "await"))
+	})
+	bubble(t, "blocked at the switch", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		time.Sleep(stallNotice)
+		r.next.awaitReader()
+		got := r.reads(100)
+		r.old.feeds("first", nil)
+		require.Equal(t, readResult{"first", nil}, now(t, got, "the Read"))
+		got = r.reads(100)
+		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
+		time.Sleep(time.Second)
+		require.Equal(t, os.ErrDeadlineExceeded, now(t, got, "the Read").err, "a Read that waits for one that reads ahead")
+		require.NoError(t, r.setDeadline(time.Time{}))
+		got = r.reads(100)
+		r.next.feeds("new", io.EOF)
+		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+		r.next.feeds("", io.EOF) // as a stream does
+		require.Equal(t, io.EOF, now(t, r.reads(100), "the Read").err)
+		require.Zero(t, r.scope.reserved())
+		require.Equal(t, uint64(3), r.count)
+	})
+	bubble(t, "closed at the switch", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		time.Sleep(stallNotice)
+		r.next.awaitReader()
+		require.NoError(t, r.closeRead())
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.next.feeds("new", nil)
+		synctest.Wait()
+		require.Zero(t, r.ready.len, "nobody will read this")
+		require.Zero(t, r.scope.reserved())
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errReadClosed)
+	})
+	bubble(t, "EOF", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		for range 100 {
+			r.next.feeds("", io.EOF)
+		}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.NotEmpty(t, r.next.in, "the EOF is read again and again")
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "first")
+		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err)
+	})
+	bubble(t, "reset", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		require.NoError(t, r.next.Reset())
+		require.ErrorIs(t, <-r.awaited, network.ErrReset) // S8
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+		r.ends()
+		require.Zero(t, r.scope.reserved())
+	})
+	bubble(t, "no memory", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		r.scope.limitTo(100)
+		r.next.feeds("new", nil)
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Zero(t, r.ahead.len)
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "firstnew")
+	})
+}
+
+// TestCloseReadDuringHandover ends the half's part in it at once.
+func TestCloseReadDuringHandover(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(100, time.Hour)
+		r.old.feeds("abc", nil)
+		synctest.Wait()
+		require.Equal(t, 3, r.ready.len)
+		require.NoError(t, r.closeRead())
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.True(t, r.old.readClosed)
+		require.Zero(t, r.scope.reserved())
+		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errReadClosed)
+	})
+}
+
+// TestFailDuringHandover: a reader, the drain and the exchange all end, and the memory is
+// given back.
+func TestFailDuringHandover(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		got := r.reads(10)
+		r.hands(100, time.Hour)
+		r.old.feeds("abc", nil)
+		require.Equal(t, "abc", now(t, got, "the Read").data)
+		r.old.feeds("abc", nil)
+		time.Sleep(stallNotice)
+		r.next.feeds("new", nil)
+		synctest.Wait()
+		require.NotZero(t, r.scope.reserved())
+		gone := errors.New("gone")
+		r.fail(gone)
+		r.fail(errors.New("later"))
+		require.Equal(t, gone, now(t, r.awaited, "await"))
+		require.Equal(t, gone, now(t, r.reads(10), "Read").err)
+		_, _ = r.old.Reset(), r.next.Reset()
+		synctest.Wait()
+		require.Zero(t, r.scope.reserved())
+	})
+}
+
+// TestHandoverTwice: what the application has not read of one migration is there after
+// the next, reserved in the new budget.
+func TestHandoverTwice(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("one", io.EOF)
+		r.hands(3, time.Hour)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, 3, r.scope.reserved())
+
+		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: new(fakeScope)}
+		second.old.feeds("two", nil)
+		second.hands(3, time.Hour)
+		require.NoError(t, now(t, second.awaited, "await"))
+		require.Zero(t, r.scope.reserved())
+		require.Equal(t, 6, second.scope.reserved())
+		second.next.feeds("three", nil).feeds("", io.EOF)
+		second.wants(t, "onetwothree")
+		require.Equal(t, io.EOF, now(t, second.reads(10), "Read").err)
+		require.Zero(t, second.scope.reserved())
+	})
+}
+
+// TestFirstOfNext: what proves that the ack has arrived is not lost (S3), and nothing may
+// follow an end that was given (S11).
+func TestFirstOfNext(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		r.old.feeds("", io.EOF)
+		got := r.reads(10)
+		r.next.feeds("new", nil)
+		require.NoError(t, r.firstOfNext(r.next))
+		later(t, got, "the Read")
+		r.hands(-1, time.Hour)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+
+		given := &receiveHalf{cur: newFake(), eof: true}
+		require.NoError(t, given.firstOfNext(newFake().feeds("", io.EOF)))
+		require.ErrorIs(t, given.firstOfNext(newFake().feeds("x", nil)), errViolation)
+		require.ErrorIs(t, given.firstOfNext(newFake().feeds("", network.ErrReset)), network.ErrReset)
+	})
+}
