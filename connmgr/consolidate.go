@@ -35,7 +35,10 @@ type Loser struct {
 	// Pinned streams cannot move: they are not labelled, or the peer denied to migrate
 	// them. The connection is kept for them until they end.
 	Pinned int
-	// Kept says why nothing is done about the connection; empty if nothing forbids it.
+	// RuledOut says why the connection was not ranked at all: it does not answer, or the
+	// peer is about to close it. Empty if it was.
+	RuledOut string
+	// Kept says what forbids to close the connection; empty if nothing does.
 	Kept string
 	// Pruned connections have been closed.
 	Pruned bool
@@ -81,8 +84,11 @@ func (r Report) String() string {
 	fmt.Fprintf(&sb, "peer %s: kept %s, in %s", r.Peer, r.Winner, inWords(r.Duration))
 	for _, l := range r.Losers {
 		fmt.Fprintf(&sb, "\n  %s", l.Conn)
-		if l.Decision.Rule != "" {
+		switch {
+		case l.Decision.Rule != "":
 			fmt.Fprintf(&sb, ", %s", l.Decision)
+		case l.RuledOut != "":
+			fmt.Fprintf(&sb, ", ruled out: %s", l.RuledOut)
 		}
 		fmt.Fprintf(&sb, ": %s moved", streams(l.Moved))
 		for _, part := range []struct {

@@ -32,7 +32,18 @@ type role struct {
 	over    bool   // is not, but has taken over
 	moves   bool
 	prunes  bool
-	quiet   time.Duration // how long a loser must have been quiet
+	drains  bool          // the peer can be asked whether it has anything on a loser
+	quiet   time.Duration // how long a loser must have been quiet, if so
+	plain   time.Duration // and if not
+}
+
+// quietFor returns how long a loser must have been quiet. It must be called with
+// Manager.mu held, or by the round.
+func (r role) quietFor(loser *connState) time.Duration {
+	if r.drains && !loser.plain {
+		return r.quiet
+	}
+	return r.plain
 }
 
 // takeover is what a follower waits with. Guarded by Manager.mu.
@@ -73,7 +84,7 @@ func (m *Manager) controller(p peer.ID, wrapped bool) (bool, string) {
 // identified.
 func managed(n network.Network, p peer.ID) (advertises, known bool) {
 	book := n.Peerstore()
-	if got, err := book.SupportsProtocols(p, ManagerID); err == nil && len(got) > 0 {
+	if got, err := book.SupportsProtocols(p, DrainID); err == nil && len(got) > 0 {
 		return true, true
 	}
 	all, err := book.GetProtocols(p)
@@ -83,6 +94,8 @@ func managed(n network.Network, p peer.ID) (advertises, known bool) {
 func (m *Manager) roleFor(d *duplicates, v view, winner *connView, forced bool) role {
 	var r role
 	r.decides, r.reason = m.controller(d.peer, v.mover != nil)
+	advertises, _ := managed(m.watch.network(), d.peer)
+	r.drains = v.mover != nil && advertises
 	left := len(m.movable(d, v, winner.connState, true))
 
 	m.mu.Lock()
@@ -94,10 +107,7 @@ func (m *Manager) roleFor(d *duplicates, v view, winner *connView, forced bool) 
 		d.seen, d.left = true, left
 	}
 	d.forced = d.forced || forced
-	r.quiet = m.cfg.quietTime
-	if !v.supports {
-		r.quiet = m.cfg.plainQuietTime
-	}
+	r.quiet, r.plain = m.cfg.quietTime, m.cfg.plainQuietTime
 	switch {
 	case r.decides:
 		r.moves, r.prunes = true, true
@@ -114,7 +124,7 @@ func (m *Manager) roleFor(d *duplicates, v view, winner *connView, forced bool) 
 		// That the controller has not closed it may mean that it has something to read
 		// there. And if both sides closed a connection at the same moment, each another
 		// one, none would be left: its turn has to be over.
-		r.quiet = m.cfg.plainQuietTime + m.cfg.takeoverDelay()
+		r.plain += m.cfg.takeoverDelay()
 	}
 	return r
 }

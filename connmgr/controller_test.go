@@ -35,7 +35,7 @@ func TestController(t *testing.T) {
 		case unknown:
 			w.net.forget(c.peer)
 		case managed:
-			w.net.identify(c.peer, ManagerID)
+			w.net.identify(c.peer, DrainID)
 		}
 		decides, reason := w.m.controller(c.peer, c.wrapped)
 		require.Equal(t, c.decides, decides, "%+v: %s", c, reason)
@@ -76,9 +76,22 @@ const (
 )
 
 func TestFollowerTakesOver(t *testing.T) {
+	for name, c := range map[string]struct {
+		noDrain bool
+		quiet   time.Duration
+	}{
+		"a peer that can be asked":             {false, defaultQuietTime},
+		"a peer that only says that it can be": {true, takeoverQuiet},
+	} {
+		t.Run(name, func(t *testing.T) { followerTakesOver(t, c.noDrain, c.quiet) })
+	}
+}
+
+func followerTakesOver(t *testing.T, noDrain bool, quiet time.Duration) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, lower)
 		relay := w.connectLimited()
+		relay.noDrain = noDrain
 		s := relay.open(1)[0]
 		direct := w.connect(quicAddr)
 		start := time.Now()
@@ -87,7 +100,7 @@ func TestFollowerTakesOver(t *testing.T) {
 		require.Equal(t, 1, direct.count())
 		require.Equal(t, "peer "+shortID(lower)+": took over, nothing had happened for 10.1 s", w.messages()[0])
 
-		w.pass(takeoverQuiet - time.Millisecond)
+		w.pass(quiet - time.Millisecond)
 		require.False(t, relay.IsClosed(), "the controller may have something to read there")
 		w.pass(maxQuietGap)
 		require.True(t, relay.pruned())
@@ -100,8 +113,9 @@ func TestFollowerTakesOverEmptyConnections(t *testing.T) {
 		w := newWorld(t, lower)
 		w.connect(quicAddr).open(1)
 		tcp := w.connect(tcpAddr)
-		w.pass(defaultSettleDelay + takeoverQuiet - time.Millisecond)
+		w.pass(takeoverDelay - time.Millisecond)
 		require.False(t, tcp.IsClosed())
+		require.Zero(t, tcp.drains, "the controller is to ask")
 		w.pass(maxQuietGap)
 		require.True(t, tcp.pruned())
 	})

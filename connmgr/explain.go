@@ -83,17 +83,31 @@ func (m *Manager) Explain(p peer.ID) Explanation {
 	if len(v.conns) == 0 {
 		return e
 	}
-	ranking := m.cfg.policy.Rank(v.candidates())
+	m.mu.Lock()
+	out := m.ruledOut(v)
+	m.mu.Unlock()
+	candidates := v.candidates(out)
+	if len(candidates) == 0 {
+		candidates = v.candidates(nil)
+	}
+	ranking := m.policy().Rank(candidates)
 	first, _ := ranking.Winner()
 	winner := v.find(first.ID)
+	drains := false // the peer can be asked
 	if len(v.conns) > 1 && m.watch.network() != nil {
 		e.Controller, e.Reason = m.controller(p, v.mover != nil)
+		advertises, _ := managed(m.watch.network(), p)
+		drains = v.mover != nil && advertises
 	}
+	exempt := m.exemptPeer(p)
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if d != nil && d.winner != nil && d.challenger != nil && v.find(d.winner.base.ID) != nil {
 		ranking, winner = d.ranking, v.find(d.winner.base.ID)
+	}
+	if exempt != "" && len(v.conns) > 1 {
+		e.State = exempt
 	}
 	if winner == nil {
 		e.State = "the policy names no connection that there is"
@@ -107,7 +121,10 @@ func (m *Manager) Explain(p peer.ID) Explanation {
 		}
 		listed[cv.connState] = true
 		ec := ExplainedConn{Conn: cv.info(), Candidate: cv.candidate, Winner: cv == winner}
-		ec.State = m.connStateOf(d, v, cv, winner, e.Controller)
+		ec.State = m.connStateOf(d, v, cv, winner, e.Controller, drains)
+		if why := out[cv.connState]; why != "" {
+			ec.State = why + "; " + ec.State
+		}
 		if !ec.Winner {
 			ec.Decision = decisionOn(ranking, cv.base.ID)
 		}
@@ -152,7 +169,7 @@ func (m *Manager) stateOf(d *duplicates, v view, winner *connView, decides bool)
 }
 
 // connStateOf must be called with mu held.
-func (m *Manager) connStateOf(d *duplicates, v view, cv, winner *connView, decides bool) string {
+func (m *Manager) connStateOf(d *duplicates, v view, cv, winner *connView, decides, drains bool) string {
 	movable := len(cv.labelled)
 	if d != nil {
 		for _, s := range cv.labelled {
@@ -168,23 +185,31 @@ func (m *Manager) connStateOf(d *duplicates, v view, cv, winner *connView, decid
 		return "kept"
 	case winner == nil || d == nil:
 		return "not decided on"
-	case !mayFollow(winner.connState, cv.connState):
-		return "kept: " + keptUnlimited
+	}
+	if kept := m.keptFor(cv, winner.connState); kept != "" {
+		return "kept: " + kept
+	}
+	switch {
 	case movable > 0:
 		return streams(movable) + " to move"
 	case cv.candidate.Streams > 0:
 		return "kept until " + streams(cv.candidate.Streams) + " that cannot move have ended"
 	case cv.quiet.IsZero():
 		return "no stream"
-	case !decides && d.times == 0 && !d.forced:
-		return "quiet for " + inWords(v.at.Sub(cv.quiet))
 	}
-	quiet := m.cfg.quietTime
+	quietFor := "quiet for " + inWords(v.at.Sub(cv.quiet))
+	drains = drains && !cv.plain
 	switch {
-	case !decides && d.times > 0:
-		quiet = m.cfg.plainQuietTime + m.cfg.takeoverDelay()
-	case !v.supports:
-		quiet = m.cfg.plainQuietTime
+	case !decides && d.times == 0 && !d.forced:
+		return quietFor
+	case drains && cv.drain != nil && !cv.drain.ended && !cv.drain.drained:
+		return quietFor + ", waiting for the peer to have done with it"
+	case drains:
+		return quietFor + " of " + inWords(m.cfg.quietTime) + ", then closed"
 	}
-	return fmt.Sprintf("quiet for %s of %s, then closed", inWords(v.at.Sub(cv.quiet)), inWords(quiet))
+	quiet := m.cfg.plainQuietTime
+	if !decides && d.times > 0 {
+		quiet += m.cfg.takeoverDelay()
+	}
+	return quietFor + " of " + inWords(quiet) + ", then closed"
 }

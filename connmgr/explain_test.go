@@ -16,10 +16,10 @@ func TestExplain(t *testing.T) {
 			w.connect(tcpAddr)
 			direct := w.connect(quicAddr)
 			direct.open(1)
-			w.pass(3 * time.Second)
+			w.pass(2 * time.Second)
 			require.Equal(t, "peer "+higher.String()+": consolidating; this side decides: it has the lower peer ID\n"+
 				"  1. quic direct "+quicAddr+" (conn-3), 1 stream (1 labelled, 0 pinned): kept\n"+
-				"  2. tcp direct "+tcpAddr+" (conn-2), 0 streams (0 labelled, 0 pinned), rule transport: quic over tcp: quiet for 2 s of 5 s, then closed\n"+
+				"  2. tcp direct "+tcpAddr+" (conn-2), 0 streams (0 labelled, 0 pinned), rule transport: quic over tcp: quiet for 1 s of 2 s, then closed\n"+
 				"  3. limited relay "+relayAddr+" (conn-1), 2 streams (0 labelled, 2 pinned), rule unlimited: true over false: kept until 2 streams that cannot move have ended",
 				w.m.Explain(higher).String())
 		})
@@ -60,6 +60,7 @@ func TestExplain(t *testing.T) {
 			w := newWorld(t, lower)
 			relay := w.connectLimited()
 			relay.open(1)
+			relay.noDrain = true
 			direct := w.connect(quicAddr)
 			direct.open(1)
 			w.pass(3 * time.Second)

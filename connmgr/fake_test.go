@@ -1,10 +1,13 @@
 package connmgr
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
+	"net"
 	"slices"
 	"sync"
 	"testing"
@@ -17,7 +20,9 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	ma "github.com/multiformats/go-multiaddr"
+	"github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
@@ -25,6 +30,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/pb"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -67,7 +73,7 @@ func newWorld(t *testing.T, p peer.ID, opts ...Option) *world {
 	h := &fakeHost{net: w.net, cm: w.m, handlers: make(map[protocol.ID]network.StreamHandler)}
 	require.NoError(t, w.m.claim(h))
 	w.m.attach(h, w.mover)
-	w.net.identify(p, ManagerID)
+	w.net.identify(p, DrainID)
 	return w
 }
 
@@ -187,6 +193,7 @@ type fakeConn struct {
 	limited bool
 	opened  time.Time
 	blocks  chan struct{} // if set, CloseWithError does not return before it is closed
+	local   ma.Multiaddr
 
 	mu       sync.Mutex
 	plain    int
@@ -194,11 +201,22 @@ type fakeConn struct {
 	closed   bool
 	closings int
 	code     network.ConnErrorCode
+	silent   bool               // nothing that is opened is answered
+	pings    int                // that were answered
+	refuses  string             // what the peer answers to drains, if anything
+	unread   int                // streams that only the other end has
+	drains   int                // messages that asked to drain
+	answers  []*pb.DrainMessage // if set, what the peer answers to the first Drain
+	noDrain  bool               // the peer does not serve it, whatever it advertises
+	streams  []*fakePipe
+	changed  chan struct{}
 }
 
 func (c *fakeConn) ID() string                    { return c.id }
 func (c *fakeConn) RemotePeer() peer.ID           { return c.remote }
 func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr { return c.addr }
+func (c *fakeConn) LocalMultiaddr() ma.Multiaddr  { return c.local }
+func (c *fakeConn) As(any) bool                   { return false }
 
 func (c *fakeConn) IsClosed() bool {
 	c.mu.Lock()
@@ -211,7 +229,7 @@ func (c *fakeConn) Stat() network.ConnStats {
 	defer c.mu.Unlock()
 	return network.ConnStats{
 		Stats:      network.Stats{Direction: network.DirOutbound, Opened: c.opened, Limited: c.limited},
-		NumStreams: c.plain + len(c.labelled),
+		NumStreams: c.plain + len(c.labelled) + len(c.streams),
 	}
 }
 
@@ -228,7 +246,11 @@ func (c *fakeConn) CloseWithError(code network.ConnErrorCode) error {
 		return nil
 	}
 	c.closed, c.code = true, code
+	streams := slices.Clone(c.streams)
 	c.mu.Unlock()
+	for _, s := range streams {
+		_ = s.Reset()
+	}
 	c.net.mu.Lock()
 	c.net.conns[c.remote] = slices.DeleteFunc(c.net.conns[c.remote], func(other *fakeConn) bool { return other == c })
 	c.net.mu.Unlock()
@@ -277,6 +299,131 @@ func (c *fakeConn) count() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return len(c.labelled)
+}
+
+// NewStream opens a stream to the other end, which serves ping, and drain if it has been
+// identified so.
+func (c *fakeConn) NewStream(ctx context.Context) (network.Stream, error) {
+	if allowed, _ := network.GetAllowLimitedConn(ctx); c.limited && !allowed {
+		return nil, network.ErrLimitedConn
+	}
+	here, there := net.Pipe()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, network.ErrReset
+	}
+	s := &fakePipe{pipe: here, conn: c}
+	c.streams = append(c.streams, s)
+	if !c.silent {
+		go c.serve(there, s)
+	}
+	return s, nil
+}
+
+// serve is the other end of a stream.
+func (c *fakeConn) serve(s net.Conn, near *fakePipe) {
+	defer s.Close()
+	mux := multistream.NewMultistreamMuxer[protocol.ID]()
+	mux.AddHandler(ping.ID, nil)
+	if got, _ := (fakeBook{net: c.net}).SupportsProtocols(c.remote, DrainID); len(got) > 0 && !c.noDrain {
+		mux.AddHandler(DrainID, nil)
+	}
+	id, _, err := mux.Negotiate(s)
+	switch {
+	case err != nil:
+	case id == ping.ID:
+		c.mu.Lock()
+		c.pings++
+		c.mu.Unlock()
+		_, _ = io.Copy(s, s)
+	default:
+		c.serveDrain(s, near)
+	}
+}
+
+func (c *fakeConn) serveDrain(s net.Conn, near *fakePipe) {
+	out := &fakePipe{pipe: s, conn: c}
+	for r := bufio.NewReader(s); ; {
+		if _, err := readDrain(r); err != nil {
+			return
+		}
+		c.mu.Lock()
+		c.drains++
+		refuses, answers := c.refuses, c.answers
+		c.mu.Unlock()
+		for _, m := range answers {
+			if writeDrain(out, m) != nil {
+				return
+			}
+		}
+		if answers != nil {
+			continue
+		}
+		if refuses != "" {
+			_ = writeDrain(out, refusedMessage(refuses))
+			return
+		}
+		for changed := c.busy(near); changed != nil; changed = c.busy(near) {
+			<-changed
+		}
+		if writeDrain(out, drainedMessage()) != nil {
+			return
+		}
+	}
+}
+
+// busy returns nil if the other end has nothing on c but the stream s, or s is gone, and
+// else a channel that is closed when that may have changed.
+func (c *fakeConn) busy(s *fakePipe) <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.unread == 0 || !slices.Contains(c.streams, s) {
+		return nil
+	}
+	if c.changed == nil {
+		c.changed = make(chan struct{})
+	}
+	return c.changed
+}
+
+// notify must be called with mu held.
+func (c *fakeConn) notify() {
+	if c.changed != nil {
+		close(c.changed)
+		c.changed = nil
+	}
+}
+
+// set changes something of c.
+func (c *fakeConn) set(change func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change()
+	c.notify()
+}
+
+// fakePipe is a stream that carries something.
+type fakePipe struct {
+	network.Stream
+	pipe net.Conn
+	conn *fakeConn
+}
+
+func (s *fakePipe) Conn() network.Conn                           { return s.conn }
+func (s *fakePipe) Read(p []byte) (int, error)                   { return s.pipe.Read(p) }
+func (s *fakePipe) Write(p []byte) (int, error)                  { return s.pipe.Write(p) }
+func (s *fakePipe) SetReadDeadline(t time.Time) error            { return s.pipe.SetReadDeadline(t) }
+func (s *fakePipe) SetProtocol(protocol.ID) error                { return nil }
+func (s *fakePipe) ResetWithError(network.StreamErrorCode) error { return s.Reset() }
+func (s *fakePipe) Close() error                                 { return s.Reset() }
+
+func (s *fakePipe) Reset() error {
+	s.conn.mu.Lock()
+	s.conn.streams = slices.DeleteFunc(s.conn.streams, func(other *fakePipe) bool { return other == s })
+	s.conn.notify()
+	s.conn.mu.Unlock()
+	return s.pipe.Close()
 }
 
 type fakeStream struct {

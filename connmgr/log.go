@@ -25,8 +25,21 @@ func (m *Manager) logWrong(p peer.ID, r policy.Ranking) {
 	m.wrongOnce.Do(func() {
 		winner, _ := r.Winner()
 		m.log.Error("policy names a winner that is not a connection of the peer; nothing is done about such peers",
-			zap.Stringer("policy", m.cfg.policy), zap.Stringer("peer", p), zap.String("winner_id", winner.ID))
+			zap.Stringer("policy", m.policy()), zap.Stringer("peer", p), zap.String("winner_id", winner.ID))
 	})
+}
+
+func (m *Manager) logSilent(p peer.ID, c ConnInfo, waited time.Duration) {
+	if ce := m.log.Check(zap.InfoLevel, ""); ce != nil {
+		ce.Message = fmt.Sprintf("peer %s: %s does not answer", shortID(p), c.Kind)
+		ce.Write(zap.Stringer("peer", p), zap.Stringer("connection", c), zap.Duration("waited", waited))
+	}
+}
+
+// logRefused is said once for each reason that the peer gives for a connection.
+func (m *Manager) logRefused(p peer.ID, loser ConnInfo, reason string) {
+	m.log.Info(fmt.Sprintf("peer %s: kept %s, the peer refused to let it go: %q", shortID(p), loser.Kind, reason),
+		zap.Stringer("peer", p), zap.Stringer("connection", loser), zap.String("reason", reason))
 }
 
 func (m *Manager) logTookOver(p peer.ID, waited time.Duration) {

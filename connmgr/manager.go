@@ -12,19 +12,12 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/core/protocol"
 	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/policy"
 )
-
-// ManagerID is the protocol by which a wrapped host tells its peers, through identify,
-// that a Manager runs on it. It is an advertisement only: a stream that is opened on it
-// is reset.
-//
-// A peer with the higher ID that sees it leaves the decisions to this side.
-const ManagerID protocol.ID = "/portage/manager/1.0.0"
 
 // Errors to test for with errors.Is.
 var (
@@ -57,7 +50,10 @@ type Manager struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	steering steering
+	steering   steering
+	interfaces interfaces
+	ranking    atomic.Pointer[ranker]
+	probe      func(ctx context.Context, c network.Conn) (time.Duration, error)
 
 	// mu guards what follows and everything in each duplicates that is not said to be
 	// immutable. It is held briefly, and never across a call to a host, a network, a
@@ -69,6 +65,7 @@ type Manager struct {
 	peers   map[peer.ID]*duplicates
 	due     dueHeap // the peers that wait for their next round
 	running int     // rounds, not counting those of Consolidate
+	pledges map[network.Conn]*pledge
 }
 
 var (
@@ -124,7 +121,9 @@ func New(inner connmgr.ConnManager, opts ...Option) (*Manager, error) {
 		log:   cfg.log,
 		wake:  make(chan struct{}, 1),
 		peers: make(map[peer.ID]*duplicates),
+		probe: probe,
 	}
+	m.ranking.Store(&ranker{cfg.policy, policy.Uses(cfg.policy)})
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.watch = newWatcher(inner.Notifee(), m.wakeUp)
 	return m, nil
@@ -133,7 +132,7 @@ func New(inner connmgr.ConnManager, opts ...Option) (*Manager, error) {
 // Wrap gives the manager the host whose connection manager it is, and returns the
 // *migrate.Host to use from then on: streams opened through it, and streams that come
 // in from now on, can move, and new streams go to the winner. It also advertises
-// [ManagerID].
+// [DrainID].
 //
 // Call it once, right after libp2p.New: streams that exist before cannot move. A second
 // call is an error ([ErrWrapped]), and so is a host that was not made with
@@ -180,15 +179,43 @@ func (m *Manager) unclaim() {
 
 // attach lets the manager migrate with mv, and tells peers that it runs on h.
 func (m *Manager) attach(h host.Host, mv mover) {
-	h.SetStreamHandler(ManagerID, func(s network.Stream) { _ = s.Reset() })
+	h.SetStreamHandler(DrainID, m.handleDrain)
 	m.mu.Lock()
 	m.mover = mv
 	closed := m.closed
 	m.mu.Unlock()
 	if closed { // meanwhile: Close may not have seen the handler
-		h.Mux().RemoveHandler(ManagerID)
+		h.Mux().RemoveHandler(DrainID)
 	}
 	m.watch.scan(h.Network())
+}
+
+// ranker is the policy, and what it looks at.
+type ranker struct {
+	policy.Policy
+	use policy.Use
+}
+
+func (m *Manager) policy() *ranker { return m.ranking.Load() }
+
+// SetPolicy replaces the policy. All peers with more than one connection are ranked anew,
+// at once: there is no settle delay, and the winner so far has no advantage but what the
+// policy gives it. A nil policy is an error. Safe for concurrent use; it does not block.
+func (m *Manager) SetPolicy(p policy.Policy) error {
+	if p == nil {
+		return errors.New("set policy: policy is nil")
+	}
+	m.ranking.Store(&ranker{p, policy.Uses(p)})
+	m.log.Info("policy changed", zap.Stringer("policy", p))
+	m.mu.Lock()
+	now := time.Now()
+	for _, d := range m.peers {
+		d.atOnce = true
+		m.schedule(d, now)
+	}
+	m.mu.Unlock()
+	m.wakeUp()
+	return nil
 }
 
 // Close ends all rounds and closes inner. Streams that are being migrated are not
@@ -206,7 +233,7 @@ func (m *Manager) Close() error {
 		if h != nil {
 			// Not RemoveStreamHandler, which has identify tell everybody: mostly the
 			// host is being closed. If it is not, its peers take over after a while.
-			h.Mux().RemoveHandler(ManagerID)
+			h.Mux().RemoveHandler(DrainID)
 		}
 		ended := make(chan struct{})
 		go func() {

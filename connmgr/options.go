@@ -24,16 +24,15 @@ const (
 	// indefinitely. Five times leaves room for a hole punch of several attempts.
 	maxSettleDelays = 5
 
-	// A stream that was closed here may still be unread at the other end, and closing
-	// the connection destroys what it carried. Five seconds are what go-libp2p's own
-	// short protocols (identify, and its push) give themselves to finish, and leave the
-	// last bytes of others many round trips to be read.
-	defaultQuietTime = 5 * time.Second
+	// A stream that has been closed is not counted any more, at either end, while what
+	// was written to it may still be on its way. Two seconds are time for a loss to be
+	// noticed, twice, and repaired on a path of 300 ms (QUIC's probe timeout is about
+	// three round trips, RFC 9002, section 6.2.1).
+	defaultQuietTime = 2 * time.Second
 
-	// To a peer that does not migrate, every stream is one that ends when its
-	// application says so, and nothing tells when it has read to the end. A minute is
-	// the usual limit of a whole request in libp2p protocols; it costs an idle
-	// connection.
+	// A peer that cannot be asked may have read nothing yet of a stream that was closed
+	// here. A minute is the usual limit of a whole request in libp2p protocols; it costs
+	// an idle connection.
 	defaultPlainQuietTime = time.Minute
 
 	// How late the end of a stream that could not move is noticed. The connection has
@@ -77,6 +76,31 @@ const (
 	// to move the others about.
 	patienceIntervals = 2
 
+	// openTimeout bounds what opens a stream of ours on a connection whose path may be
+	// dead: as long as go-libp2p gives a negotiation.
+	openTimeout = 10 * time.Second
+
+	// How long a connection may take to answer before another one wins in its place. Paths
+	// through a relay take less than a second; three of them are time for a retransmission
+	// in either direction.
+	defaultProbeTime = 3 * time.Second
+
+	// For how long a connection that did not answer is left out. Transports notice by then
+	// that a path is dead: QUIC after 30 s without a packet, yamux 40 s after its last
+	// keepalive at the latest.
+	silentTime = 30 * time.Second
+
+	// A winner that answered within the last second need not be asked again before
+	// another connection is closed for it.
+	probeFresh = time.Second
+
+	// Round-trip times that no transport measures are measured once a minute, by a
+	// ping of 32 bytes on each connection of a peer with more than one.
+	rttInterval = time.Minute
+
+	// The list of network interfaces is read anew after this time.
+	interfacesAge = 30 * time.Second
+
 	// Close waits this long for rounds to end. They do at once, unless a transport
 	// blocks in closing a connection; the host that closes its manager goes on to close
 	// the transports, which releases them.
@@ -98,6 +122,8 @@ type config struct {
 	takeover       int
 	firstRetry     time.Duration
 	maxRetry       time.Duration
+	probeTime      time.Duration
+	exempt         []Exemption
 	migrateOptions []migrate.Option
 }
 
@@ -113,6 +139,7 @@ func defaultConfig() config {
 		takeover:       defaultTakeover,
 		firstRetry:     defaultFirstRetry,
 		maxRetry:       defaultMaxRetry,
+		probeTime:      defaultProbeTime,
 	}
 }
 
@@ -157,18 +184,18 @@ func WithSettleDelay(d time.Duration) Option {
 	return func(c *config) error { return positive("settle delay", d, &c.settleDelay) }
 }
 
-// WithQuietTime sets how long a connection must have had no stream before it is closed,
-// for peers that migrate streams. Default: 5 s. The other end may not yet have read
-// what a stream carried that was closed here, and loses it when the connection is
-// closed.
+// WithQuietTime sets for how long both ends must have had no stream on a connection before
+// it is closed, where the peer can be asked (see the package's documentation). Default:
+// 2 s, for what is still on its way of streams that have been closed. Each end waits for
+// its own quiet time.
 func WithQuietTime(d time.Duration) Option {
 	return func(c *config) error { return positive("quiet time", d, &c.quietTime) }
 }
 
-// WithPlainQuietTime sets the same for peers that do not migrate streams, for a manager
-// without [Manager.Wrap], and, with the delay of a takeover on top, for a follower that
-// takes over: wherever the other side's reading is unknown. Default: 1 min, the usual
-// limit of a request.
+// WithPlainQuietTime sets for how long a connection must have had no stream at this end
+// where the peer cannot be asked: it runs no manager, or this one has no [Manager.Wrap].
+// With the delay of a takeover on top for a follower that takes over. Default: 1 min, the
+// usual limit of a request, since the other end's reading is unknown.
 func WithPlainQuietTime(d time.Duration) Option {
 	return func(c *config) error { return positive("plain quiet time", d, &c.plainQuietTime) }
 }

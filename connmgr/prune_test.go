@@ -50,7 +50,7 @@ func TestQuietTimeStartsAgainWithAStream(t *testing.T) {
 		w := newWorld(t, higher)
 		w.connect(quicAddr)
 		loser := w.connect(tcpAddr)
-		w.pass(defaultSettleDelay + 2500*time.Millisecond)
+		w.pass(defaultSettleDelay + defaultQuietTime/2)
 		loser.setPlain(1)
 		w.pass(time.Second) // long enough for a look to find it
 		loser.setPlain(0)
@@ -92,7 +92,10 @@ func TestLastConnectionIsNeverClosed(t *testing.T) {
 
 			// The same within a round: what was looked at is out of date by the time of
 			// closing.
-			mayClose := func() bool { return w.m.mayClose(d, v.conns[0].connState, v.conns[1].connState, defaultQuietTime) }
+			r := role{plain: defaultQuietTime}
+			mayClose := func() bool {
+				return w.m.mayClose(d, v.conns[0].connState, v.conns[1].connState, r, false)
+			}
 			require.False(t, mayClose())
 			winner.mu.Lock()
 			winner.closed = false

@@ -17,16 +17,17 @@ import (
 // A round
 //
 //	look       which connections there are, and what is on them
-//	rank       by the policy; new streams go to the winner from here on (steer.go)
+//	elect      the winner, by the policy, among those that answer (probe.go); new
+//	           streams go there from here on (steer.go)
 //	decide     whether it is ours to go on (controller.go)
 //	move       all labelled streams of all losers at once; those that something
 //	           was in the way of, once more after the others
-//	prune      losers that have been quiet for long enough (prune.go)
+//	prune      losers that both sides have done with (drain.go, prune.go)
 //	next       when to look again
 //
 // What a round learns outlives it in the peer's entry (duplicates): the ranking in
 // force, what is in motion, what cannot move or has to wait, since when a loser is
-// quiet.
+// quiet, what the peer has agreed to.
 
 // connState is what is kept of one connection of a peer with duplicates.
 type connState struct {
@@ -35,9 +36,22 @@ type connState struct {
 	opened time.Time        // immutable
 
 	// Guarded by Manager.mu.
-	quiet time.Time     // since when there has been no stream; zero: there is one
-	moved int           // streams moved from here
-	took  time.Duration // by the rounds that moved them, without the time between
+	quiet   time.Time     // since when there has been no stream; zero: there is one
+	moved   int           // streams moved from here
+	took    time.Duration // by the rounds that moved them, without the time between
+	closing bool          // it is being closed by us
+
+	drain   *drain // ours; nil: none
+	drains  int    // that did not succeed
+	refused string // what the peer said to the last one
+	plain   bool   // the peer does not speak the drain protocol after all
+
+	alive   time.Time     // when the last ping was sent that was answered
+	silent  time.Time     // when one was not
+	rtt     time.Duration // smoothed, by pings; 0: not known
+	rttAt   time.Time     // when measuring it began last
+	pinging bool          // to measure
+	probes  int           // pings under way, of any kind
 }
 
 // standing is what earlier rounds of a peer found. Guarded by Manager.mu.
@@ -45,6 +59,7 @@ type standing struct {
 	conns      []*connState
 	ranking    policy.Ranking // in force; of conns
 	winner     *connState     // of ranking; nil before the first
+	atOnce     bool           // the next ranking is in force at once
 	challenger network.Conn   // ranked first in the last round, but is not in force yet; nil: none
 	challenged time.Time      // since when
 	moving     map[network.Stream]motion
@@ -77,12 +92,16 @@ type connView struct {
 	*connState
 	candidate policy.Candidate
 	labelled  []network.Stream
+	exempt    string // why nothing is done about it; empty: something is
 }
 
-func (v *view) candidates() []policy.Candidate {
-	cs := make([]policy.Candidate, len(v.conns))
-	for i, c := range v.conns {
-		cs[i] = c.candidate
+// candidates returns those that are not in out.
+func (v *view) candidates(out map[*connState]string) []policy.Candidate {
+	cs := make([]policy.Candidate, 0, len(v.conns))
+	for _, c := range v.conns {
+		if _, is := out[c.connState]; !is {
+			cs = append(cs, c.candidate)
+		}
 	}
 	return cs
 }
@@ -109,6 +128,9 @@ func newConnState(c network.Conn) *connState {
 	cs := &connState{conn: c, opened: stat.Opened}
 	cs.base.ID = c.ID()
 	cs.base.SetAddr(c.RemoteMultiaddr())
+	if local := c.LocalMultiaddr(); local != nil {
+		cs.base.SetLocalAddr(local)
+	}
 	cs.base.Limited = stat.Limited
 	cs.base.Direction = stat.Direction
 	return cs
@@ -129,6 +151,9 @@ func (m *Manager) look(p peer.ID, d *duplicates) view {
 
 	v.at = time.Now()
 	v.supports = v.mover != nil && v.mover.Supports(p)
+	use := m.policy().use
+	rtts := make([]time.Duration, len(conns))
+	exempt := m.exemptPeer(p)
 	for i, c := range conns {
 		cv := &v.conns[i]
 		if cv.connState == nil {
@@ -143,13 +168,26 @@ func (m *Manager) look(p peer.ID, d *duplicates) view {
 		}
 		cv.candidate.Streams = c.Stat().NumStreams
 		cv.candidate.Labelled = len(cv.labelled)
-		cv.candidate.Pinned = cv.candidate.Streams - cv.candidate.Labelled
+		if use.RTT {
+			rtts[i] = transportRTT(c)
+		}
+		if use.Interface {
+			cv.candidate.Interface = m.interfaces.of(c.LocalMultiaddr(), v.at)
+		}
+		if cv.exempt = exempt; exempt == "" {
+			cv.exempt = m.exemptConn(c)
+		}
 	}
 
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if use.RTT {
+		v.measure(rtts)
+	}
 	for i := range v.conns {
 		cv := &v.conns[i]
+		cv.candidate.Streams = max(0, cv.candidate.Streams-m.oursOn(cv.conn))
+		cv.candidate.Pinned = cv.candidate.Streams - cv.candidate.Labelled
 		if d != nil {
 			cv.candidate.Incumbent = d.winner == cv.connState
 			for _, s := range cv.labelled {
@@ -190,12 +228,16 @@ func (st *standing) touching(cs *connState) int {
 	return n
 }
 
-var errNoWinner = errors.New("the policy names no connection of the peer")
+var (
+	errNoWinner = errors.New("the policy names no connection of the peer")
+	errSilent   = errors.New("no connection of the peer answers")
+)
 
 // round runs one round for d, whose turn the caller holds, and returns when the next
 // one should be; zero if the peer has no duplicates any more. A forced round is
 // Consolidate's: it moves whoever is the controller, tries again what has to wait, and
-// waits for every stream until ctx is done. The error is ctx's, or errNoWinner.
+// waits for every stream until ctx is done. The error is ctx's, errNoWinner, errSilent
+// or ErrExempt.
 func (m *Manager) round(ctx context.Context, d *duplicates, forced bool) (Report, time.Time, error) {
 	v := m.look(d.peer, d)
 	report := Report{Peer: d.peer}
@@ -210,11 +252,22 @@ func (m *Manager) round(ctx context.Context, d *duplicates, forced bool) (Report
 	}
 
 	changed := m.remember(d, v)
-	ranked := m.cfg.policy.Rank(v.candidates())
-	ranking, winner := m.adopt(d, v, ranked, changed || forced)
-	if winner == nil {
-		m.logWrong(d.peer, ranked)
-		return report, v.at.Add(m.cfg.interval), errNoWinner
+	if m.exemptPeer(d.peer) != "" {
+		m.withdraw(d)
+		m.steering.drop(d.peer)
+		return report, v.at.Add(m.cfg.interval), ErrExempt
+	}
+	if m.ping(ctx, d, v) {
+		v = m.look(d.peer, d) // with what is known now
+		if m.remember(d, v); len(v.conns) < 2 {
+			return report, v.at, nil // the next round sees to it
+		}
+	}
+	ranking, winner, err := m.elect(ctx, d, v, changed || forced)
+	if err != nil {
+		m.withdraw(d)
+		m.steering.drop(d.peer)
+		return report, v.at.Add(m.cfg.interval), err
 	}
 	m.steering.set(d.peer, winner.connState)
 	report.Winner = winner.info()
@@ -231,9 +284,12 @@ func (m *Manager) round(ctx context.Context, d *duplicates, forced bool) (Report
 		m.logMoved(report, firstErr)
 	}
 	m.noteQuiet(d, v, winner)
-	err := cmp.Or(ctx.Err(), m.ctx.Err())
+	if !role.prunes {
+		m.withdraw(d)
+	}
+	err = cmp.Or(ctx.Err(), m.ctx.Err())
 	if err == nil && role.prunes {
-		m.prune(d, v, winner, ranking, role, &report)
+		m.prune(ctx, d, v, winner, ranking, role, &report)
 	}
 	report.Duration = time.Since(v.at)
 	return report, m.next(d, v, winner, role), err
@@ -268,10 +324,68 @@ func (m *Manager) remember(d *duplicates, v view) (changed bool) {
 	return changed
 }
 
-// adopt decides which ranking is in force: the new one if its winner is the one there
-// was, or if at once is set, or if it has been the same new winner for a while; else
-// the one that has been. The winner is nil if the policy names none.
-func (m *Manager) adopt(d *duplicates, v view, ranked policy.Ranking, atOnce bool) (policy.Ranking, *connView) {
+// withdraw takes back all that was asked of the peer.
+func (m *Manager) withdraw(d *duplicates) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, cs := range d.conns {
+		cs.cancelDrain()
+	}
+}
+
+// elect returns the ranking in force and its winner.
+func (m *Manager) elect(ctx context.Context, d *duplicates, v view, atOnce bool) (policy.Ranking, *connView, error) {
+	var newest time.Time
+	for _, cv := range v.conns {
+		newest = later(newest, cv.opened)
+	}
+	m.mu.Lock()
+	atOnce = atOnce || d.atOnce
+	d.atOnce = false
+	m.mu.Unlock()
+	for {
+		m.mu.Lock()
+		out := m.ruledOut(v)
+		m.mu.Unlock()
+		candidates := v.candidates(out)
+		if len(candidates) == 0 {
+			return policy.Ranking{}, nil, errSilent
+		}
+		ranked := m.policy().Rank(candidates)
+		ranking, winner := m.choose(d, v, ranked, out, atOnce)
+		if winner == nil {
+			m.logWrong(d.peer, ranked)
+			return policy.Ranking{}, nil, errNoWinner
+		}
+		if m.answers(ctx, winner.connState, newest) {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			d.ranking, d.winner = ranking, winner.connState
+			winner.cancelDrain()
+			return ranking, winner, nil
+		}
+	}
+}
+
+// ruledOut returns the connections of v that cannot win now, and why. It must be called
+// with mu held.
+func (m *Manager) ruledOut(v view) map[*connState]string {
+	out := make(map[*connState]string)
+	for _, cv := range v.conns {
+		switch {
+		case m.pledged(cv.connState):
+			out[cv.connState] = "the peer wants to close it"
+		case !cv.silent.IsZero() && time.Since(cv.silent) < silentTime:
+			out[cv.connState] = "it does not answer"
+		}
+	}
+	return out
+}
+
+// choose decides which ranking is to be in force: the new one if its winner is the one
+// there was, or if at once is set, or if it has been the same new winner for a while;
+// else the one that has been. The winner is nil if the policy names none.
+func (m *Manager) choose(d *duplicates, v view, ranked policy.Ranking, out map[*connState]string, atOnce bool) (policy.Ranking, *connView) {
 	first, _ := ranked.Winner()
 	best := v.find(first.ID)
 
@@ -281,7 +395,7 @@ func (m *Manager) adopt(d *duplicates, v view, ranked policy.Ranking, atOnce boo
 		return policy.Ranking{}, nil
 	}
 	var incumbent *connView
-	if d.winner != nil {
+	if d.winner != nil && out[d.winner] == "" {
 		incumbent = v.find(d.winner.base.ID)
 	}
 	if !atOnce && incumbent != nil && best != incumbent {
@@ -292,7 +406,6 @@ func (m *Manager) adopt(d *duplicates, v view, ranked policy.Ranking, atOnce boo
 			return d.ranking, incumbent
 		}
 	}
-	d.ranking, d.winner = ranked, best.connState
 	d.challenger, d.challenged = nil, time.Time{}
 	return ranked, best
 }
@@ -343,7 +456,7 @@ func mayFollow(winner, loser *connState) bool { return loser.base.Limited || !wi
 func (m *Manager) movable(d *duplicates, v view, winner *connState, forced bool) []retry {
 	var list []retry
 	for _, cv := range v.conns {
-		if cv.connState == winner || !mayFollow(winner, cv.connState) {
+		if cv.connState == winner || !mayFollow(winner, cv.connState) || cv.exempt != "" {
 			continue
 		}
 		for _, s := range cv.labelled {
@@ -505,7 +618,9 @@ func (m *Manager) losersOf(b *batch, ranking policy.Ranking) ([]Loser, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	losers := make([]Loser, 0, len(b.losers))
-	for _, cv := range b.v.conns {
+	out := m.ruledOut(b.v)
+	for i := range b.v.conns {
+		cv := &b.v.conns[i]
 		count, ok := b.losers[cv.connState]
 		if !ok {
 			continue
@@ -519,8 +634,9 @@ func (m *Manager) losersOf(b *batch, ranking policy.Ranking) ([]Loser, error) {
 			Pinned:   cv.candidate.Pinned + count.denied,
 			took:     count.took,
 		}
-		if !mayFollow(b.winner.connState, cv.connState) {
-			l.Kept = keptUnlimited
+		l.Kept = m.keptFor(cv, b.winner.connState)
+		if l.Decision.Rule == "" {
+			l.RuledOut = out[cv.connState]
 		}
 		losers = append(losers, l)
 	}
@@ -532,6 +648,20 @@ func (m *Manager) losersOf(b *batch, ranking policy.Ranking) ([]Loser, error) {
 }
 
 const keptUnlimited = "it is unlimited, and the winner is not"
+
+// keptFor says what forbids to close a loser; empty if nothing does. It must be called
+// with mu held.
+func (m *Manager) keptFor(loser *connView, winner *connState) string {
+	switch {
+	case !mayFollow(winner, loser.connState):
+		return keptUnlimited
+	case loser.exempt != "":
+		return loser.exempt
+	case loser.refused != "" && !m.pledged(loser.connState):
+		return "the peer refused: " + loser.refused
+	}
+	return ""
+}
 
 func decisionOn(ranking policy.Ranking, loser string) policy.Decision {
 	for _, d := range ranking.Decisions {
@@ -549,11 +679,12 @@ func (m *Manager) next(d *duplicates, v view, winner *connView, role role) time.
 	now := time.Now()
 	at := now.Add(m.cfg.interval)
 	for _, cs := range d.conns {
-		if cs == winner.connState || cs.quiet.IsZero() || !role.prunes || !mayFollow(winner.connState, cs) {
+		if cs == winner.connState || cs.quiet.IsZero() || !role.prunes || !mayFollow(winner.connState, cs) || cs.refused != "" {
 			continue
 		}
-		gap := min(maxQuietGap, role.quiet/quietLooks)
-		if left := cs.quiet.Add(role.quiet).Sub(now); left > 0 {
+		quiet := role.quietFor(cs)
+		gap := min(maxQuietGap, quiet/quietLooks)
+		if left := cs.quiet.Add(quiet).Sub(now); left > 0 {
 			gap = min(gap, left)
 		}
 		at = earlier(at, now.Add(gap))

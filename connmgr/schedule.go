@@ -180,6 +180,9 @@ func (m *Manager) giveTurnBack(d *duplicates, next time.Time) {
 		next = asked
 	case next.IsZero():
 		d.gone = true
+		for _, cs := range d.conns {
+			cs.cancelDrain()
+		}
 		delete(m.peers, d.peer)
 		m.steering.drop(d.peer)
 		return

@@ -104,7 +104,7 @@ func TestRoundsOfManyPeersAreBounded(t *testing.T) {
 		losers := make([]*fakeConn, peers)
 		for i := range peers {
 			p := peer.ID(fmt.Sprintf("peer z%d", i))
-			w.net.identify(p, ManagerID)
+			w.net.identify(p, DrainID)
 			losers[i] = w.net.connect(p, relayAddr, true)
 			losers[i].open(1)
 			winners[i] = w.net.connect(p, quicAddr, false)

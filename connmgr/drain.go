@@ -1,0 +1,514 @@
+package connmgr
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/multiformats/go-multistream"
+	"go.uber.org/zap"
+	"google.golang.org/protobuf/encoding/protodelim"
+
+	"github.com/go-portage/portage/pb"
+)
+
+// Draining
+//
+//	this side, which wants to close a loser        the peer
+//	open a stream on the loser itself
+//	Drain      ------------------------------->    pledge: new streams avoid the loser (D1)
+//	                                               wait until the loser has been quiet there
+//	           <-------------------------------    Drained, or at once Refused
+//	quiet here, too, and the winner answers:
+//	close the loser (D2)
+//
+// Either side may see streams on the connection meanwhile, of code that knows nothing of
+// this: they are waited for (D3). If this side sees one after Drained, it cannot know
+// whether the peer has read what came of it, and asks again, on the same stream.
+//
+// The end of the drain stream is the end of the drain, and of the pledge.
+//
+// Nobody is left without a connection (D4), because a side that has pledged a connection
+// does not count on it any more: it closes another one only if it keeps a third. Where
+// both sides drain at once, and each the connection that the other one keeps, the lower
+// peer ID refuses and the higher one gives up its own drain.
+
+// DrainID is the protocol by which two managers agree that a connection carries nothing
+// any more. A wrapped host advertises it through identify, which also tells its peers
+// that a Manager runs on it: a peer with the higher ID that sees it leaves the decisions
+// to this side.
+const DrainID protocol.ID = "/portage/drain/1.0.0"
+
+// maxDrainMessage is the longest message, in bytes.
+const maxDrainMessage = 1 << 10
+
+// maxReason is how much of a peer's reason is kept, in bytes.
+const maxReason = 200
+
+// drain is one that this side has asked for, or wants to. Guarded by Manager.mu.
+type drain struct {
+	cancel context.CancelFunc
+	asks   chan struct{} // capacity 1: have Drain sent once more
+
+	open    bool // its stream is, or is about to be, on the connection
+	asked   bool // and the peer has not answered
+	drained bool // the peer has answered so
+	stale   bool // since then there was another stream here
+	ended   bool // the next attempt is not before until
+	refused string
+	until   time.Time
+}
+
+// pledge is what this side has promised for a connection. Guarded by Manager.mu.
+type pledge struct {
+	cancel context.CancelFunc // ends it, and with it the peer's drain
+}
+
+func drainMessage() *pb.DrainMessage {
+	return &pb.DrainMessage{Type: &pb.DrainMessage_Drain{Drain: &pb.Drain{}}}
+}
+
+func drainedMessage() *pb.DrainMessage {
+	return &pb.DrainMessage{Type: &pb.DrainMessage_Drained{Drained: &pb.Drained{}}}
+}
+
+func refusedMessage(reason string) *pb.DrainMessage {
+	return &pb.DrainMessage{Type: &pb.DrainMessage_Refused{Refused: &pb.Refused{Reason: &reason}}}
+}
+
+// writeDrain writes a message to s, in one Write.
+func writeDrain(s network.Stream, m *pb.DrainMessage) error {
+	var buf strings.Builder
+	if _, err := protodelim.MarshalTo(&buf, m); err != nil {
+		return err
+	}
+	_, err := s.Write([]byte(buf.String()))
+	return err
+}
+
+// readDrain reads a message. What is none is errNotDrain; an error of the stream is
+// returned as it is.
+func readDrain(r *bufio.Reader) (*pb.DrainMessage, error) {
+	_, err := r.Peek(1)
+	if err != nil {
+		return nil, err
+	}
+	m := new(pb.DrainMessage)
+	if err := (protodelim.UnmarshalOptions{MaxSize: maxDrainMessage}).UnmarshalFrom(r, m); err != nil {
+		return nil, fmt.Errorf("%w: %w", errNotDrain, err)
+	}
+	if m.Type == nil {
+		return nil, fmt.Errorf("%w: it has no member", errNotDrain)
+	}
+	return m, nil
+}
+
+// errNotDrain is the sentinel of what a peer must not send.
+var errNotDrain = errors.New("message is not Drain")
+
+// refusal is the error of a drain that the peer does not want.
+type refusal struct{ reason string }
+
+func (r refusal) Error() string { return "the peer refused: " + r.reason }
+
+// drained says whether the peer has agreed that nothing is on loser any more. It asks
+// for that where it has to. others is how many streams there are here, without those of
+// drains.
+func (m *Manager) drained(d *duplicates, loser *connState, others int, quiet time.Duration) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	dr, now := loser.drain, time.Now()
+	switch {
+	case m.closed:
+		return false
+	case dr == nil || dr.ended && !now.Before(dr.until):
+		m.startDrain(d, loser)
+		return false
+	case dr.ended || !dr.drained:
+		return false
+	case others > 0:
+		dr.stale = true
+		return false
+	case !dr.stale:
+		return true
+	}
+	if !loser.quiet.IsZero() && now.Sub(loser.quiet) >= quiet {
+		dr.asked, dr.drained, dr.stale = true, false, false
+		select {
+		case dr.asks <- struct{}{}:
+		default: // the last one has not left, although the peer has answered it
+		}
+	}
+	return false
+}
+
+// startDrain must be called with mu held, and closed not be set.
+func (m *Manager) startDrain(d *duplicates, loser *connState) {
+	ctx, cancel := context.WithCancel(m.ctx)
+	dr := &drain{cancel: cancel, asks: make(chan struct{}, 1), open: true, asked: true}
+	dr.asks <- struct{}{}
+	loser.drain = dr
+	m.wg.Add(1)
+	go func() {
+		defer m.wg.Done()
+		err := m.askDrain(ctx, d, loser, dr)
+		cancelled := ctx.Err() != nil
+		cancel()
+		m.endDrain(d, loser, dr, err, cancelled)
+	}()
+}
+
+// endDrain notes that a drain is off, and why.
+func (m *Manager) endDrain(d *duplicates, loser *connState, dr *drain, err error, cancelled bool) {
+	closed := loser.conn.IsClosed()
+	var refused refusal
+	m.mu.Lock()
+	dr.open, dr.drained, dr.ended = false, false, true
+	if loser.drain != dr || cancelled || closed {
+		m.mu.Unlock()
+		return
+	}
+	switch {
+	case errors.As(err, &refused):
+		dr.refused = refused.reason
+	case isNotSupported(err):
+		loser.plain = true
+	}
+	wait := m.cfg.maxRetry
+	if shift := loser.drains; shift < 32 {
+		wait = min(wait, m.cfg.firstRetry<<shift)
+	}
+	loser.drains++
+	dr.until = time.Now().Add(wait)
+	m.schedule(d, dr.until)
+	said := loser.refused == dr.refused
+	loser.refused = dr.refused
+	m.mu.Unlock()
+	m.wakeUp()
+	if dr.refused != "" && !said {
+		m.logRefused(d.peer, loser.info(), dr.refused)
+	} else {
+		m.log.Debug("drain ended", zap.Stringer("peer", d.peer), zap.Stringer("connection", loser.info()), zap.Error(err))
+	}
+}
+
+func isNotSupported(err error) bool {
+	return errors.As(err, new(multistream.ErrNotSupported[protocol.ID]))
+}
+
+// cancelDrain takes back what was asked of the peer. It must be called with mu held.
+func (cs *connState) cancelDrain() {
+	if cs.drain != nil {
+		cs.drain.cancel()
+		cs.drain = nil
+	}
+}
+
+// askDrain asks the peer to drain loser, each time that is wanted, until ctx is done or
+// the drain is off.
+func (m *Manager) askDrain(ctx context.Context, d *duplicates, loser *connState, dr *drain) error {
+	s, err := openOn(ctx, loser.conn, DrainID)
+	if err != nil {
+		return err
+	}
+	defer s.Reset()
+	defer func() { // before its stream is gone, and counted as ours all the same
+		m.mu.Lock()
+		dr.drained = false
+		m.mu.Unlock()
+	}()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
+	go func() { // a Write can block for long on a dead path
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-dr.asks:
+			}
+			if writeDrain(s, drainMessage()) != nil {
+				cancel()
+				return
+			}
+		}
+	}()
+	for r := bufio.NewReader(s); ; {
+		answer, err := readDrain(r)
+		if err != nil {
+			return fmt.Errorf("answer to drain: %w", err)
+		}
+		switch answer.Type.(type) {
+		case *pb.DrainMessage_Drained:
+		case *pb.DrainMessage_Refused:
+			reason := answer.GetRefused().GetReason()
+			return refusal{strings.ToValidUTF8(reason[:min(len(reason), maxReason)], "")}
+		default:
+			_ = s.ResetWithError(network.StreamProtocolViolation)
+			return fmt.Errorf("answer to drain: unexpected %T", answer.Type)
+		}
+		m.mu.Lock()
+		wanted := dr.asked
+		dr.asked, dr.drained = false, wanted
+		m.schedule(d, time.Now())
+		m.mu.Unlock()
+		if !wanted {
+			_ = s.ResetWithError(network.StreamProtocolViolation)
+			return errors.New("answer to drain: it was not asked for")
+		}
+		m.wakeUp()
+	}
+}
+
+// handleDrain is the handler of DrainID.
+func (m *Manager) handleDrain(s network.Stream) {
+	if !m.enter() {
+		_ = s.Reset()
+		return
+	}
+	defer m.wg.Done()
+	err := m.serveDrain(s)
+	m.log.Debug("peer's drain ended", zap.Stringer("peer", s.Conn().RemotePeer()), zap.Error(err))
+	if errors.Is(err, errNotDrain) {
+		_ = s.ResetWithError(network.StreamProtocolViolation)
+	} else {
+		_ = s.Reset() // nothing, where it was closed
+	}
+}
+
+// serveDrain answers a peer that drains the connection of s. Its error says how that
+// ended, errNotDrain that the peer did something wrong.
+func (m *Manager) serveDrain(s network.Stream) error {
+	ctx, cancel := context.WithCancel(m.ctx)
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
+
+	r := bufio.NewReader(s)
+	next := func() error {
+		msg, err := readDrain(r)
+		if err == nil && msg.GetDrain() == nil {
+			err = fmt.Errorf("%w but %T", errNotDrain, msg.Type)
+		}
+		return err
+	}
+	c := s.Conn()
+	if err := s.SetReadDeadline(time.Now().Add(openTimeout)); err != nil {
+		return err
+	}
+	if err := next(); err != nil {
+		return err
+	}
+	_ = s.SetReadDeadline(time.Time{})
+
+	pl := &pledge{cancel: cancel}
+	if reason := m.takePledge(c, pl); reason != "" {
+		err := writeDrain(s, refusedMessage(reason))
+		_ = s.Close()
+		return err
+	}
+	defer m.dropPledge(c, pl)
+	asks := make(chan struct{}, 1)
+	asks <- struct{}{}
+	wrong := make(chan error, 1)
+	go func() {
+		defer cancel()
+		for {
+			if err := next(); err != nil {
+				wrong <- err
+				return
+			}
+			select {
+			case asks <- struct{}{}:
+			default: // it has not been answered yet: a peer that does not wait gets one answer
+			}
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			select {
+			case err := <-wrong:
+				return err
+			default:
+				return ctx.Err()
+			}
+		case <-asks:
+		}
+		if m.awaitQuiet(ctx, c) {
+			if err := writeDrain(s, drainedMessage()); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// awaitQuiet waits until c has had no stream but those of drains for the quiet time. It
+// is false if ctx is done before.
+func (m *Manager) awaitQuiet(ctx context.Context, c network.Conn) bool {
+	gap := min(maxQuietGap, m.cfg.quietTime/quietLooks)
+	timer := time.NewTimer(gap)
+	defer timer.Stop()
+	busy := gap         // how long until the next look while there are streams
+	var since time.Time // there is none; zero: there is
+	for {
+		wait := gap
+		switch now := time.Now(); {
+		case m.streamsOn(c) > 0:
+			since = time.Time{}
+			wait, busy = busy, min(2*busy, m.cfg.interval)
+		case since.IsZero():
+			since, busy = now, gap
+		case now.Sub(since) >= m.cfg.quietTime:
+			return true
+		}
+		timer.Reset(wait)
+		select {
+		case <-ctx.Done():
+			return false
+		case <-timer.C:
+		}
+	}
+}
+
+// takePledge promises to open nothing more on c. If it does not, it says why.
+func (m *Manager) takePledge(c network.Conn, pl *pledge) (refused string) {
+	p := c.RemotePeer()
+	if why := m.exemptConn(c); why != "" {
+		return why
+	}
+	conns := openConns(m.watch.network(), p)
+	limited := c.Stat().Limited
+	decides, _ := m.controller(p, true)
+	lower := m.watch.network().LocalPeer() < p
+
+	defer m.wakeUp()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d := m.peers[p]
+	state := func(c network.Conn) *connState {
+		if d == nil {
+			return nil
+		}
+		return d.state(c)
+	}
+	// What could take its place: connections that are not about to go themselves.
+	var rest, ours []network.Conn
+	for _, other := range conns {
+		switch cs := state(other); {
+		case other == c || m.pledges[other] != nil || cs != nil && cs.closing:
+		case other.Stat().Limited && !limited:
+		case cs != nil && cs.drain != nil && !cs.drain.ended:
+			ours = append(ours, other)
+		default:
+			rest = append(rest, other)
+		}
+	}
+	switch {
+	case m.closed:
+		return "the manager is closed"
+	case len(rest)+len(ours) == 0:
+		return "there is no other connection that could take its place"
+	case decides && d != nil && d.winner != nil && d.winner.conn == c:
+		return "this side decides, and keeps it"
+	case len(rest) == 0 && lower:
+		return "this side is draining the others" // D4
+	case len(rest) == 0:
+		for _, other := range ours {
+			state(other).cancelDrain()
+		}
+	}
+	if old := m.pledges[c]; old != nil {
+		old.cancel() // the end of its stream is still on its way
+	}
+	if m.pledges == nil {
+		m.pledges = make(map[network.Conn]*pledge)
+	}
+	m.pledges[c] = pl
+	// The next round steers by the policy; until then, anywhere but there.
+	if winner := m.steering.get(p); winner == nil || winner.conn == c {
+		other := append(rest, ours...)[0]
+		cs := state(other)
+		if cs == nil {
+			cs = newConnState(other)
+		}
+		m.steering.set(p, cs)
+	}
+	d = m.entry(p)
+	d.atOnce, d.settled = true, time.Now()
+	m.schedule(d, d.settled)
+	return ""
+}
+
+// dropPledge ends a pledge: the connection may be used again.
+func (m *Manager) dropPledge(c network.Conn, pl *pledge) {
+	m.mu.Lock()
+	if m.pledges[c] == pl {
+		delete(m.pledges, c)
+		if d := m.peers[c.RemotePeer()]; d != nil {
+			d.atOnce = true
+			m.schedule(d, time.Now())
+		}
+	}
+	m.mu.Unlock()
+	m.wakeUp()
+}
+
+// streamsOn returns the number of streams on c, without the manager's own.
+func (m *Manager) streamsOn(c network.Conn) int {
+	n := c.Stat().NumStreams
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return max(0, n-m.oursOn(c))
+}
+
+// oursOn returns the number of streams on c that are the manager's own: of drains, and
+// pings. It must be called with mu held.
+func (m *Manager) oursOn(c network.Conn) int {
+	n := 0
+	if m.pledges[c] != nil {
+		n++
+	}
+	if d := m.peers[c.RemotePeer()]; d != nil {
+		if cs := d.state(c); cs != nil {
+			n += cs.probes
+			if cs.drain != nil && cs.drain.open {
+				n++
+			}
+		}
+	}
+	return n
+}
+
+// pledged says whether the peer is draining cs. It must be called with mu held.
+func (m *Manager) pledged(cs *connState) bool { return m.pledges[cs.conn] != nil }
+
+// openOn opens a stream of the protocol on a connection of one's choice, limited or not.
+func openOn(ctx context.Context, c network.Conn, id protocol.ID) (network.Stream, error) {
+	ctx, cancel := context.WithTimeout(network.WithAllowLimitedConn(ctx, string(id)), openTimeout)
+	defer cancel()
+	s, err := c.NewStream(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", id, err)
+	}
+	negotiated := context.AfterFunc(ctx, func() { _ = s.Reset() })
+	err = s.SetProtocol(id)
+	if err == nil {
+		err = multistream.SelectProtoOrFail(id, s)
+	}
+	if !negotiated() && err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		_ = s.Reset()
+		if ctx.Err() != nil {
+			err = ctx.Err() // whatever the reset looked like
+		}
+		return nil, fmt.Errorf("negotiate %s: %w", id, err)
+	}
+	return s, nil
+}
