@@ -24,8 +24,10 @@ import (
 //	Drain      ------------------------------->    pledge: new streams avoid the loser (D1)
 //	                                               wait until the loser has been quiet there
 //	           <-------------------------------    Drained, or at once Refused
-//	quiet here, too, and the winner answers:
-//	close the loser (D2)
+//	quiet here, too; the winner answers a ping
+//	Drain      ------------------------------->
+//	           <-------------------------------    Drained, at once if it has stayed quiet
+//	still quiet here: close the loser (D2)
 //
 // Either side may see streams on the connection meanwhile, of code that knows nothing of
 // this: they are waited for (D3). If this side sees one after Drained, it cannot know
@@ -58,10 +60,14 @@ type drain struct {
 	open    bool // its stream is, or is about to be, on the connection
 	asked   bool // and the peer has not answered
 	drained bool // the peer has answered so
-	stale   bool // since then there was another stream here
+	stale   bool // since it was asked there was another stream here
 	ended   bool // the next attempt is not before until
 	refused string
 	until   time.Time
+
+	// winner is the connection that answered a ping right before the peer was asked; nil
+	// if none was pinged.
+	winner *connState
 }
 
 // pledge is what this side has promised for a connection. Guarded by Manager.mu.
@@ -117,34 +123,52 @@ type refusal struct{ reason string }
 func (r refusal) Error() string { return "the peer refused: " + r.reason }
 
 // drained says whether the peer has agreed that nothing is on loser any more. It asks
-// for that where it has to. others is how many streams there are here, without those of
-// drains.
+// for that where it has to. others is how many streams there are here, without the
+// manager's own.
 func (m *Manager) drained(d *duplicates, loser *connState, others int, quiet time.Duration) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	dr, now := loser.drain, time.Now()
 	switch {
 	case m.closed:
-		return false
 	case dr == nil || dr.ended && !now.Before(dr.until):
 		m.startDrain(d, loser)
-		return false
 	case dr.ended || !dr.drained:
-		return false
 	case others > 0:
 		dr.stale = true
-		return false
 	case !dr.stale:
 		return true
-	}
-	if !loser.quiet.IsZero() && now.Sub(loser.quiet) >= quiet {
-		dr.asked, dr.drained, dr.stale = true, false, false
-		select {
-		case dr.asks <- struct{}{}:
-		default: // the last one has not left, although the peer has answered it
-		}
+	case !loser.quiet.IsZero() && now.Sub(loser.quiet) >= quiet:
+		// The answer is worth something only if there is nothing when it is asked for.
+		dr.askAgain(nil)
 	}
 	return false
+}
+
+// askAgain has Drain sent once more, after winner, if it is not nil, has shown that it
+// works. It must be called with mu held.
+func (dr *drain) askAgain(winner *connState) {
+	dr.asked, dr.drained, dr.stale, dr.winner = true, false, false, winner
+	select {
+	case dr.asks <- struct{}{}:
+	default: // the last one has not left, although the peer has answered it
+	}
+}
+
+// confirm asks the peer once more, now that winner has shown that it works.
+func (m *Manager) confirm(loser, winner *connState) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if loser.drain != nil && loser.drain.drained {
+		loser.drain.askAgain(winner)
+	}
+}
+
+// confirmed says whether the peer has agreed after winner had shown that it works.
+func (m *Manager) confirmed(loser, winner *connState) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return loser.drain != nil && loser.drain.drained && loser.drain.winner == winner
 }
 
 // startDrain must be called with mu held, and closed not be set.
@@ -154,13 +178,30 @@ func (m *Manager) startDrain(d *duplicates, loser *connState) {
 	dr.asks <- struct{}{}
 	loser.drain = dr
 	m.wg.Add(1)
+	m.draining.Add(1)
 	go func() {
 		defer m.wg.Done()
+		defer m.draining.Add(-1)
 		err := m.askDrain(ctx, d, loser, dr)
 		cancelled := ctx.Err() != nil
 		cancel()
 		m.endDrain(d, loser, dr, err, cancelled)
 	}()
+}
+
+// heard is called for each stream that a peer opens, of any protocol. Short ones come and
+// go between two looks, unread answers and all.
+func (m *Manager) heard(c network.Conn) {
+	if m.draining.Load() == 0 {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if d := m.peers[c.RemotePeer()]; d != nil {
+		if cs := d.state(c); cs != nil && cs.drain != nil {
+			cs.drain.stale = true
+		}
+	}
 }
 
 // endDrain notes that a drain is off, and why.
@@ -328,7 +369,10 @@ func (m *Manager) serveDrain(s network.Stream) error {
 			}
 		}
 	}()
-	for {
+	quiet := time.NewTimer(0)
+	defer quiet.Stop()
+	look := quietLook{m: m, conn: c}
+	for wanted := false; ; {
 		select {
 		case <-ctx.Done():
 			select {
@@ -338,8 +382,13 @@ func (m *Manager) serveDrain(s network.Stream) error {
 				return ctx.Err()
 			}
 		case <-asks:
+			wanted = true
+		case <-quiet.C:
 		}
-		if m.awaitQuiet(ctx, c) {
+		// It goes on looking after Drained, so that it can say it again at once.
+		quiet.Reset(look.next())
+		if wanted && look.quiet() {
+			wanted = false
 			if err := writeDrain(s, drainedMessage()); err != nil {
 				return err
 			}
@@ -347,32 +396,37 @@ func (m *Manager) serveDrain(s network.Stream) error {
 	}
 }
 
-// awaitQuiet waits until c has had no stream but those of drains for the quiet time. It
-// is false if ctx is done before.
-func (m *Manager) awaitQuiet(ctx context.Context, c network.Conn) bool {
-	gap := min(maxQuietGap, m.cfg.quietTime/quietLooks)
-	timer := time.NewTimer(gap)
-	defer timer.Stop()
-	busy := gap         // how long until the next look while there are streams
-	var since time.Time // there is none; zero: there is
-	for {
-		wait := gap
-		switch now := time.Now(); {
-		case m.streamsOn(c) > 0:
-			since = time.Time{}
-			wait, busy = busy, min(2*busy, m.cfg.interval)
-		case since.IsZero():
-			since, busy = now, gap
-		case now.Sub(since) >= m.cfg.quietTime:
-			return true
+// quietLook looks every now and then whether a connection has a stream.
+type quietLook struct {
+	m     *Manager
+	conn  network.Conn
+	since time.Time     // when there was none first; zero: there is one
+	busy  time.Duration // until the next look while there is one
+}
+
+// next looks, and returns after how long to do so again: the less often the longer there
+// are streams.
+func (l *quietLook) next() time.Duration {
+	cfg := &l.m.cfg
+	gap := min(maxQuietGap, cfg.quietTime/quietLooks)
+	switch now := time.Now(); {
+	case l.m.streamsOn(l.conn) > 0:
+		l.since, l.busy = time.Time{}, min(max(gap, 2*l.busy), cfg.interval)
+		return l.busy
+	case l.since.IsZero():
+		l.since, l.busy = now, 0
+		return gap
+	default:
+		if left := cfg.quietTime - now.Sub(l.since); left > 0 {
+			return min(gap, left)
 		}
-		timer.Reset(wait)
-		select {
-		case <-ctx.Done():
-			return false
-		case <-timer.C:
-		}
+		return gap
 	}
+}
+
+// quiet says whether there has been no stream for the quiet time.
+func (l *quietLook) quiet() bool {
+	return !l.since.IsZero() && time.Since(l.since) >= l.m.cfg.quietTime
 }
 
 // takePledge promises to open nothing more on c. If it does not, it says why.

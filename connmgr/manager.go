@@ -51,6 +51,7 @@ type Manager struct {
 	closeErr  error
 
 	steering   steering
+	draining   atomic.Int32 // drains of ours that are under way
 	interfaces interfaces
 	ranking    atomic.Pointer[ranker]
 	probe      func(ctx context.Context, c network.Conn) (time.Duration, error)
@@ -147,7 +148,7 @@ func (m *Manager) Wrap(h host.Host) (host.Host, error) {
 	if err := m.claim(h); err != nil {
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithLogger(m.log)}
+	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithInbound(m.heard), migrate.WithLogger(m.log)}
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {
 		m.unclaim()

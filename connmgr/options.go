@@ -90,10 +90,6 @@ const (
 	// keepalive at the latest.
 	silentTime = 30 * time.Second
 
-	// A winner that answered within the last second need not be asked again before
-	// another connection is closed for it.
-	probeFresh = time.Second
-
 	// Round-trip times that no transport measures are measured once a minute, by a
 	// ping of 32 bytes on each connection of a peer with more than one.
 	rttInterval = time.Minute

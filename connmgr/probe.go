@@ -55,13 +55,14 @@ func probe(ctx context.Context, c network.Conn) (time.Duration, error) {
 // silence means no: an error says that something has been heard, or that asking was not
 // possible here.
 func (m *Manager) answers(ctx context.Context, cs *connState, since time.Time) bool {
+	return m.answered(cs, since) || m.ask(ctx, cs, m.cfg.probeTime)
+}
+
+// answered says whether cs is known to have worked since the given time.
+func (m *Manager) answered(cs *connState, since time.Time) bool {
 	m.mu.Lock()
-	fresh := !cs.alive.Before(since)
-	m.mu.Unlock()
-	if fresh || !cs.opened.Before(since) {
-		return true
-	}
-	return m.ask(ctx, cs, m.cfg.probeTime)
+	defer m.mu.Unlock()
+	return !cs.alive.Before(since) || !cs.opened.Before(since)
 }
 
 // ask pings cs, and says whether it has answered within wait.

@@ -51,15 +51,20 @@ func (m *Manager) prune(ctx context.Context, d *duplicates, v view, winner *conn
 			m.mu.Unlock()
 			continue
 		}
-		quiet := r.quietFor(loser)
-		if r.drains && !loser.plain && !m.drained(d, loser, m.streamsOn(loser.conn), quiet) {
+		asks := r.drains && !loser.plain
+		if asks && !m.drained(d, loser, m.streamsOn(loser.conn), r.quiet) || !m.mayClose(d, winner.connState, loser, r, false) {
 			continue
 		}
-		if !m.mayClose(d, winner.connState, loser, r, false) {
-			continue
-		}
-		if !m.answers(ctx, winner.connState, time.Now().Add(-probeFresh)) {
-			return // the next round finds another winner
+		if !asks || !m.confirmed(loser, winner.connState) {
+			if !m.ask(ctx, winner.connState, m.cfg.probeTime) {
+				return // the next round finds another winner
+			}
+			if asks {
+				// That took time, in which streams may have come and gone. The next
+				// Drained is acted on at once.
+				m.confirm(loser, winner.connState)
+				continue
+			}
 		}
 		if ctx.Err() != nil || !m.mayClose(d, winner.connState, loser, r, true) {
 			continue
@@ -93,7 +98,7 @@ func (m *Manager) mayClose(d *duplicates, winner, loser *connState, r role, clai
 		loser.probes > 0, // whose end could hide the beginning of another stream
 		loser.quiet.IsZero(), time.Since(loser.quiet) < r.quietFor(loser), d.touching(loser) > 0:
 		return false
-	case r.drains && !loser.plain && (loser.drain == nil || !loser.drain.drained):
+	case r.drains && !loser.plain && (loser.drain == nil || !loser.drain.drained || loser.drain.stale):
 		return false
 	}
 	loser.closing = claim

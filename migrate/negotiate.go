@@ -126,6 +126,9 @@ func (l *labelled) Read(p []byte) (int, error) {
 // handleStream is the network's stream handler. It negotiates as the host's own would,
 // byte for byte, for all streams but those that speak ID.
 func (h *Host) handleStream(u network.Stream) {
+	for _, seen := range h.cfg.inbound {
+		seen(u.Conn())
+	}
 	if h.cfg.negotiation > 0 {
 		if err := u.SetDeadline(time.Now().Add(h.cfg.negotiation)); err != nil {
 			_ = u.Reset()

@@ -18,6 +18,7 @@ type config struct {
 	selector    ConnSelector
 	acceptor    Acceptor
 	tracer      func(Event)
+	inbound     []func(network.Conn)
 	verified    bool // RequireVerifiedHandover
 	negotiation time.Duration
 	labelWait   time.Duration
@@ -87,6 +88,19 @@ func WithTracer(trace func(Event)) Option {
 			return errors.New("WithTracer: nil; leave the option out to trace nothing")
 		}
 		c.tracer = trace
+		return nil
+	}
+}
+
+// WithInbound has seen called for each stream, of any protocol, that a peer opens on a
+// connection, before anything is read from it. It is called concurrently and must not
+// block. It may be given several times, and all are called. Default: none.
+func WithInbound(seen func(network.Conn)) Option {
+	return func(c *config) error {
+		if seen == nil {
+			return errors.New("WithInbound: nil; leave the option out to watch nothing")
+		}
+		c.inbound = append(c.inbound, seen)
 		return nil
 	}
 }
