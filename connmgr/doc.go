@@ -27,21 +27,38 @@
 // second one begins a settle delay ([WithSettleDelay]); then there is a round:
 // connections are ranked ([WithPolicy]), new streams go to the winner from then on, and
 // all labelled streams of the losers are migrated at once. Streams that fail are tried
-// again with backoff ([WithRetry]). Streams that cannot move are waited for. A loser
-// that has had no stream for a quiet time ([WithQuietTime], [WithPlainQuietTime]) is
-// closed with network.ConnSupplanted. There is another round whenever a connection to
-// the peer comes or goes, and periodically ([WithInterval]) for as long as there are
-// two or more, which is also how the end of a peer's identification is noticed.
+// again with backoff ([WithRetry]). Streams that cannot move are waited for. There is
+// another round whenever a connection to the peer comes or goes, and periodically
+// ([WithInterval]) for as long as there are two or more, which is also how the end of a
+// peer's identification is noticed.
 //
-// Three things are never done: a stream is not migrated from an unlimited connection to
-// a limited one, the last connection is not closed, and no connection is closed while a
-// migration touches it.
+// A connection wins over a newer one, and another one is closed for it, only after it has
+// answered a ping: the older of two connections is the dead one where a peer has lost its
+// network and come back before anybody noticed.
+//
+// # When a connection is closed
+//
+// Nobody knows alone that a connection carries nothing: a stream that was closed here may
+// be unread at the other end, and closing the connection destroys what it carried. So the
+// peer is asked, over [DrainID], on the loser itself. It opens nothing more there, and
+// agrees when it has had no stream there for a quiet time ([WithQuietTime]); when there has
+// been none here either, the loser is closed with network.ConnSupplanted. A peer may
+// refuse, and is asked again later.
+//
+// A peer that runs no manager cannot be asked. A connection to it is closed when it has
+// had no stream at this end for much longer ([WithPlainQuietTime]). The same holds for a
+// Manager without Wrap.
+//
+// Never: a stream is not migrated from an unlimited connection to a limited one, the last
+// connection is not closed, no connection is closed while a migration touches it, and
+// nothing is done about what is exempt ([WithExempt]). A peer that is protected in inner
+// loses duplicates like any other, and its last connection never.
 //
 // # Who decides
 //
 // Two peers that decide apart could move streams to and fro for ever, or each close the
 // connection that the other one keeps. So the peer with the lower ID decides for both,
-// and the other one follows: it only steers its own new streams. It takes over when
-// nothing has happened for a while ([WithTakeover]), or at once when the other one does
-// not advertise [ManagerID].
+// and the other one follows: it only steers its own new streams, by its own policy until
+// it is asked to drain. It takes over when nothing has happened for a while
+// ([WithTakeover]), or at once when the other one does not advertise [DrainID].
 package connmgr

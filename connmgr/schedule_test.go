@@ -98,7 +98,7 @@ func TestOneRoundPerPeerAtATime(t *testing.T) {
 
 func TestRoundsOfManyPeersAreBounded(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
-		const peers, concurrency = 10_000, 20
+		const peers, concurrency = 1_000, 20
 		w := newWorld(t, higher, WithConcurrency(concurrency))
 		winners := make([]*fakeConn, peers)
 		losers := make([]*fakeConn, peers)
