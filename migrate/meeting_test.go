@@ -312,3 +312,46 @@ func TestBothMigrate(t *testing.T) {
 		require.Equal(t, 2, s.Migrations())
 	})
 }
+
+// TestDenialLeavesOwnAttempt: both ends migrate at once, and the one whose attempt would
+// give way denies the other's. Its own goes on (M1, M3): had it been reset, the other
+// end might read its Migrate after the denial, ack it, and lose the stream to the reset
+// (S8) although nothing had failed.
+func TestDenialLeavesOwnAttempt(t *testing.T) {
+	never := WithAcceptor(func(*Stream, network.Conn) bool { return false })
+	for name, c := range map[string]struct {
+		kind    peerKind
+		opts    []Option
+		request func(id, from uint64) string
+	}{
+		"verified":                    {verified, []Option{never}, migrateBytes},
+		"draft-only":                  {draftOnly, []Option{never}, migrateDraftBytes},
+		"draft-only, not listened to": {draftOnly, nil, migrateDraftBytes},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := meeting{kind: c.kind, hostHigher: true, opts: c.opts}.meet(t)
+			s, old := p.hostOpens()
+			if c.opts == nil {
+				require.NoError(t, s.CloseRead()) // S3
+			}
+			moved, next := p.asked(s)
+			theirs := p.opens(1, tMultistream, tMigration, c.request(p.fresh(), old.label))
+			theirs.wants(tMultistream, tMigration, ackDenied)
+			theirs.wantsEOF()
+			// The peer reads the host's Migrate after the denial.
+			if len(c.kind) == len(verified) {
+				next.acks(ackVerified)
+				next.wants(finalSizeBytes(1))
+				next.sends(finalSizeBytes(1))
+			} else {
+				next.acks(ackDraft)
+			}
+			old.wantsEOF()
+			old.closesWrite()
+			moved.is(nil)
+			p.settled(s, next)
+			p.writes(s, "new")
+			next.wants("new")
+		})
+	}
+}

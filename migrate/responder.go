@@ -57,11 +57,19 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	}
 	x := &exchange{id: id}
 	if s == nil {
-		return h.deny(n, nil, "unknown label", from)
+		return h.deny(n, x, "unknown label", from)
+	}
+	// An attempt of ours gives way only to one that is not denied (M1). Else the peer
+	// could answer it, having read the denial, while our reset is on its way: S8.
+	verified := m.GetFinalSize()
+	if why := h.refuses(s, u, verified); why != "" {
+		x.s, x.old, x.from, x.new = s, s.send.stream(), from, u
+		x.trace(Started, nil)
+		return h.deny(n, x, why, from)
 	}
 	switch err := h.enterResponder(s, x); {
 	case errors.Is(err, ErrClosed):
-		return h.deny(n, nil, "the stream is closed", from)
+		return h.deny(n, x, "the stream is closed", from)
 	case err != nil:
 		return later(network.StreamNoError, err)
 	}
@@ -75,19 +83,30 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	}
 	x.trace(Started, nil)
 
-	verified := m.GetFinalSize()
-	_, closed := s.recv.view()
-	switch {
-	case h.cfg.acceptor != nil && !h.cfg.acceptor(s, u.Conn()):
-		return h.deny(n, x, "the acceptor says no", from)
-	case !verified && h.cfg.verified:
-		return h.deny(n, x, "the handover would not be verified", from)
-	case !verified && closed:
-		return h.deny(n, x, "without a final size there is no proof of the ack once reading is closed", from) // S3
+	if _, closed := s.recv.view(); !verified && closed { // while it waited for its turn
+		defer x.fallBack(false)
+		return h.deny(n, x, noProof, from)
 	}
 	x.charge(u)
 	x.answer(n, verified)
 	return nil
+}
+
+// noProof is why a draft-only peer is denied whom nobody listens to (S3).
+const noProof = "without a final size there is no proof of the ack once reading is closed"
+
+// refuses says why s must not migrate to u, if so.
+func (h *Host) refuses(s *Stream, u network.Stream, verified bool) (why string) {
+	_, closed := s.recv.view()
+	switch {
+	case h.cfg.acceptor != nil && !h.cfg.acceptor(s, u.Conn()):
+		return "the acceptor says no"
+	case !verified && h.cfg.verified:
+		return "the handover would not be verified"
+	case !verified && closed:
+		return noProof
+	}
+	return ""
 }
 
 // enterResponder begins x on s, if an exchange of our own does not go first (M1) and
@@ -112,17 +131,15 @@ func (h *Host) enterResponder(s *Stream, x *exchange) error {
 	return err
 }
 
-// deny answers that the stream is not to be migrated (M3). x is nil where there is no
-// such stream.
+// deny answers that the stream is not to be migrated (M3).
 func (h *Host) deny(n *negotiator, x *exchange, why string, from uint64) error {
 	u := n.stream
 	h.log.Debug("migration denied", zap.Stringer("peer", u.Conn().RemotePeer()),
 		zap.Uint64("label", from), zap.String("why", why))
 	_, _ = n.finish(denyMessage())
 	_ = u.Close()
-	if x != nil {
+	if x.s != nil {
 		x.trace(Denied, nil)
-		x.fallBack(false)
 	}
 	return nil
 }
