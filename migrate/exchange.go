@@ -21,6 +21,7 @@ type exchange struct {
 	from, id  uint64        // the label before, and after; id is set before begin
 	done      chan struct{} // closed when another exchange may begin
 	turn      chan struct{} // responder that waits: closed when it has begun, or never will
+	promised  bool          // responder that waits: an attempt of ours gave way to it (M1)
 
 	// Guarded by s.mu.
 	new     network.Stream // nil until it is open
@@ -84,6 +85,7 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
 		}
 		ours.drop = true
 		ours.interrupt()
+		x.promised = dropped != nil
 	}
 	s.waiting = append(s.waiting, x)
 	s.mu.Unlock()
@@ -95,10 +97,11 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
 
 var errOursFirst = errors.New("our own migration of the stream goes first")
 
-// giveTurn lets the next responder that waits begin, or none where the stream is over. mu
-// must be held.
+// giveTurn lets the next responder that waits begin. Where the stream is over, only one
+// does that was promised it, and none after a reset: closing the stream in between does
+// not abort what the peer takes for agreed (S7). mu must be held.
 func (s *Stream) giveTurn() {
-	if len(s.waiting) > 0 && !s.over {
+	if len(s.waiting) > 0 && (!s.over || s.waiting[0].promised && !s.aborted) {
 		x := s.waiting[0]
 		s.waiting = s.waiting[1:]
 		s.enter(x)
@@ -174,8 +177,8 @@ func breakOff(u network.Stream, code network.StreamErrorCode) error {
 	return u.ResetWithError(code)
 }
 
-// end lets the next exchange begin. Where the application has closed the stream in the
-// meantime, its last underlying stream is closed now (S7).
+// end lets the next exchange begin. Where there is none and the application has closed
+// the stream in the meantime, its last underlying stream is closed now (S7).
 func (x *exchange) end(moved bool) {
 	s := x.s
 	s.mu.Lock()
@@ -186,8 +189,8 @@ func (x *exchange) end(moved bool) {
 		s.label = x.id
 		s.migrations++
 	}
-	over, aborted := s.over, s.aborted
 	s.giveTurn()
+	over, aborted := s.over && s.ex == nil, s.aborted
 	s.mu.Unlock()
 	if remove {
 		s.host.labels.remove(s.peer, gone, s)

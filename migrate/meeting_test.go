@@ -355,3 +355,27 @@ func TestDenialLeavesOwnAttempt(t *testing.T) {
 		})
 	}
 }
+
+// TestCloseAfterGivingWay: an application that closes the stream when its end has given
+// way to the other's attempt (M1), and before that is answered, does not abort that (S7):
+// what it wrote is still delivered, over the new connection.
+func TestCloseAfterGivingWay(t *testing.T) {
+	p := meeting{kind: verified, hostHigher: true, opts: []Option{WithTracer(func(e Event) {
+		if e.Initiator && e.Kind == Failed {
+			_ = e.Stream.Close()
+		}
+	})}}.meet(t)
+	s, old := p.hostOpens()
+	moved, next := p.asked(s)
+	p.writes(s, "the last")
+	theirs := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
+	next.wantsReset(network.StreamNoError)
+	moved.is(ErrTryLater)
+	theirs.wants(tMultistream, tMigration, ackVerified)
+	theirs.sends(finalSizeBytes(1))
+	theirs.wants(finalSizeBytes(1 + 8))
+	theirs.wantsEOF()
+	old.wants("the last")
+	old.wantsEOF()
+	p.nothingLeft()
+}
