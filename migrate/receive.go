@@ -50,6 +50,7 @@ var (
 	errLost         = errors.New("the old stream ended before all of its data came")
 	errTooMuch      = fmt.Errorf("%w: the old stream carried more than its final size", errViolation) // S12
 	errStalled      = errors.New("the old stream made no progress")
+	errUnproven     = errors.New("the new connection is closed, and nothing shows that the ack has arrived")
 	errUntrustedEnd = errors.New("EOF after a migration whose outcome is unknown")
 )
 
@@ -657,8 +658,8 @@ func (h *receiveHalf) switchedBlind() bool {
 // firstOfNext waits for the first bytes or the EOF of next, and keeps the bytes.
 func (h *receiveHalf) firstOfNext(next network.Stream) error {
 	buf := make([]byte, 1<<10)
-	n, err := next.Read(buf)
-	if err != nil && err != io.EOF {
+	n, err := readProof(next, buf)
+	if err != nil {
 		return err
 	}
 	h.mu.Lock()
@@ -668,4 +669,17 @@ func (h *receiveHalf) firstOfNext(next network.Stream) error {
 	}
 	h.ahead.add(buf[:n])
 	return nil
+}
+
+// readProof reads what proves that the ack has arrived (S3): bytes of next, or its EOF,
+// but not one from a connection that is closed, which may be none (S12).
+func readProof(next network.Stream, buf []byte) (n int, err error) {
+	n, err = next.Read(buf)
+	switch {
+	case err == io.EOF && n == 0 && next.Conn().IsClosed():
+		return 0, errUnproven
+	case err == io.EOF:
+		return n, nil
+	}
+	return n, err
 }

@@ -3,7 +3,6 @@ package migrate
 import (
 	"errors"
 	"fmt"
-	"io"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -206,7 +205,7 @@ func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	if !ended && s.recv.switchedBlind() {
 		// The application has stopped reading, and with it our view of the old
 		// stream. The proof is whatever comes on the new one.
-		if _, err := u.Read(make([]byte, 1)); err != nil && err != io.EOF {
+		if _, err := readProof(u, make([]byte, 1)); err != nil {
 			return err
 		}
 	}
