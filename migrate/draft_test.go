@@ -501,6 +501,21 @@ func TestDraftUntrustedEOF(t *testing.T) {
 		p.writes(s, "old")
 		old.wants("old")
 	})
+	t.Run("migrated since", func(t *testing.T) {
+		// The doubt was about the end of a stream that is history now.
+		p, s, old := setUp(t)
+		fails(t, p, s)
+		moved, next := p.asked(s)
+		next.acks(ackDraft)
+		old.wantsEOF()
+		old.closesWrite()
+		moved.is(nil)
+		require.NoError(t, s.CloseWrite())
+		next.wantsEOF()
+		next.sends("data")
+		next.closesWrite()
+		require.Equal(t, "data", p.readsEnd(s, io.EOF))
+	})
 	t.Run("denied", func(t *testing.T) {
 		p, s, old := setUp(t)
 		require.NoError(t, s.CloseWrite())

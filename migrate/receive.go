@@ -105,7 +105,7 @@ type receiveHalf struct {
 	eof       bool // the application was given EOF
 	closed    bool // CloseRead or Close was called
 	blind     bool // it switched since the application reads no more, before cur ended
-	untrusted bool // S5: a draft-only responder may have acked an attempt
+	untrusted bool // S5: a draft-only responder may have acked an attempt on cur
 	ownEnd    bool // the application has ended its writing
 }
 
@@ -285,6 +285,7 @@ func (h *receiveHalf) switchOver() {
 	h.count = uint64(h.ahead.len)
 	h.ready.append(&h.ahead)
 	h.state, h.ended, h.expect, h.verified = receiveOpen, nil, "", false
+	h.untrusted = false // S5: it was the old stream's end that could not be told
 	// The token of the old stream is history; that of the new one may be taken.
 	h.reading, h.ours, h.aheadOn = h.aheadOn, h.aheadOn, false
 	if !h.ours && !h.deadline.IsZero() {
