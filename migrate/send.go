@@ -50,11 +50,12 @@ type sendHalf struct {
 	opening  []byte // W1: what must precede the first application byte, not yet sent
 	err      error  // of sendFailed
 
-	state  sendState
-	turn   bool // a Write call is under way; others wait, so that buffers never mix
-	inside bool // that call is inside cur.Write
-	closed bool // CloseWrite or Close was called
-	held   bool // an exchange is under way that may save a Write which cur fails
+	state    sendState
+	turn     bool // a Write call is under way; others wait, so that buffers never mix
+	inside   bool // that call is inside cur.Write
+	flushing bool // it is no Write, but flush
+	closed   bool // CloseWrite or Close was called
+	held     bool // an exchange is under way that may save a Write which cur fails
 }
 
 func (h *sendHalf) write(p []byte) (int, error) {
@@ -146,9 +147,7 @@ func (h *sendHalf) enter(p []byte) (n int, err error) {
 		n = max(0, m-len(opening))
 		m -= n
 	default:
-		if m, err = cur.Write(opening); err == nil {
-			n, err = cur.Write(p)
-		}
+		m, err = cur.Write(opening) // p follows, when it is noted that the opening has left
 	}
 	h.mu.Lock()
 	h.inside = false
@@ -162,14 +161,28 @@ func (h *sendHalf) enter(p []byte) (n int, err error) {
 	return n, err
 }
 
-// flush sends the opening, if that has not been sent. It may block.
+// flush sends the opening, if that has not been sent. It may block. The application's
+// write deadline does not hold for it: one that has passed must keep neither Reads nor
+// migrations from a stream of which the acceptor has yet to learn.
 func (h *sendHalf) flush() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	for h.turn && h.opening != nil {
+		h.changed.wait(&h.mu, time.Time{})
+	}
 	if h.opening == nil || h.closed {
 		return nil
 	}
-	_, err := h.writeInTurn(nil)
+	h.turn, h.flushing = true, true
+	cur := h.cur
+	if !h.deadline.IsZero() {
+		_ = cur.SetWriteDeadline(time.Time{})
+	}
+	_, err := h.goOn(nil, 0, nil)
+	h.flushing = false
+	if h.state == sendOpen && h.cur == cur && !h.deadline.IsZero() {
+		_ = cur.SetWriteDeadline(h.deadline)
+	}
 	return err
 }
 
@@ -197,8 +210,8 @@ func (h *sendHalf) setDeadline(t time.Time) error {
 	defer h.mu.Unlock()
 	h.deadline = t
 	h.changed.broadcast()
-	if h.state != sendOpen {
-		return nil // resume sets it; on the old stream it would undo the kick
+	if h.state != sendOpen || h.flushing {
+		return nil // resume or flush sets it; now it would undo the kick, or hinder flush
 	}
 	return h.cur.SetWriteDeadline(t)
 }

@@ -101,6 +101,51 @@ func TestFlush(t *testing.T) {
 	require.True(t, u.writeClosed)
 }
 
+// TestFlushDespiteDeadline: the application's write deadline, whether it was set before or
+// meanwhile, does not keep the opening back; and it is the application's again behind it.
+func TestFlushDespiteDeadline(t *testing.T) {
+	open := string(opening(600, echoID))
+	u := newFake()
+	h := &sendHalf{cur: u, opening: []byte(open)}
+	require.NoError(t, h.setDeadline(past))
+	u.grants(10, nil)
+	done := make(chan error, 1)
+	go func() { done <- h.flush() }()
+	u.awaitWriter()
+	require.NoError(t, h.setDeadline(past))
+	notYet(t, done, "flush")
+	u.grants(len(open), nil)
+	require.NoError(t, take(t, done, "flush"))
+	require.Equal(t, open, u.taken())
+	n, err := h.write([]byte("hello"))
+	require.Equal(t, os.ErrDeadlineExceeded, err)
+	require.Zero(t, n)
+	require.Equal(t, open, u.taken())
+}
+
+// TestLargeFirstWriteThatBlocks: the opening has left before such a Write waits for its
+// window, and nobody waits for that Write to be sure of it: neither CloseWrite nor a
+// migration.
+func TestLargeFirstWriteThatBlocks(t *testing.T) {
+	open, data := string(opening(600, echoID)), strings.Repeat("x", openingRoom+1)
+	old, next := newFake(), newFake()
+	h := &sendHalf{cur: old, opening: []byte(open)}
+	old.grants(len(open)+3, nil)
+	w := writing(h, data)
+	old.awaitWriter()
+	flushed := make(chan error, 1)
+	go func() { flushed <- h.flush() }()
+	require.NoError(t, take(t, flushed, "flush"))
+	n, err := h.pause()
+	require.NoError(t, err)
+	require.Equal(t, uint64(3), n)
+	_, err = h.resume(next)
+	require.NoError(t, err)
+	require.Equal(t, writeResult{len(data), nil}, take(t, w, "the Write"))
+	require.Equal(t, open+data[:3], old.taken())
+	require.Equal(t, data[3:], next.taken())
+}
+
 // TestSwitchBetweenWrites: what was written so far is counted, and the count begins anew
 // on the next stream (S2, S12).
 func TestSwitchBetweenWrites(t *testing.T) {
