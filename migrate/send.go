@@ -113,7 +113,7 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		// may yet take the new stream. The count n is exact in both cases.
 		saved := h.state == sendPaused || h.held && err != nil && !isDeadline(err, on)
 		switch {
-		case err != nil && !saved:
+		case err != nil && !saved && !(h.closed && isDeadline(err, on)):
 			return n, err
 		case entered && n == len(p):
 			return n, nil // QUIC may take everything and report a deadline all the same
@@ -198,6 +198,11 @@ func (h *sendHalf) closeWrite() error {
 	h.closed = true
 	h.changed.broadcast()
 	cur, open := h.cur, h.state == sendOpen
+	if open && h.inside {
+		// A Write returns when its stream is closed, with what was taken. QUIC would
+		// keep it until the window opens, which may be never.
+		_ = cur.SetWriteDeadline(past)
+	}
 	h.mu.Unlock()
 	if !open {
 		return nil
@@ -210,7 +215,7 @@ func (h *sendHalf) setDeadline(t time.Time) error {
 	defer h.mu.Unlock()
 	h.deadline = t
 	h.changed.broadcast()
-	if h.state != sendOpen || h.flushing {
+	if h.state != sendOpen || h.flushing || h.closed {
 		return nil // resume or flush sets it; now it would undo the kick, or hinder flush
 	}
 	return h.cur.SetWriteDeadline(t)

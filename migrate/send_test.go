@@ -146,6 +146,24 @@ func TestLargeFirstWriteThatBlocks(t *testing.T) {
 	require.Equal(t, data[3:], next.taken())
 }
 
+// keeping keeps a Write that is blocked although it is closed for writing, as QUIC does.
+type keeping struct{ *fakeStream }
+
+func (*keeping) CloseWrite() error { return nil }
+
+// TestCloseWriteCallsWriteOut: a Write that is blocked when its stream is closed returns,
+// with its exact count, also where that of the underlying stream would not (QUIC).
+func TestCloseWriteCallsWriteOut(t *testing.T) {
+	u := &keeping{newFake()}
+	h := &sendHalf{cur: u}
+	u.grants(2, nil)
+	w := writing(h, "hello")
+	u.awaitWriter()
+	require.NoError(t, h.closeWrite())
+	require.NoError(t, h.setDeadline(time.Time{}), "does not let that Write go on")
+	require.Equal(t, writeResult{2, errWriteClosed}, take(t, w, "the Write"))
+}
+
 // TestSwitchBetweenWrites: what was written so far is counted, and the count begins anew
 // on the next stream (S2, S12).
 func TestSwitchBetweenWrites(t *testing.T) {
