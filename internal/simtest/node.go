@@ -49,6 +49,9 @@ type Node struct {
 	host.Host
 	net *Net
 	ips []string
+	cm  *quicreuse.ConnManager
+
+	stop sync.Once
 
 	mu     sync.Mutex        // guards all below
 	routes map[string]string // from which IP the node dials which
@@ -66,7 +69,7 @@ func (n *Net) NewNode(ips []string, opts ...libp2p.Option) *Node {
 	if err != nil {
 		n.t.Fatalf("key of %s: %v", ips[0], err)
 	}
-	cm, err := d.quic()
+	d.cm, err = d.quic()
 	if err != nil {
 		n.t.Fatalf("QUIC of %s: %v", ips[0], err)
 	}
@@ -77,7 +80,7 @@ func (n *Net) NewNode(ips []string, opts ...libp2p.Option) *Node {
 	d.Host, err = libp2p.New(append([]libp2p.Option{
 		libp2p.Identity(key),
 		libp2p.ListenAddrs(listen...),
-		libp2p.QUICReuse(func() *quicreuse.ConnManager { return cm }),
+		libp2p.QUICReuse(func() *quicreuse.ConnManager { return d.cm }),
 		libp2p.Transport(libp2pquic.NewTransport),
 		libp2p.Transport(func(u transport.Upgrader, rcmgr network.ResourceManager) *tcpTransport {
 			return &tcpTransport{d, u, rcmgr}
@@ -88,11 +91,17 @@ func (n *Net) NewNode(ips []string, opts ...libp2p.Option) *Node {
 	if err != nil {
 		n.t.Fatalf("host at %s: %v", ips[0], err)
 	}
-	n.t.Cleanup(func() {
-		_ = d.Close()
-		_ = cm.Close() // a host leaves one that it has not made itself
-	})
+	n.t.Cleanup(d.Stop)
 	return d
+}
+
+// Stop ends the node. Another that is made with the same IPs takes its place: it has the
+// same key, and nothing of what the first one knew.
+func (d *Node) Stop() {
+	d.stop.Do(func() {
+		_ = d.Close()
+		_ = d.cm.Close() // a host leaves one that it has not made itself
+	})
 }
 
 // Addr returns the address of a node's IP.
@@ -124,22 +133,22 @@ func (d *Node) source(to string) string {
 	return d.ips[0]
 }
 
-// dial connects d to other over path.
-func (d *Node) dial(ctx context.Context, other *Node, path Path) error {
+// Dial connects d to other over path, like Net.Dial, and returns d's side as soon as it is
+// there. It is for tests in which a dial may fail.
+func (d *Node) Dial(ctx context.Context, other *Node, path Path) (network.Conn, error) {
 	d.mu.Lock()
 	d.routes[path.To] = path.From
 	d.mu.Unlock()
 	d.Peerstore().ClearAddrs(other.ID())
 	d.Peerstore().AddAddr(other.ID(), Addr(path.Transport, path.To), peerstore.PermanentAddrTTL)
-	_, err := d.Network().DialPeer(network.WithForceDirectDial(ctx, "test"), other.ID())
-	return err
+	return d.Network().DialPeer(network.WithForceDirectDial(ctx, "test"), other.ID())
 }
 
 // Dial connects a to b over path, and returns a's side. Between the two there must be no
 // other connection than relayed ones: go-libp2p would return that.
 func (n *Net) Dial(a, b *Node, path Path) network.Conn {
 	n.t.Helper()
-	if err := a.dial(n.ctx(), b, path); err != nil {
+	if _, err := a.Dial(n.ctx(), b, path); err != nil {
 		n.t.Fatalf("dial over %s: %v", path, err)
 	}
 	identified(a, b)
@@ -161,8 +170,12 @@ func (n *Net) Join(a, b *Node, first, second Path) (network.Conn, network.Conn) 
 	}
 	hold(held)
 	results := make(chan error, 2)
-	go func() { results <- a.dial(n.ctx(), b, first) }()
-	go func() { results <- b.dial(n.ctx(), a, second) }()
+	dial := func(from, to *Node, path Path) {
+		_, err := from.Dial(n.ctx(), to, path)
+		results <- err
+	}
+	go dial(a, b, first)
+	go dial(b, a, second)
 	synctest.Wait() // both have seen that there is no connection
 	hold(nil)
 	close(held)
@@ -233,7 +246,7 @@ func (n *Net) DialRelayed(a, b, r *Node, tr Transport) network.Conn {
 	ctx := n.ctx()
 	at := Addr(tr, r.ips[0])
 	for _, d := range []*Node{a, b} {
-		if err := d.dial(ctx, r, Path{tr, d.ips[0], r.ips[0]}); err != nil {
+		if _, err := d.Dial(ctx, r, Path{tr, d.ips[0], r.ips[0]}); err != nil {
 			n.t.Fatalf("dial the relay: %v", err)
 		}
 	}

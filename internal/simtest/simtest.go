@@ -40,6 +40,7 @@ type Net struct {
 	rate      map[string]int         // bits per second, by IP
 	buffer    int
 	sent      map[direction]Traffic
+	watch     func(from, to string)
 	listeners map[string]*listener
 	tcp       map[*tcpConn]struct{} // both ends of every connection
 	port      int
@@ -169,6 +170,32 @@ func (n *Net) Sever(a, b string) {
 	}
 }
 
+// SeverEnd breaks all TCP connections between two IPs at the end that is ip: there at
+// once, and at the other end when the news arrive, which takes as long as anything. What
+// is under way to ip is lost.
+func (n *Net) SeverEnd(ip, other string) {
+	n.mu.Lock()
+	var broken []*tcpConn
+	for c := range n.tcp {
+		if c.from == ip && c.to == other {
+			broken = append(broken, c)
+		}
+	}
+	n.mu.Unlock()
+	for _, c := range broken {
+		c.sever()
+	}
+}
+
+// Watch has f called whenever something is about to be sent: after it was counted, and
+// before it is subject to Freeze. f is called concurrently, and must not block; nil ends
+// it.
+func (n *Net) Watch(f func(from, to string)) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.watch = f
+}
+
 // Sent returns what has been sent from one IP to another, whether it arrived or not.
 func (n *Net) Sent(from, to string) Traffic {
 	n.mu.Lock()
@@ -178,10 +205,14 @@ func (n *Net) Sent(from, to string) Traffic {
 
 func (n *Net) count(from, to string, bytes int) {
 	n.mu.Lock()
-	defer n.mu.Unlock()
 	d := direction{from, to}
 	s := n.sent[d]
 	n.sent[d] = Traffic{s.Bytes + bytes, s.Packets + 1}
+	watch := n.watch
+	n.mu.Unlock()
+	if watch != nil {
+		watch(from, to)
+	}
 }
 
 func (n *Net) delay(from, to string) time.Duration {

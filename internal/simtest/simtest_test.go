@@ -186,3 +186,59 @@ func TestRelayedBesideDirect(t *testing.T) {
 		}
 	}
 }
+
+func TestSeveredEndIsToldToTheOther(t *testing.T) {
+	Run(t, func(t *testing.T, n *Net) {
+		_, b, conns := join(t, n)
+		n.SetLatency(ipA, ipB, time.Second)
+		far := n.Far(b, conns[TCP])
+		n.SeverEnd(ipA, ipB)
+		time.Sleep(time.Millisecond)
+		require.True(t, conns[TCP].IsClosed())
+		require.False(t, far.IsClosed(), "the news are on their way")
+		time.Sleep(time.Second)
+		require.True(t, far.IsClosed())
+		require.False(t, conns[QUIC].IsClosed())
+	})
+}
+
+func TestWatchSeesWhatIsAboutToBeSent(t *testing.T) {
+	Run(t, func(t *testing.T, n *Net) {
+		_, b, conns := join(t, n)
+		for _, tr := range transports {
+			s := echo(t, b, conns[tr])
+			ping(t, s, 1)
+			from, to := ipsOf[tr][0], ipsOf[tr][1]
+			n.Watch(func(f, t string) {
+				if f == from && t == to {
+					n.Freeze(from, to)
+				}
+			})
+			_, err := s.Write([]byte{1})
+			require.NoError(t, err)
+			require.NoError(t, s.SetReadDeadline(time.Now().Add(time.Second)))
+			_, err = s.Read(make([]byte, 1))
+			require.Error(t, err, "%s: frozen before it left", tr)
+			n.Watch(nil)
+			n.Thaw(from, to)
+		}
+	})
+}
+
+func TestNodeThatIsMadeAgain(t *testing.T) {
+	Run(t, func(t *testing.T, n *Net) {
+		a, b, conns := join(t, n)
+		b.Stop()
+		time.Sleep(time.Second)
+		require.True(t, conns[TCP].IsClosed())
+		require.True(t, conns[QUIC].IsClosed())
+		again := n.NewNode([]string{ipB, ipB2})
+		require.Equal(t, b.ID(), again.ID())
+		for _, tr := range transports {
+			c := n.Dial(a, again, Path{tr, ipsOf[tr][0], ipsOf[tr][1]})
+			ping(t, echo(t, again, c), 100)
+			require.NoError(t, c.Close())
+			time.Sleep(time.Second)
+		}
+	})
+}
