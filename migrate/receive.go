@@ -415,7 +415,8 @@ func (h *receiveHalf) drain() {
 			h.changed.wait(&h.mu, time.Time{})
 			continue
 		}
-		if h.starved = h.budget.reserve(size) != nil; h.starved {
+		budget := h.budget
+		if h.starved = budget.reserve(size) != nil; h.starved {
 			h.changed.wait(&h.mu, time.Now().Add(stallNotice))
 			continue
 		}
@@ -428,15 +429,15 @@ func (h *receiveHalf) drain() {
 		buf := make([]byte, size)
 		n, expect, err := readBehind(cur, expect, buf)
 		h.mu.Lock()
-		h.budget.release(size - n)
+		budget.release(size - n)
 		if h.state == receiveFailed || h.closed {
-			h.budget.release(n)
+			budget.release(n)
 			n = 0
 		}
 		if h.cur == cur {
 			h.expect = expect
 		}
-		h.ready.add(buf[:n])
+		h.keep(buf[:n], budget)
 		h.give(cur, n, err)
 	}
 }
@@ -446,25 +447,28 @@ func (h *receiveHalf) drain() {
 func (h *receiveHalf) readAhead(next network.Stream) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.state == receiveHandover && h.ahead.len < maxAhead {
+	for h.state == receiveHandover && h.next == next && h.ahead.len < maxAhead {
 		buf := make([]byte, min(readChunk, maxAhead-h.ahead.len))
-		if h.budget.reserve(len(buf)) != nil {
+		budget := h.budget
+		if budget.reserve(len(buf)) != nil {
 			break
 		}
 		h.mu.Unlock()
 		n, err := next.Read(buf)
 		h.mu.Lock()
-		h.budget.release(len(buf) - n)
+		budget.release(len(buf) - n)
 		switch {
 		case h.state == receiveFailed:
-			h.budget.release(n)
+			budget.release(n)
 			return
-		case h.cur == next: // switched meanwhile: this is an ordinary Read now
+		case h.next != next:
+			// Switched meanwhile: this is an ordinary Read now. Or it is of a stream that
+			// is history already, since the next migration has called it out.
 			if h.closed {
-				h.budget.release(n)
+				budget.release(n)
 				n = 0
 			}
-			h.ready.add(buf[:n])
+			h.keep(buf[:n], budget)
 			h.give(next, n, err)
 			return
 		}
@@ -480,10 +484,21 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 			return
 		}
 	}
-	h.aheadOn = false
-	if h.cur == next {
+	switch next {
+	case h.next:
+		h.aheadOn = false
+	case h.cur:
 		h.give(next, 0, nil)
 	}
+}
+
+// keep adds b, which was reserved in budget, to what later Reads are served from.
+func (h *receiveHalf) keep(b []byte, budget *span) {
+	if budget != h.budget { // the next migration has begun
+		budget.release(len(b))
+		_ = h.budget.reserve(len(b)) // they are there already
+	}
+	h.ready.add(b)
 }
 
 // closeRead ends the application's reading. It may block.

@@ -627,6 +627,45 @@ func TestReadAhead(t *testing.T) {
 		require.Zero(t, r.scope.reserved())
 		require.Equal(t, uint64(3), r.count)
 	})
+	bubble(t, "blocked until the switch after that", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		time.Sleep(stallNotice)
+		r.next.awaitReader()
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "first")
+
+		passed, last := r.next, newFake()
+		r.next = last
+		r.hands(0, time.Hour)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.NoError(t, passed.CloseRead()) // the exchange does, and calls the Read out
+		synctest.Wait()
+		last.feeds("last", nil)
+		r.wants(t, "last")
+		require.Zero(t, r.scope.reserved())
+		_ = last.Reset()
+	})
+	bubble(t, "blocked when the next migration begins", func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		time.Sleep(stallNotice)
+		r.next.awaitReader()
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "first")
+
+		second, last := r.next, newFake()
+		r.next = last
+		r.hands(6, time.Hour)
+		second.feeds("second", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		require.Equal(t, len("second"), r.scope.reserved())
+		r.wants(t, "second")
+		require.Zero(t, r.scope.reserved(), "what the first migration has reserved is given back to it")
+		_ = last.Reset()
+	})
 	bubble(t, "closed at the switch", func(t *testing.T) {
 		r := newReceiver(t)
 		r.hands(5, time.Hour)
