@@ -306,11 +306,25 @@ func (x *exchange) switchSending(u network.Stream, verified bool) (<-chan struct
 func (x *exchange) switchReceiving(u network.Stream, final uint64, verified bool) error {
 	s := x.s
 	s.recv.handover(u, final, verified, x.budget())
-	if err := s.recv.await(s.host.cfg.stall); err != nil {
+	hold := s.host.cfg.stall
+	if sharesWindow(u.Conn()) {
+		hold = maxHold
+	}
+	if err := s.recv.await(s.host.cfg.stall, hold); err != nil {
 		return err
 	}
 	x.trace(ReceiveSwitched, nil)
 	return nil
+}
+
+// sharesWindow says whether what waits unread in a stream can keep data of the
+// connection's other streams from coming. The streams of yamux have windows of their own.
+func sharesWindow(c network.Conn) bool {
+	switch c.ConnState().Transport {
+	case "quic", "quic-v1", "webtransport", "webrtc-direct":
+		return true
+	}
+	return false
 }
 
 // finish lets go of the old stream, whose both directions are done with.

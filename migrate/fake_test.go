@@ -257,7 +257,8 @@ func (c *fakeConn) dies() {
 	c.closed = true
 }
 
-func (c *fakeConn) RemotePeer() peer.ID { return c.remote }
+func (c *fakeConn) ConnState() network.ConnectionState { return network.ConnectionState{} }
+func (c *fakeConn) RemotePeer() peer.ID                { return c.remote }
 func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr {
 	return ma.StringCast("/ip4/192.0.2.1/tcp/1")
 }

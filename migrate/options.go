@@ -132,8 +132,9 @@ func WithNegotiationTimeout(d time.Duration) Option {
 // WithStallTimeout bounds how long the old connection may make no progress at all once
 // the other end has told how much is still to come over it. After that the stream is
 // reset, at both ends, so that the data that wait on the new connection do not hold its
-// window for ever (M4). Default: 30 s, after which QUIC, too, takes a silent connection
-// for dead.
+// window for ever (M4). Where more than 4 MiB wait there, and other streams share that
+// window (on any connection but yamux's), it is 5 s at the most. Default: 30 s, after
+// which QUIC, too, takes a silent connection for dead.
 func WithStallTimeout(d time.Duration) Option {
 	return func(c *config) error {
 		if d <= 0 {

@@ -64,14 +64,20 @@ const (
 	maxDrained = 16 << 20
 
 	// maxAhead bounds what is read from the next stream before the old one has
-	// ended. It keeps small streams from holding the window that all streams of a
-	// QUIC connection share (768 KiB at first), and is small beside maxDrained.
-	maxAhead = 256 << 10
+	// ended, so that what waits there does not hold the window that all streams of
+	// a QUIC connection share (768 KiB at first), or the buffer of a WebRTC one. It
+	// is more than most messages; and 16 such streams are all that the resource
+	// manager grants a peer by default (64 MiB).
+	maxAhead = 4 << 20
 
-	// stallNotice is how long a handover may make no progress before the next
-	// stream is read ahead (M4), so that this is rare: an ordinary handover takes
-	// a round trip.
+	// stallNotice is how long a handover takes before the next stream is read ahead
+	// (M4), so that this is rare: an ordinary handover takes a round trip.
 	stallNotice = time.Second
+
+	// maxHold is how long the old stream may make no progress while no more is
+	// read ahead, and what waits in the new one may hold up all others of its
+	// connection. It is long enough for TCP to repeat what was lost, more than once.
+	maxHold = 5 * time.Second
 
 	// rereads and rereadAfter are how often, and after how long at first, a stream
 	// whose end came too early is read again: a muxer that goes down can report
@@ -100,6 +106,7 @@ type receiveHalf struct {
 	reading   bool // someone is inside cur.Read
 	ours      bool // and it is not the application
 	aheadOn   bool // readAhead has the read token of next
+	aheadFull bool // it reads no more, for its bound or for want of memory
 	starved   bool // the drain waits for memory
 	verified  bool // final is known
 	eof       bool // the application was given EOF
@@ -287,7 +294,7 @@ func (h *receiveHalf) switchOver() {
 	h.state, h.ended, h.expect, h.verified = receiveOpen, nil, "", false
 	h.untrusted = false // S5: it was the old stream's end that could not be told
 	// The token of the old stream is history; that of the new one may be taken.
-	h.reading, h.ours, h.aheadOn = h.aheadOn, h.aheadOn, false
+	h.reading, h.ours, h.aheadOn, h.aheadFull = h.aheadOn, h.aheadOn, false, false
 	if !h.ours && !h.deadline.IsZero() {
 		_ = h.cur.SetReadDeadline(h.deadline)
 	}
@@ -342,8 +349,9 @@ func (h *receiveHalf) handover(next network.Stream, final uint64, verified bool,
 }
 
 // await waits until the half has switched, and sees to it that it does although the
-// application does not read. stall is how long the old stream may make no progress.
-func (h *receiveHalf) await(stall time.Duration) error {
+// application does not read. stall is how long the old stream may make no progress, and
+// hold how long when more waits in the new one than is read ahead.
+func (h *receiveHalf) await(stall, hold time.Duration) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state != receiveHandover {
@@ -354,7 +362,8 @@ func (h *receiveHalf) await(stall time.Duration) error {
 		again   = rereads
 		backoff = rereadAfter
 		count   = h.count
-		since   = time.Now()
+		began   = time.Now() // waiting for the path
+		since   = began      // the last progress
 		owed    = h.verified // the peer has ended the old stream, so its end is due
 	)
 	for h.state == receiveHandover {
@@ -379,23 +388,27 @@ func (h *receiveHalf) await(stall time.Duration) error {
 			h.changed.broadcast()
 			continue
 		}
-		quiet := time.Since(since)
+		quiet, limit := time.Since(since), stall
+		if h.aheadFull {
+			limit = min(stall, hold)
+		}
 		switch {
 		case h.starved || h.ready.len+readChunk > maxDrained:
 			since = time.Now() // for want of memory here, the path is not to blame
-		case owed && quiet >= stall:
+			began = since
+		case owed && quiet >= limit:
 			h.failLocked(reset(errStalled))
 			continue
-		case quiet >= stallNotice && !h.aheadOn && h.ahead.len == 0:
+		case time.Since(began) >= stallNotice && !h.aheadOn && h.ahead.len == 0:
 			h.aheadOn = true
 			go h.readAhead(h.next)
 		}
 		var wake time.Time
 		if owed {
-			wake = since.Add(stall)
+			wake = since.Add(limit)
 		}
-		if notice := since.Add(stallNotice); time.Since(notice) < 0 && (!owed || notice.Before(wake)) {
-			wake = notice
+		if at := began.Add(stallNotice); time.Since(at) < 0 && (!owed || at.Before(wake)) {
+			wake = at
 		}
 		h.changed.wait(&h.mu, wake)
 	}
@@ -451,6 +464,7 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 		buf := make([]byte, min(readChunk, maxAhead-h.ahead.len))
 		budget := h.budget
 		if budget.reserve(len(buf)) != nil {
+			h.aheadFull = h.ahead.len > 0
 			break
 		}
 		h.mu.Unlock()
@@ -474,6 +488,7 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 		}
 		if n > 0 {
 			h.ahead.add(buf[:n])
+			h.aheadFull = h.ahead.len == maxAhead
 			h.changed.broadcast()
 		}
 		if err == io.EOF {

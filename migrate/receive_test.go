@@ -54,7 +54,7 @@ func (r *receiver) hands(final int, stall time.Duration) {
 	r.hold()
 	r.handover(r.next, uint64(max(0, final)), final >= 0, &span{parent: r.scope})
 	r.awaited = make(chan error, 1)
-	go func() { r.awaited <- r.await(stall) }()
+	go func() { r.awaited <- r.await(stall, maxHold) }()
 	synctest.Wait()
 }
 
@@ -569,14 +569,15 @@ func TestDraftHasNoStallTimeout(t *testing.T) {
 	})
 }
 
-// TestReadAhead: the new stream is read while the old one makes no progress, not before,
-// and no further than maxAhead (M4).
+// TestReadAhead: the new stream is read while a handover takes long, and no further than
+// maxAhead (M4).
 func TestReadAhead(t *testing.T) {
 	bubble(t, "bound", func(t *testing.T) {
 		r := newReceiver(t)
 		r.hands(5, time.Hour)
-		for range 1000 {
-			r.next.feeds(strings.Repeat("n", 1001), nil)
+		const piece, pieces = 20_001, 300
+		for range pieces {
+			r.next.feeds(strings.Repeat("n", piece), nil)
 		}
 		time.Sleep(stallNotice - time.Nanosecond)
 		synctest.Wait()
@@ -585,27 +586,70 @@ func TestReadAhead(t *testing.T) {
 		synctest.Wait()
 		require.Equal(t, maxAhead, r.ahead.len)
 		require.Equal(t, maxAhead+5, r.scope.reserved())
-		time.Sleep(time.Minute)
+		time.Sleep(maxHold / 2)
 		synctest.Wait()
 		require.Equal(t, maxAhead, r.ahead.len)
 		r.old.feeds("first", nil)
 		require.NoError(t, now(t, r.awaited, "await"))
-		r.wants(t, "first"+strings.Repeat("n", 1001*1000))
+		r.wants(t, "first"+strings.Repeat("n", piece*pieces))
 		require.Zero(t, r.scope.reserved())
-		require.Equal(t, uint64(1001*1000), r.count)
+		require.Equal(t, uint64(piece*pieces), r.count)
 	})
 	bubble(t, "progress", func(t *testing.T) {
+		// An old stream that drips does not keep the new one from being read.
 		r := newReceiver(t)
 		r.hands(100, time.Hour)
 		r.next.feeds("new", nil)
-		for range 100 {
-			time.Sleep(stallNotice - time.Nanosecond)
-			require.Zero(t, r.ahead.len)
+		for n := range 100 {
+			time.Sleep(stallNotice / 4)
+			synctest.Wait()
+			if n < 3 {
+				require.Zero(t, r.ahead.len)
+			} else {
+				require.Equal(t, len("new"), r.ahead.len)
+			}
 			r.old.feeds("x", nil)
 			synctest.Wait()
 		}
 		require.NoError(t, now(t, r.awaited, "await"))
 	})
+	for _, want := range []string{"room", "memory"} {
+		bubble(t, "no "+want, func(t *testing.T) {
+			// The rest waits in the window that others need: not for long.
+			const stall = 30 * time.Second
+			r := newReceiver(t)
+			start := time.Now()
+			r.hands(5, stall)
+			if want == "memory" {
+				r.scope.limitTo(2 * readChunk)
+			}
+			r.next.feeds(strings.Repeat("n", readChunk), nil)
+			time.Sleep(maxHold - 1)
+			later(t, r.awaited, "await")
+			r.old.feeds("x", nil) // progress counts
+			synctest.Wait()
+			time.Sleep(maxHold - 1)
+			later(t, r.awaited, "await")
+			for range maxAhead / readChunk {
+				r.next.feeds(strings.Repeat("n", readChunk), nil)
+			}
+			require.ErrorIs(t, <-r.awaited, errStalled)
+			require.Equal(t, 2*maxHold-1, time.Since(start))
+			r.ends()
+			require.Zero(t, r.scope.reserved())
+
+			// A shorter stall timeout holds all the same.
+			r = newReceiver(t)
+			start = time.Now()
+			r.hands(5, 2*time.Second)
+			for range 2 * maxAhead / readChunk {
+				r.next.feeds(strings.Repeat("n", readChunk), nil)
+			}
+			require.ErrorIs(t, <-r.awaited, errStalled)
+			require.Equal(t, 2*time.Second, time.Since(start))
+			r.ends()
+		})
+	}
 	bubble(t, "blocked at the switch", func(t *testing.T) {
 		r := newReceiver(t)
 		r.hands(5, time.Hour)

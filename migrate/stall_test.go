@@ -134,7 +134,7 @@ func TestStallFillsNothing(t *testing.T) {
 	next := p.migrates(old)
 	next.sends(finalSizeBytes(1 + 5))
 	next.wants(finalSizeBytes(1))
-	data := strings.Repeat("0123456789abcdef", 64<<10) // 1 MiB
+	data := strings.Repeat("0123456789abcdef", 5<<16) // 5 MiB
 	written := make(chan error, 1)
 	go func() {
 		_, err := io.WriteString(next, data)
