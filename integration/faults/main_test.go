@@ -1,0 +1,88 @@
+// Package faults moves streams between real transports whose paths fail.
+package faults
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+)
+
+var all = flag.Bool("all", false, "test every pair of transports, and at more moments; takes minutes")
+
+// TestMain looks for goroutines that are left. With hosts that live, connections that
+// live, and no stream, there is nothing for one of the package migrate to do; and none of
+// anybody's outlives its host.
+func TestMain(m *testing.M) {
+	code := m.Run()
+	for range 500 {
+		if goroutinesOf("portage/migrate.") == "" {
+			break
+		}
+		<-time.After(10 * time.Millisecond)
+	}
+	if left := goroutinesOf("portage/migrate."); left != "" {
+		fmt.Printf("goroutines are left:\n%s", left)
+		code = 1
+	}
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Println("goroutines outlive the hosts:", err)
+			code = 1
+		}
+	}
+	fmt.Println("in all:", done.String())
+	os.Exit(code)
+}
+
+// done counts what has been tested.
+var done tally
+
+type tally struct {
+	faults, streams, moves, bytes atomic.Int64
+
+	mu    sync.Mutex // guards all below
+	pairs map[way]bool
+	steps map[step]bool
+}
+
+func (d *tally) pair(w way) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.pairs == nil {
+		d.pairs = make(map[way]bool)
+	}
+	d.pairs[w] = true
+}
+
+func (d *tally) step(s step) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.steps == nil {
+		d.steps = make(map[step]bool)
+	}
+	d.steps[s] = true
+}
+
+func (d *tally) String() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return fmt.Sprintf("%d pairs of transports, %d steps, %d faults, %d streams, %d migrations, %d bytes checked",
+		len(d.pairs), len(d.steps), d.faults.Load(), d.streams.Load(), d.moves.Load(), d.bytes.Load())
+}
+
+// summary logs what a test has done, when it is over.
+func summary(t *testing.T) func() {
+	start := time.Now()
+	faults, streams, moves, bytes := done.faults.Load(), done.streams.Load(), done.moves.Load(), done.bytes.Load()
+	return func() {
+		t.Logf("%d faults, %d streams, %d migrations, %d bytes checked, in %v",
+			done.faults.Load()-faults, done.streams.Load()-streams, done.moves.Load()-moves,
+			done.bytes.Load()-bytes, time.Since(start).Round(time.Second/10))
+	}
+}
