@@ -20,6 +20,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
+	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/internal/faultproxy"
@@ -72,14 +73,23 @@ type link struct {
 // newLink wraps two hosts. They are not connected yet.
 func newLink(t testing.TB, from, to Transport, opts ...migrate.Option) *link {
 	t.Helper()
+	l := newNodes(t, from, to)
+	for side := range l.nodes {
+		l.wrap(t, side, opts...)
+	}
+	return l
+}
+
+// newNodes is newLink without the wrapping.
+func newNodes(t testing.TB, from, to Transport, opts ...libp2p.Option) *link {
+	t.Helper()
 	l := &link{over: [2]Transport{from, to}, accepted: make(chan *migrate.Stream, 100)}
 	listen := []Transport{from}
 	if from != to {
 		listen = append(listen, to)
 	}
 	for side := range l.nodes {
-		l.nodes[side] = New(t, listen, libp2p.DisableMetrics())
-		l.wrap(t, side, opts...)
+		l.nodes[side] = New(t, listen, append([]libp2p.Option{libp2p.DisableMetrics()}, opts...)...)
 	}
 	for _, tr := range l.over {
 		if tr == Relay {
@@ -160,7 +170,9 @@ func (l *link) join(t testing.TB) {
 				t.Fatal("the hosts do not identify each other")
 			}
 		}
-		require.True(t, l.hosts[side].Supports(l.nodes[1-side].ID()))
+		if h := l.hosts[side]; h != nil {
+			require.True(t, h.Supports(l.nodes[1-side].ID()))
+		}
 	}
 }
 
@@ -296,6 +308,22 @@ func (l *link) newStream(t testing.TB, i int) *migrate.Stream {
 	return s.(*migrate.Stream)
 }
 
+// rawID is the protocol of streams that do not migrate.
+const rawID protocol.ID = "/test/raw/1.0.0"
+
+// raw opens a stream that is not labelled on connection i, and returns both ends.
+func (l *link) raw(t testing.TB, i int) (ends [2]network.Stream) {
+	t.Helper()
+	accepted := make(chan network.Stream, 1)
+	l.nodes[acceptor].SetStreamHandler(rawID, func(s network.Stream) { accepted <- s })
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	u, err := l.conns[opener][i].NewStream(ctx)
+	require.NoError(t, err)
+	require.NoError(t, msmux.SelectProtoOrFail(rawID, u))
+	return [2]network.Stream{u, await(t, accepted, "the raw stream")}
+}
+
 // moving migrates a stream to connection i beside the test. The channel brings the result.
 func (l *link) moving(side int, s *migrate.Stream, i int) <-chan error {
 	done := make(chan error, 1)
@@ -308,6 +336,9 @@ func (l *link) moving(side int, s *migrate.Stream, i int) <-chan error {
 func (l *link) nothingLeft(t testing.TB) {
 	t.Helper()
 	for side, h := range l.hosts {
+		if h == nil {
+			continue
+		}
 		for i, c := range l.conns[side] {
 			what := fmt.Sprintf("the %s to have nothing on the %s connection", endName(side), connName(i))
 			WaitFor(t, what, func() bool { return len(h.Streams(c)) == 0 && len(ownStreams(c)) == 0 })

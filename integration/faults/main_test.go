@@ -19,6 +19,10 @@ var all = flag.Bool("all", false, "test every pair of transports, and at more mo
 // live, and no stream, there is nothing for one of the package migrate to do; and none of
 // anybody's outlives its host.
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
+		_ = f.Value.Set("8") // tests wait for their paths more than they compute
+	}
 	code := m.Run()
 	for range 500 {
 		if goroutinesOf("portage/migrate.") == "" {

@@ -1,0 +1,202 @@
+package faults
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+)
+
+// The old path freezes: it is open, and takes and brings nothing. A connection over it
+// ends seconds later, when its transport gives it up; calls on it may block until then.
+// None of that holds up a stream that has another path.
+
+// frozenWays have each transport as the old one.
+var frozenWays = []way{
+	{Relay, QUIC}, {Relay, TCP}, {TCP, QUIC}, {WebSocket, QUIC}, {QUIC, TCP}, {WebTransport, TCP}, {WebRTC, QUIC},
+}
+
+// eachMove runs f for both ends as the initiator, on every way, in parallel. f has a link
+// of its own.
+func eachMove(t *testing.T, ways []way, f func(t *testing.T, l *link, initiator int)) {
+	t.Run("ways", func(t *testing.T) {
+		for _, w := range ways {
+			for initiator := range 2 {
+				t.Run(fmt.Sprintf("%s, moved by the %s", w, endName(initiator)), func(t *testing.T) {
+					t.Parallel()
+					l := joined(t, w.from, w.to)
+					done.pair(w)
+					f(t, l, initiator)
+				})
+			}
+		}
+	})
+}
+
+// congest freezes connection i, and writes to it, from both ends, until it takes nothing
+// any more.
+func (l *link) congest(t *testing.T, i int) {
+	t.Helper()
+	l.nodes[opener].SetStreamHandler(rawID, func(s network.Stream) { _ = s.Reset() })
+	// As many as it takes: each fills its own window, and all together the path.
+	const streams = 24
+	var fillers []network.Stream
+	for range streams {
+		ends := l.raw(t, i)
+		fillers = append(fillers, ends[0], ends[1])
+	}
+	l.paths[i].Freeze()
+	done.faults.Add(1)
+	var writers sync.WaitGroup
+	var written [2]stillness
+	for n, s := range fillers {
+		writers.Go(func() {
+			for {
+				m, err := s.Write(make([]byte, 16<<10))
+				written[n%2].add(m)
+				if err != nil {
+					return
+				}
+			}
+		})
+	}
+	t.Cleanup(func() {
+		for _, s := range fillers {
+			go s.Reset()
+		}
+		l.giveUp(i)
+		writers.Wait()
+	})
+	for n := range written {
+		WaitFor(t, fmt.Sprintf("the %s's side of the path to be full", endName(n)), written[n].still)
+	}
+}
+
+// stillness is something that grows, and then does not.
+type stillness struct {
+	mu      sync.Mutex // guards all below
+	n       int
+	changed time.Time
+}
+
+func (s *stillness) add(n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n > 0 {
+		s.n, s.changed = s.n+n, time.Now()
+	}
+}
+
+func (s *stillness) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.n
+}
+
+func (s *stillness) still() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.changed.IsZero() {
+		s.changed = time.Now()
+	}
+	return time.Since(s.changed) > 200*time.Millisecond
+}
+
+// TestFrozenOldPathHoldsNobodyUp: facts of yamux on a frozen path. With its queue full,
+// every call on a stream of that connection blocks until the connection ends. A stream
+// with nothing under way moves, and is used and ended, before that.
+func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
+	defer summary(t)()
+	var slowest stopwatch
+	eachMove(t, frozenWays, func(t *testing.T, l *link, initiator int) {
+		ends := l.open(t, oldConn)
+		l.congest(t, oldConn)
+		talk := newTalk("a stream with nothing under way", ends, 1, [2]int{1 << 20, 1 << 20})
+		begin := time.Now()
+		talk.start() // a Read is inside the old stream at both ends
+		moved := l.moving(initiator, ends[initiator], newConn)
+		for side := range ends {
+			WaitFor(t, fmt.Sprintf("the %s to write to the new connection", endName(side)),
+				func() bool { return ends[side].Conn() == l.conns[side][newConn] })
+		}
+		slowest.lap(begin)
+		talk.allowAll()
+		talk.settle(t)
+		for side := range l.conns {
+			require.False(t, l.conns[side][oldConn].IsClosed(), "the talk was to be over before the old connection is given up")
+		}
+		require.True(t, talk.survived(), "%v", talk)
+		talk.end(t)
+		l.giveUp(oldConn)
+		require.NoError(t, await(t, moved, "Migrate to return"))
+		l.nothingLeft(t)
+	})
+	t.Logf("the slowest switch at both ends, beside a frozen connection: %v", slowest.max)
+}
+
+// stopwatch keeps the longest of its laps.
+type stopwatch struct {
+	mu  sync.Mutex
+	max time.Duration
+}
+
+func (w *stopwatch) lap(begin time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.max = max(w.max, time.Since(begin))
+}
+
+// TestBlockedWriteLeavesFrozenPath: a Write that waits inside the frozen connection goes
+// on over the new one, as do those that follow. What the old path has swallowed arrives
+// when it thaws, and before all that went over the new one.
+func TestBlockedWriteLeavesFrozenPath(t *testing.T) {
+	defer summary(t)()
+	const size = 24 << 20 // more than any window, and less than is read ahead and buffered
+	eachMove(t, frozenWays, func(t *testing.T, l *link, initiator int) {
+		ends := l.open(t, oldConn)
+		writer, reader := ends[acceptor], ends[opener]
+		sent := text(1, size)
+		l.paths[oldConn].Freeze()
+		done.faults.Add(1)
+		var written stillness
+		wrote := make(chan error, 1)
+		go func() {
+			const piece = 64 << 10
+			for at := 0; at < size; at += piece {
+				n, err := writer.Write(sent[at : at+piece])
+				written.add(n)
+				if err != nil {
+					wrote <- err
+					return
+				}
+			}
+			wrote <- writer.CloseWrite()
+		}()
+		WaitFor(t, "the Write to block", written.still)
+		before := written.count()
+		require.Less(t, before, size)
+		moved := l.moving(initiator, ends[initiator], newConn)
+		WaitFor(t, "the Write to go on over the new connection", func() bool { return written.count() > before })
+		for side := range l.conns {
+			require.False(t, l.conns[side][oldConn].IsClosed())
+		}
+		l.paths[oldConn].Thaw()
+		got, err := io.ReadAll(reader)
+		require.NoError(t, err)
+		require.True(t, string(got) == string(sent), "other bytes arrived than were written, %d of %d", len(got), len(sent))
+		done.bytes.Add(int64(len(got)))
+		done.streams.Add(1)
+		require.NoError(t, await(t, wrote, "the Writes to end"))
+		require.NoError(t, await(t, moved, "Migrate to return"))
+		for _, s := range ends {
+			require.NoError(t, s.Close())
+		}
+		l.nothingLeft(t)
+	})
+}
