@@ -612,22 +612,33 @@ func refusal(got []byte, expect string) error {
 	return msmux.ErrNotSupported[string]{}
 }
 
-// chunks is a queue of bytes. Its zero value is empty.
+// chunks is a queue of bytes. Its zero value is empty. All chunks but the first and the
+// last are full, however small the pieces in which a peer sends: what the queue holds is
+// what has been reserved for it, and one buffer at each end.
 type chunks struct {
 	list [][]byte
 	len  int
 }
 
+// add takes b over.
 func (c *chunks) add(b []byte) {
+	c.len += len(b)
+	if i := len(c.list) - 1; i >= 0 {
+		last := c.list[i]
+		n := copy(last[len(last):cap(last)], b)
+		c.list[i] = last[:len(last)+n]
+		b = b[:copy(b, b[n:])]
+	}
 	if len(b) > 0 {
 		c.list = append(c.list, b)
-		c.len += len(b)
 	}
 }
 
+// append takes over what is in other.
 func (c *chunks) append(other *chunks) {
-	c.list = append(c.list, other.list...)
-	c.len += other.len
+	for _, b := range other.list {
+		c.add(b)
+	}
 	*other = chunks{}
 }
 
