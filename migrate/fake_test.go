@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -9,10 +10,13 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	ma "github.com/multiformats/go-multiaddr"
+	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
 )
 
@@ -332,3 +336,52 @@ func lonelyHost(t testing.TB, opts ...Option) *Host {
 }
 
 var _ io.ReadWriteCloser = (*fakeStream)(nil)
+
+// bareHost returns a wrapped host that has an ID and a mux, and knows of its peers what it
+// is told: for streams that a test makes up, and in a bubble with a clock of its own.
+func bareHost(self peer.ID, speaks func(protocol.ID) bool, opts ...Option) *Host {
+	cfg := defaults()
+	for _, opt := range opts {
+		if err := opt(&cfg); err != nil {
+			panic(err)
+		}
+	}
+	b := &bare{id: self, mux: msmux.NewMultistreamMuxer[protocol.ID](), store: bareStore{speaks: speaks}}
+	b.mux.AddHandler(ID, nil)
+	b.mux.AddHandler(FinalSizeID, func(_ protocol.ID, s io.ReadWriteCloser) error { return s.(network.Stream).Reset() })
+	h := &Host{Host: b, cfg: cfg, log: cfg.log, labels: newLabels(self)}
+	h.ctx, h.cancel = context.WithCancel(context.Background())
+	return h
+}
+
+type bare struct {
+	host.Host
+	id    peer.ID
+	mux   *msmux.MultistreamMuxer[protocol.ID]
+	store bareStore
+}
+
+func (b *bare) ID() peer.ID                    { return b.id }
+func (b *bare) Mux() protocol.Switch           { return b.mux }
+func (b *bare) Peerstore() peerstore.Peerstore { return b.store }
+func (b *bare) SetStreamHandler(id protocol.ID, handle network.StreamHandler) {
+	b.mux.AddHandler(id, func(_ protocol.ID, s io.ReadWriteCloser) error {
+		handle(s.(network.Stream))
+		return nil
+	})
+}
+
+type bareStore struct {
+	peerstore.Peerstore
+	speaks func(protocol.ID) bool
+}
+
+func (s bareStore) AddProtocols(peer.ID, ...protocol.ID) error { return nil }
+func (s bareStore) SupportsProtocols(_ peer.ID, ids ...protocol.ID) (spoken []protocol.ID, _ error) {
+	for _, id := range ids {
+		if s.speaks(id) {
+			spoken = append(spoken, id)
+		}
+	}
+	return spoken, nil
+}

@@ -356,6 +356,13 @@ func (n *negotiator) ReadByte() (byte, error) {
 func (n *negotiator) Write(p []byte) (int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	// A peer that proposes one unknown protocol after the other is answered as often, and
+	// as long as it does not stop fill has no reason to wait.
+	if len(n.out)+len(p) > negotiationBuffer {
+		if err := n.flushLocked(); err != nil {
+			return 0, err
+		}
+	}
 	n.out = append(n.out, p...)
 	return len(p), nil
 }
@@ -367,6 +374,11 @@ func (n *negotiator) Close() error { return nil }
 func (n *negotiator) flush() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	return n.flushLocked()
+}
+
+// flushLocked is flush. mu must be held.
+func (n *negotiator) flushLocked() error {
 	if len(n.out) == 0 {
 		return nil
 	}
@@ -381,8 +393,14 @@ func (n *negotiator) owes() bool {
 	return len(n.out) > 0
 }
 
-// finish sends the answers and m. It says whether they left whole.
-func (n *negotiator) finish(m *pb.StreamMigration) (whole bool, err error) {
+// finish sends the answers and m. It says whether they left whole. A peer that does not
+// take them holds the stream, which is none of the application's yet, for no longer than
+// timeout; zero: no bound.
+func (n *negotiator) finish(m *pb.StreamMigration, timeout time.Duration) (whole bool, err error) {
+	if timeout > 0 {
+		_ = n.stream.SetWriteDeadline(time.Now().Add(timeout))
+		defer func() { _ = n.stream.SetWriteDeadline(time.Time{}) }()
+	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.out = appendMessage(n.out, m)

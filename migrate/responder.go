@@ -135,8 +135,11 @@ func (h *Host) deny(n *negotiator, x *exchange, why string, from uint64) error {
 	u := n.stream
 	h.log.Debug("migration denied", zap.Stringer("peer", u.Conn().RemotePeer()),
 		zap.Uint64("label", from), zap.String("why", why))
-	_, _ = n.finish(denyMessage())
-	_ = u.Close()
+	if whole, _ := n.finish(denyMessage(), h.cfg.negotiation); whole {
+		_ = u.Close()
+	} else {
+		_ = u.Reset()
+	}
 	if x.s != nil {
 		x.trace(Denied, nil)
 	}
@@ -150,7 +153,7 @@ func (x *exchange) answer(n *negotiator, verified bool) {
 	s.send.hold(verified)
 	ended := s.recv.hasEnded()
 	x.commit()
-	if whole, err := n.finish(ackMessage(verified)); !whole {
+	if whole, err := n.finish(ackMessage(verified), s.host.cfg.negotiation); !whole {
 		// It has not left whole, so the initiator cannot have read it.
 		x.trace(Failed, err)
 		_ = u.Reset()
