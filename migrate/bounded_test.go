@@ -8,9 +8,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
 )
 
 // What a peer can make a host keep has a bound (M4).
@@ -118,4 +122,61 @@ func TestAnswerThatIsNotTaken(t *testing.T) {
 			})
 		})
 	}
+}
+
+// TestUnpaidStreams: a peer with as many streams as it may have, all of which it begins to
+// migrate and none of which it carries on, takes a bounded number of places among the
+// streams that have not been negotiated, which all peers share. The rest is refused for
+// now, and goes on where it is.
+func TestUnpaidStreams(t *testing.T) {
+	const streams = 3 * maxUnpaid
+	p := meeting{kind: verified, hostOpts: libp2p.ResourceManager(limited(t, echoID, streams))}.meet(t)
+	type both struct {
+		s         *Stream
+		old, next *rawStream
+	}
+	var all, acked, refused []both
+	for range streams {
+		s, old := p.hostAccepts()
+		all = append(all, both{s: s, old: old})
+	}
+	const answer = tMultistream + tMigration + ackVerified
+	for _, b := range all {
+		b.next = p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), b.old.label))
+		got := make([]byte, len(answer))
+		if _, err := io.ReadFull(b.next.r, got); err == nil {
+			require.Equal(t, answer, string(got))
+			acked = append(acked, b)
+			continue
+		}
+		b.next.wantsReset(network.StreamResourceLimitExceeded)
+		refused = append(refused, b)
+	}
+	require.Equal(t, maxUnpaid, len(acked), "how many migrations were acked")
+	for _, b := range refused {
+		p.talk(b.s, b.old)
+	}
+	// Once they are carried on there is room again.
+	carriesOn := func(b both, sent uint64) {
+		b.next.sends(finalSizeBytes(sent))
+		b.next.wants(finalSizeBytes(sent))
+		b.old.wantsEOF()
+		p.talk(b.s, b.next)
+	}
+	for _, b := range acked {
+		carriesOn(b, 1)
+	}
+	for _, b := range refused {
+		WaitFor(t, "room for a migration", func() bool {
+			b.next = p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), b.old.label))
+			got := make([]byte, len(answer))
+			_, err := io.ReadFull(b.next.r, got)
+			return err == nil && string(got) == answer
+		})
+		carriesOn(b, 1+4)
+	}
+	for _, b := range all {
+		require.NoError(t, b.s.Reset())
+	}
+	p.nothingLeft()
 }

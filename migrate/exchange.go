@@ -30,8 +30,14 @@ type exchange struct {
 	drop    bool           // the peer's exchange goes first (M1)
 	stop    func()         // ends the opening of new; nil until that begins
 
-	unpaid bool // new is not charged to the application's protocol yet
+	unpaid bool // new is not charged to the application's protocol yet; guarded by s.mu
 }
+
+// maxUnpaid is how many streams of one peer may be without a place under the limit of their
+// protocol, because their old streams have it still. They stand among the streams that have
+// not been negotiated, of which a host has 128 by default for all of its peers: a peer that
+// never finishes must not take them from the others (M4).
+const maxUnpaid = 16
 
 // begin enters x as the stream's exchange, or returns the one that is under way.
 func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
@@ -188,6 +194,10 @@ func (x *exchange) end(moved bool) {
 		gone = x.from
 		s.label = x.id
 		s.migrations++
+		s.unpaid = nil
+		if x.unpaid {
+			s.unpaid = x.new // until payLate
+		}
 	}
 	s.giveTurn()
 	over, aborted := s.over && s.ex == nil, s.aborted
@@ -228,17 +238,41 @@ func (x *exchange) fail(cause error) error {
 
 // charge charges the new stream to the application's protocol. Where that is at its
 // limit, because the old stream counts, too, the new one waits among those that have
-// not been negotiated until the old one is gone.
-func (x *exchange) charge(u network.Stream) {
-	x.unpaid = u.SetProtocol(x.s.proto) != nil
+// not been negotiated until the old one is gone; unless too many of the peer do.
+func (x *exchange) charge(u network.Stream) error {
+	err := u.SetProtocol(x.s.proto)
+	if err == nil {
+		return nil
+	}
+	h := x.s.host
+	h.charging.Lock()
+	defer h.charging.Unlock()
+	unpaid := make(map[network.Stream]bool)
+	for _, s := range h.labels.all(x.s.peer) {
+		s.mu.Lock()
+		if s.unpaid != nil {
+			unpaid[s.unpaid] = true
+		}
+		if s.ex != nil && s.ex.unpaid {
+			unpaid[s.ex.new] = true
+		}
+		s.mu.Unlock()
+	}
+	if n := len(unpaid); n >= maxUnpaid {
+		return fmt.Errorf("the limit of %s has no room, and %d streams wait for it: %w", x.s.proto, n, err)
+	}
+	x.s.mu.Lock()
+	x.unpaid = true
+	x.s.mu.Unlock()
+	return nil
 }
 
 // moveScope moves what the application has reserved to the new stream.
 func (x *exchange) moveScope(u network.Stream) {
 	x.s.mu.Lock()
-	sc := x.s.scopeLocked()
+	sc, unpaid := x.s.scopeLocked(), x.unpaid
 	x.s.mu.Unlock()
-	if err := sc.follow(u.Scope(), !x.unpaid); err != nil {
+	if err := sc.follow(u.Scope(), !unpaid); err != nil {
 		x.warnUnaccounted(err)
 	}
 }
@@ -250,6 +284,9 @@ func (x *exchange) payLate(u network.Stream) {
 	if err == nil {
 		x.s.mu.Lock()
 		sc := x.s.scopeLocked()
+		if x.s.unpaid == u {
+			x.s.unpaid = nil
+		}
 		x.s.mu.Unlock()
 		err = sc.follow(u.Scope(), true)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"sync"
 
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -24,6 +25,8 @@ type Host struct {
 	labels *labels
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
+
+	charging sync.Mutex // held while it is counted how many streams are unpaid; taken before Stream.mu
 }
 
 var _ host.Host = (*Host)(nil)

@@ -112,10 +112,13 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	if err != nil {
 		return tryLater(fmt.Errorf("open a stream: %w", err))
 	}
-	x.charge(u)
 	if !x.attach(u) {
 		_ = u.Reset()
 		return tryLater(errSuperseded)
+	}
+	if err := x.charge(u); err != nil {
+		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
+		return tryLater(err)
 	}
 	x.trace(Started, nil)
 	verifiable := h.verifies(s.peer)

@@ -86,7 +86,10 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 		defer x.fallBack(false)
 		return h.deny(n, x, noProof, from)
 	}
-	x.charge(u)
+	if err := x.charge(u); err != nil {
+		x.fallBack(false)
+		return later(network.StreamResourceLimitExceeded, err)
+	}
 	x.answer(n, verified)
 	return nil
 }

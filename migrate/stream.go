@@ -33,9 +33,10 @@ type Stream struct {
 	id         string      // set before the first migration
 	label      uint64
 	migrations int
-	denied     bool // M3
-	over       bool // closed by the application, or reset
-	aborted    bool // reset, with code
+	unpaid     network.Stream // the present one, where it is not charged to the protocol
+	denied     bool           // M3
+	over       bool           // closed by the application, or reset
+	aborted    bool           // reset, with code
 	code       network.StreamErrorCode
 }
 
