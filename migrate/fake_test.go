@@ -247,6 +247,14 @@ type fakeConn struct {
 	mu     sync.Mutex
 	closed bool
 	remote peer.ID
+	open   func(context.Context) (network.Stream, error) // what NewStream does
+}
+
+func (c *fakeConn) NewStream(ctx context.Context) (network.Stream, error) {
+	c.mu.Lock()
+	open := c.open
+	c.mu.Unlock()
+	return open(ctx)
 }
 
 func (c *fakeConn) IsClosed() bool {
