@@ -259,6 +259,7 @@ func (h *sendHalf) resume(next network.Stream) (closed bool, err error) {
 		return false, h.err
 	}
 	h.state, h.cur, h.written, h.held = sendOpen, next, 0, false
+	h.opening = nil // a peer that names a label which it was not sent has no use for the rest
 	if !h.deadline.IsZero() {
 		_ = next.SetWriteDeadline(h.deadline)
 	}
