@@ -196,6 +196,7 @@ type segment struct {
 	marks  []int    // where in fed there was an EOF, true or false
 	ended  bool     // truly: nothing follows
 	byHost bool     // the host asked for the migration
+	began  int      // at which command the migration to it did
 	acked  int      // at which command it was; 0: it was not
 	verify bool     // with a verified handover
 	index  int
@@ -239,8 +240,6 @@ type stage struct {
 	eof      int // at which command the application was given it; 0: it was not
 	readErr  error
 	wrote    int // what Write said
-	asked    int // what Write was given
-	writeErr error
 	writing  bool
 	ends     [4]bool
 	reads    chan int
@@ -346,11 +345,14 @@ func (st *stage) carried(g *segment) (data []byte, final uint64) {
 func (st *stage) trace(e Event) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if e.Kind != Acked && e.Kind != SendSwitched && e.Kind != ReceiveSwitched {
+	switch e.Kind {
+	case Denied, Failed, Finished:
 		return
 	}
 	g := e.Stream.exchangeTo().(*segment)
 	switch e.Kind {
+	case Started:
+		g.began = max(1, st.command)
 	case Acked:
 		g.acked = max(1, st.command)
 		r := bytes.NewReader(g.fed[len(prelude):])
@@ -683,15 +685,15 @@ func (st *stage) explains(chain []*segment) error {
 		at := len(want) - len(data) + mark - (len(last.fed) - len(data))
 		if at == len(st.got) {
 			for _, g := range st.segs {
-				if g.acked != 0 && g.acked < st.eof && g.prev == last {
-					return fmt.Errorf("EOF of stream %d although the migration to stream %d was acked", last.index, g.index)
+				if g.acked != 0 && g.began < st.eof && g.prev == last {
+					return fmt.Errorf("EOF of stream %d although a migration to stream %d had begun, which was acked", last.index, g.index)
 				}
 			}
 			return nil
 		}
 	}
 	// It was given before the migration, and stays given.
-	if len(chain) > 1 && chain[len(chain)-1].acked >= st.eof {
+	if len(chain) > 1 && chain[len(chain)-1].began >= st.eof {
 		return st.explains(chain[:len(chain)-1])
 	}
 	return fmt.Errorf("EOF after %d bytes, with EOFs of stream %d at %v", len(st.got), last.index, last.marks)
