@@ -32,6 +32,7 @@ type fakeStream struct {
 	changed sync.Cond
 
 	in      []fakeRead // what Reads will return, in order
+	after   error      // and what they return behind all that, in place of blocking
 	reading int        // how many are inside Read
 	readBy  [2]deadline
 
@@ -74,6 +75,9 @@ func (f *fakeStream) feeds(data string, err error) *fakeStream {
 	return f
 }
 
+// ends makes Reads return err behind what there is to read, for good.
+func (f *fakeStream) ends(err error) { _ = f.set(func() { f.after = err }) }
+
 // grants lets Writes take n bytes more, and then fail with err, or block where that is
 // nil.
 func (f *fakeStream) grants(n int, err error) {
@@ -110,6 +114,8 @@ func (f *fakeStream) Read(p []byte) (int, error) {
 			err := r.err
 			f.in = f.in[1:]
 			return n, err
+		case f.after != nil:
+			return 0, f.after
 		}
 		f.changed.Wait()
 	}

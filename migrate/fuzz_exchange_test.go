@@ -393,25 +393,25 @@ func (st *stage) do(command int, arg byte) {
 		if !g.ended {
 			g.ended = true
 			g.marks = append(g.marks, len(g.fed))
-			g.feeds("", io.EOF)
+			g.ends(io.EOF)
 		}
 	case cmdReset:
 		if !g.ended {
 			g.ended = true
-			g.feeds("", network.ErrReset)
+			g.ends(network.ErrReset)
 			g.grants(0, network.ErrReset)
 		}
 	case cmdFalseEOF:
 		g.conn.dies()
 		if !g.ended {
 			g.marks = append(g.marks, len(g.fed))
-			g.feeds("", io.EOF)
+			g.ends(io.EOF)
 		}
 	case cmdDie:
 		g.conn.dies()
 		if !g.ended {
 			g.ended = true
-			g.feeds("", errors.New("fake: the connection is dead"))
+			g.ends(errors.New("fake: the connection is dead"))
 			g.grants(0, errors.New("fake: the connection is dead"))
 		}
 	case cmdAsk:
@@ -788,8 +788,10 @@ func (st *stage) curtain() {
 		c.dies()
 	}
 	for _, g := range st.segs {
-		g.ended = true
-		g.feeds("", gone)
+		if !g.ended {
+			g.ended = true
+			g.ends(gone)
+		}
 		g.grants(0, gone)
 	}
 	synctest.Wait()
