@@ -225,7 +225,7 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 	end := err != nil && !h.closed && (h.ours || !isDeadline(err, from))
 	if h.ours {
 		h.ours = false
-		if !h.deadline.IsZero() {
+		if !h.closed && !h.deadline.IsZero() {
 			_ = h.cur.SetReadDeadline(h.deadline)
 		}
 	}
@@ -295,7 +295,9 @@ func (h *receiveHalf) switchOver() {
 	h.untrusted = false // S5: it was the old stream's end that could not be told
 	// The token of the old stream is history; that of the new one may be taken.
 	h.reading, h.ours, h.aheadOn, h.aheadFull = h.aheadOn, h.aheadOn, false, false
-	if !h.ours && !h.deadline.IsZero() {
+	// Who has closed has no use for a deadline; the exchange, which may read on, must not
+	// meet it (S3).
+	if !h.ours && !h.closed && !h.deadline.IsZero() {
 		_ = h.cur.SetReadDeadline(h.deadline)
 	}
 	h.changed.broadcast()
@@ -540,8 +542,8 @@ func (h *receiveHalf) setDeadline(t time.Time) error {
 	defer h.mu.Unlock()
 	h.deadline = t
 	h.changed.broadcast()
-	if h.ours || h.state == receiveFailed {
-		return nil // give sets it
+	if h.ours || h.closed || h.state == receiveFailed {
+		return nil // give sets it, or nobody reads
 	}
 	return h.cur.SetReadDeadline(t)
 }
