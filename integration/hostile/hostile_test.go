@@ -1,0 +1,479 @@
+// Package hostile sets a peer that breaks the stream-migration protocol in every way it
+// can upon a host, over TCP and QUIC, under go-libp2p's default resource limits. What has
+// to hold, whatever it does:
+//
+//   - it costs a bounded amount of memory, which its limits decide, not how often it tries;
+//   - it harms its own streams only: an honest peer's go on, and go on migrating;
+//   - nothing is left of it when it is gone.
+//
+// The hostile side speaks over raw streams, and all of its bytes are made here.
+package hostile
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/crypto"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+	"github.com/go-portage/portage/migrate"
+)
+
+// tried counts the bad inputs of all tests.
+var tried atomic.Int64
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	fmt.Printf("bad inputs tried: %d\n", tried.Load())
+	os.Exit(code)
+}
+
+// The protocols of the victim's applications.
+const (
+	echoID protocol.ID = "/test/echo/1.0.0" // gives back what it gets
+	holdID protocol.ID = "/test/hold/1.0.0" // never reads, until the stream ends
+)
+
+// The bytes of the wire, see docs/protocol.md.
+const (
+	tMultistream = "\x13/multistream/1.0.0\n"
+	tMigration   = "\x19/libp2p/stream-migration\n"
+	prelude      = tMultistream + tMigration
+	ackDraft     = "\x02\x1a\x00"
+	ackVerified  = "\x05\x1a\x03\xa0\x06\x01"
+	ackDenied    = "\x04\x1a\x02\x08\x01"
+)
+
+func uvarint(x uint64) string       { return string(binary.AppendUvarint(nil, x)) }
+func lengthy(s string) string       { return uvarint(uint64(len(s))) + s }
+func token(id protocol.ID) string   { return lengthy(string(id) + "\n") }
+func labelled(id uint64) string     { return lengthy("\x0a" + lengthy("\x08"+uvarint(id))) }
+func finalSize(size uint64) string  { return lengthy("\xa2\x06" + lengthy("\x08"+uvarint(size))) }
+func asks(id, from uint64) string   { return asksWith(id, from, "\xa0\x06\x01") }
+func asksDraft(id, f uint64) string { return asksWith(id, f, "") }
+func asksWith(id, from uint64, more string) string {
+	return lengthy("\x12" + lengthy("\x08"+uvarint(id)+"\x10"+uvarint(from)+more))
+}
+
+// opening is what begins a labelled stream of that application.
+func opening(label uint64, app protocol.ID) string {
+	return prelude + labelled(label) + tMultistream + token(app)
+}
+
+// answer is what answers it.
+func answer(app protocol.ID) string { return prelude + tMultistream + token(app) }
+
+// patience is how long a test waits for what has to happen. It decides nothing else.
+const patience = 40 * time.Second
+
+// scene is a victim, with an honest peer that uses it.
+type scene struct {
+	t      *testing.T
+	node   *Node
+	victim *migrate.Host
+	honest *honest
+}
+
+func newScene(t *testing.T, opts ...migrate.Option) *scene {
+	t.Helper()
+	s := &scene{t: t, node: New(t, []Transport{TCP, QUIC})}
+	var err error
+	s.victim, err = migrate.Wrap(s.node, opts...)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = s.victim.Close() })
+	echo(s.victim)
+	s.victim.SetStreamHandler(holdID, func(ns network.Stream) {
+		// It notices the end of the stream without reading: a Write fails then.
+		for {
+			if _, err := ns.Write([]byte{0}); err != nil {
+				_ = ns.Reset()
+				return
+			}
+			time.Sleep(50 * time.Millisecond)
+		}
+	})
+	s.honest = s.newHonest()
+	began := tried.Load()
+	t.Cleanup(func() { t.Logf("bad inputs tried: %d", tried.Load()-began) })
+	return s
+}
+
+func echo(h *migrate.Host) {
+	h.SetStreamHandler(echoID, func(s network.Stream) {
+		_, _ = io.Copy(s, s)
+		_ = s.Close()
+	})
+}
+
+// honest is a peer with two connections to the victim, and two streams, one opened by
+// each of them. It plays ping-pong on both, and has both move to and fro all the time.
+type honest struct {
+	s       *scene
+	node    *Node
+	host    *migrate.Host
+	conns   [2]network.Conn // its ends
+	ends    [2]network.Conn // the victim's
+	streams [2]*migrate.Stream
+
+	rounds [2]atomic.Int64
+	moves  [2]atomic.Int64
+	tries  atomic.Int64 // migrations that were to be tried again
+	still  sync.RWMutex // held while nothing may migrate
+	ctx    context.Context
+}
+
+func (s *scene) newHonest() *honest {
+	t := s.t
+	h := &honest{s: s, node: New(t, []Transport{TCP, QUIC})}
+	var err error
+	h.host, err = migrate.Wrap(h.node)
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = h.host.Close() })
+	echo(h.host)
+	h.conns[0], h.conns[1] = Join(t, h.node, s.node, TCP, QUIC)
+	for i, c := range h.conns {
+		h.ends[i] = Far(t, s.node, c)
+	}
+	var stop context.CancelFunc
+	h.ctx, stop = context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	t.Cleanup(func() {
+		stop()
+		for _, st := range h.streams {
+			_ = st.Reset()
+		}
+		running.Wait()
+	})
+	for i, opener := range []*migrate.Host{h.host, s.victim} {
+		other := []peer.ID{s.victim.ID(), h.host.ID()}[i]
+		ns, err := opener.NewStream(h.ctx, other, echoID)
+		require.NoError(t, err)
+		h.streams[i] = ns.(*migrate.Stream)
+		running.Go(func() { h.playsPingPong(i) })
+		running.Go(func() { h.moving(i, opener) })
+	}
+	return h
+}
+
+// playsPingPong checks every byte.
+func (h *honest) playsPingPong(i int) {
+	st := h.streams[i]
+	ping, pong := make([]byte, 2000), make([]byte, 2000)
+	for round := int64(1); h.ctx.Err() == nil; round++ {
+		for k := range ping {
+			ping[k] = byte(round*31 + int64(k)*7 + int64(i))
+		}
+		n, err := st.Write(ping)
+		if err == nil {
+			_, err = io.ReadFull(st, pong)
+		}
+		switch {
+		case h.ctx.Err() != nil:
+			return
+		case err != nil:
+			h.s.t.Errorf("stream %d of the honest peer, round %d, after %d bytes: %v", i, round, n, err)
+			return
+		case string(ping) != string(pong):
+			h.s.t.Errorf("stream %d of the honest peer, round %d: other bytes came back", i, round)
+			return
+		}
+		h.rounds[i].Store(round)
+		time.Sleep(time.Millisecond)
+	}
+}
+
+func (h *honest) moving(i int, by *migrate.Host) {
+	conns := h.conns
+	if by == h.s.victim {
+		conns = h.ends
+	}
+	for to := 1; h.ctx.Err() == nil; {
+		h.still.RLock()
+		err := by.Migrate(context.Background(), h.streams[i], conns[to])
+		h.still.RUnlock()
+		switch {
+		case err == nil:
+			h.moves[i].Add(1)
+			to = 1 - to
+		case h.ctx.Err() != nil:
+			return
+		case errors.Is(err, migrate.ErrTryLater):
+			h.tries.Add(1)
+		default:
+			h.s.t.Errorf("stream %d of the honest peer: %v", i, err)
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// progress waits until the honest peer has played on, and, with moves, until its streams
+// have moved there and back.
+func (s *scene) progress(what string, moves bool) {
+	s.t.Helper()
+	h := s.honest
+	for i := range h.streams {
+		rounds, moved := h.rounds[i].Load(), h.moves[i].Load()
+		WaitFor(s.t, fmt.Sprintf("stream %d of the honest peer to make progress: %s", i, what), func() bool {
+			return s.t.Failed() || h.rounds[i].Load() >= rounds+10 && (!moves || h.moves[i].Load() >= moved+2)
+		})
+	}
+	if s.t.Failed() {
+		s.t.FailNow()
+	}
+}
+
+// usage is what the process and the victim use.
+type usage struct {
+	heap       int64
+	goroutines int               // that are inside of package migrate
+	peer       network.ScopeStat // what the victim's resource manager counts for the hostile peer
+	transient  network.ScopeStat // and for streams that are not negotiated, of all peers
+}
+
+func (u usage) String() string {
+	return fmt.Sprintf("heap %6.2f MiB, %4d goroutines in migrate, peer: %4d in %3d out %8d B, not negotiated: %4d",
+		float64(u.heap)/(1<<20), u.goroutines, u.peer.NumStreamsInbound, u.peer.NumStreamsOutbound, u.peer.Memory,
+		u.transient.NumStreamsInbound+u.transient.NumStreamsOutbound)
+}
+
+// measure looks while the honest peer's streams do not move.
+func (s *scene) measure(p peer.ID) usage {
+	s.honest.still.Lock()
+	defer s.honest.still.Unlock()
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	stat := s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
+	return usage{int64(m.HeapAlloc), inMigrate(), stat.Peers[p], stat.Transient}
+}
+
+// inMigrate counts the goroutines that are inside of package migrate.
+func inMigrate() (n int) {
+	buf := make([]byte, 1<<20)
+	for {
+		k := runtime.Stack(buf, true)
+		if k < len(buf) {
+			buf = buf[:k]
+			break
+		}
+		buf = make([]byte, 2*len(buf))
+	}
+	for _, g := range strings.Split(string(buf), "\n\n") {
+		if strings.Contains(g, "go-portage/portage/migrate.") {
+			n++
+		}
+	}
+	return n
+}
+
+// hostile is a peer with two connections to the victim, whose streams are raw.
+type hostile struct {
+	*Node
+	s     *scene
+	t     *testing.T
+	conns [2]network.Conn     // its ends
+	ends  [2]network.Conn     // the victim's
+	came  chan network.Stream // what the victim opens, unread
+	label uint64
+	base  usage
+}
+
+// newHostile returns a hostile peer whose ID is lower than the victim's, or higher. It
+// has no limits of its own.
+func (s *scene) newHostile(t *testing.T, lower bool) *hostile {
+	t.Helper()
+	var key crypto.PrivKey
+	for {
+		k, _, err := crypto.GenerateEd25519Key(rand.Reader)
+		require.NoError(t, err)
+		id, err := peer.IDFromPrivateKey(k)
+		require.NoError(t, err)
+		if (id < s.victim.ID()) == lower {
+			key = k
+			break
+		}
+	}
+	e := &hostile{
+		Node: New(t, []Transport{TCP, QUIC}, libp2p.Identity(key), libp2p.ResourceManager(&network.NullResourceManager{})),
+		s:    s, t: t, came: make(chan network.Stream, 1<<12), label: 1 << 33,
+	}
+	if !lower {
+		e.label++
+	}
+	for _, id := range []protocol.ID{migrate.ID, migrate.FinalSizeID, echoID} {
+		e.SetStreamHandler(id, func(s network.Stream) { _ = s.Reset() })
+	}
+	e.conns[0], e.conns[1] = Join(t, e.Node, s.node, TCP, QUIC)
+	for i, c := range e.conns {
+		e.ends[i] = Far(t, s.node, c)
+	}
+	e.Network().SetStreamHandler(e.deliver)
+	e.base = s.measure(e.ID())
+	return e
+}
+
+// deliver hands the test what the victim opens behind the first header; identify is
+// served as ever.
+func (e *hostile) deliver(u network.Stream) {
+	first := make([]byte, len(tMultistream)+1)
+	if _, err := io.ReadFull(u, first); err != nil {
+		_ = u.Reset()
+		return
+	}
+	rest := make([]byte, first[len(first)-1])
+	if _, err := io.ReadFull(u, rest); err != nil {
+		_ = u.Reset()
+		return
+	}
+	if string(first[len(tMultistream):])+string(rest) == tMigration {
+		e.came <- u
+		return
+	}
+	if id, handle, err := e.Mux().Negotiate(&again{u, append(first, rest...)}); err == nil {
+		_ = handle(id, u)
+	}
+}
+
+// again gives once more what was read.
+type again struct {
+	network.Stream
+	in []byte
+}
+
+func (a *again) Read(p []byte) (int, error) {
+	if len(a.in) > 0 {
+		n := copy(p, a.in)
+		a.in = a.in[n:]
+		return n, nil
+	}
+	return a.Stream.Read(p)
+}
+
+// fresh returns a label that the hostile peer may give.
+func (e *hostile) fresh() uint64 { return atomic.AddUint64(&e.label, 2) }
+
+// tries opens a stream on connection i and sends it bytes, as one bad input. What fails
+// of it fails because the victim has had enough.
+func (e *hostile) tries(i int, bytes string) (network.Stream, error) {
+	tried.Add(1)
+	return e.opens(i, bytes)
+}
+
+func (e *hostile) opens(i int, bytes string) (network.Stream, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	defer cancel()
+	u, err := e.conns[i].NewStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	_ = u.SetDeadline(time.Now().Add(patience))
+	if _, err := io.WriteString(u, bytes); err != nil {
+		_ = u.Reset()
+		return nil, err
+	}
+	return u, nil
+}
+
+// stream opens a labelled stream on connection i, and has its answer.
+func (e *hostile) stream(i int, app protocol.ID) (network.Stream, uint64, error) {
+	label := e.fresh()
+	u, err := e.opens(i, opening(label, app))
+	if err == nil {
+		if err = wants(u, answer(app)); err != nil {
+			_ = u.Reset()
+		}
+	}
+	return u, label, err
+}
+
+// mustStream is stream, of a peer that has room for it.
+func (e *hostile) mustStream(i int, app protocol.ID) (network.Stream, uint64) {
+	e.t.Helper()
+	u, label, err := e.stream(i, app)
+	require.NoError(e.t, err)
+	return u, label
+}
+
+// wants reads exactly that.
+func wants(u io.Reader, want string) error {
+	got := make([]byte, len(want))
+	n, err := io.ReadFull(u, got)
+	if err != nil || string(got) != want {
+		return fmt.Errorf("wanted %q, got %q: %w", want, got[:n], errors.Join(err, io.ErrUnexpectedEOF))
+	}
+	return nil
+}
+
+// ended reads to the end, whichever that is, and says with which code it was reset.
+func (e *hostile) ended(u network.Stream) (code network.StreamErrorCode, reset bool) {
+	e.t.Helper()
+	_, err := io.Copy(io.Discard, u)
+	if err == nil {
+		return 0, false
+	}
+	var se *network.StreamError
+	if !errors.Is(err, network.ErrReset) {
+		e.t.Fatalf("the victim does not end the stream: %v", err)
+	}
+	if errors.As(err, &se) {
+		code = se.ErrorCode
+	}
+	return code, true
+}
+
+// each runs f for 0 to n-1, 32 at a time: some inputs have to wait for 5 s (L4).
+func each(n int, f func(k int)) {
+	var wg sync.WaitGroup
+	var next atomic.Int64
+	for range 32 {
+		wg.Go(func() {
+			for k := int(next.Add(1)) - 1; k < n; k = int(next.Add(1)) - 1 {
+				f(k)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// goes closes the hostile peer, and waits until nothing of it is left at the victim.
+func (e *hostile) goes() {
+	e.t.Helper()
+	require.NoError(e.t, e.Close())
+	s := e.s
+	WaitFor(e.t, "the victim to forget the hostile peer", func() bool {
+		for _, c := range e.ends {
+			if !c.IsClosed() || len(s.victim.Streams(c)) > 0 || len(c.GetStreams()) > 0 {
+				return false
+			}
+		}
+		stat := s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
+		p := stat.Peers[e.ID()]
+		return p.NumStreamsInbound+p.NumStreamsOutbound+p.NumConnsInbound+p.NumConnsOutbound == 0 && p.Memory == 0
+	})
+	var now usage
+	WaitFor(e.t, "the victim's goroutines for the hostile peer to end", func() bool {
+		now = s.measure(e.ID())
+		return now.goroutines <= e.base.goroutines
+	})
+	e.t.Logf("gone:    %v", now)
+	s.progress("after the attack", true)
+}
