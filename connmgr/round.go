@@ -21,7 +21,7 @@ import (
 //	           streams go there from here on (steer.go)
 //	decide     whether it is ours to go on (controller.go)
 //	move       all labelled streams of all losers at once; those that something
-//	           was in the way of, once more after the others
+//	           was in the way of, again after the others
 //	prune      losers that both sides have done with (drain.go, prune.go)
 //	next       when to look again
 //
@@ -420,7 +420,7 @@ type batch struct {
 	started  int // migrations, those that are tried again not counted twice
 	pending  int // migrations that have not returned
 	again    []retry
-	finished bool          // a migration has returned without anything in its way
+	finished bool          // of those started last, one has returned without anything in its way
 	done     chan struct{} // closed when none is pending
 	left     bool          // the round has gone on without the pending ones
 	err      error         // of the first migration that failed
@@ -483,7 +483,7 @@ func (m *Manager) move(ctx context.Context, b *batch, forced bool) {
 		defer timer.Stop()
 		timeout = timer.C
 	}
-	for attempt := 0; len(streams) > 0; attempt++ {
+	for len(streams) > 0 {
 		m.start(b, streams)
 		select {
 		case <-b.done:
@@ -492,7 +492,7 @@ func (m *Manager) move(ctx context.Context, b *batch, forced bool) {
 		}
 		m.mu.Lock()
 		streams, b.again = b.again, nil
-		if b.pending > 0 || attempt > 0 || !b.finished {
+		if b.pending > 0 || !b.finished {
 			for _, r := range streams {
 				m.failed(b, r)
 			}
@@ -512,7 +512,7 @@ func (m *Manager) start(b *batch, streams []retry) {
 		close(b.done)
 		return
 	}
-	b.pending = len(streams)
+	b.pending, b.finished = len(streams), false
 	if b.d.moving == nil {
 		b.d.moving = make(map[network.Stream]motion)
 	}

@@ -350,7 +350,11 @@ func (st *stage) trace(e Event) {
 	case Denied, Failed, Finished:
 		return
 	}
-	g := e.Stream.exchangeTo().(*segment)
+	to := e.Stream.exchangeTo()
+	if to == nil {
+		return // it is going to be denied
+	}
+	g := to.(*segment)
 	switch e.Kind {
 	case Started:
 		g.began = max(1, st.command)
@@ -371,10 +375,13 @@ func (st *stage) trace(e Event) {
 	}
 }
 
-// exchangeTo is the stream to which the exchange under way leads.
+// exchangeTo is the stream to which the exchange under way leads, or nil.
 func (s *Stream) exchangeTo() network.Stream {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.ex == nil {
+		return nil
+	}
 	return s.ex.new
 }
 

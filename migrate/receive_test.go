@@ -470,6 +470,8 @@ func TestDrainWithoutMemory(t *testing.T) {
 		r.old.feeds(strings.Repeat("y", 10_000), nil)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.wants(t, strings.Repeat("x", 30_000)+strings.Repeat("y", 10_000))
+		r.next.feeds("", io.EOF) // whoever reads the new stream ahead has a buffer, too
+		synctest.Wait()
 		require.Zero(t, r.scope.reserved())
 	})
 }
