@@ -727,3 +727,29 @@ func TestRequireVerifiedHandover(t *testing.T) {
 		p.talk(s, next)
 	})
 }
+
+// TestDraftEOFCrossesTheAck: a draft-only initiator whose application ends its writing
+// while the ack is on its way. S3 has to take that EOF for the proof, and it is none: the
+// ack is lost with the new stream, and the initiator falls back to an old stream that
+// this end has closed. docs/protocol.md, section 7, says why that remains, at the peer
+// alone: here, what becomes of the stream is an error.
+func TestDraftEOFCrossesTheAck(t *testing.T) {
+	acked := make(chan struct{}, 1)
+	p := meet(t, draftOnly, WithTracer(func(e Event) {
+		if e.Kind == Acked {
+			acked <- struct{}{}
+		}
+	}))
+	s, old := p.hostOpens()
+	got := reading(s)
+	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
+	take(t, acked, "the ack")
+	old.closesWrite()
+	old.wantsEOF()
+	p.writes(s, "to new, in vain")
+	require.NoError(t, next.Reset())
+	require.Contains(t, take(t, got, "the Read"), "stream reset")
+	p.failed(s)
+	_ = s.Reset() // the migration may have ended before, and the label lives until then
+	p.nothingLeft()
+}
