@@ -48,9 +48,6 @@
 #ifndef OLD_LIES
 #define OLD_LIES 1		/* and then report an EOF that is none */
 #endif
-#ifndef NEW_LIES
-#define NEW_LIES 0		/* so may a new one, to a responder that waits for its first byte */
-#endif
 #ifndef DENIALS
 #define DENIALS 1		/* the responder's configuration may refuse a migration */
 #endif
@@ -60,24 +57,22 @@
 #ifndef RESETS
 #define RESETS 0		/* applications may reset the logical stream */
 #endif
+#ifndef CAUSES
+#define CAUSES 0		/* a failure excuses only who loses a stream that is in use, or was acked */
+#endif
 #ifndef CHECK_DRAFT
 #define CHECK_DRAFT 1		/* demand of draft-only peers, too, that they lose nothing silently */
 #endif
 
-/* Changes to the rules that README.md discusses. */
+/* A change to the rules that README.md discusses. */
 #ifndef PROOF_ON_NEW
 #define PROOF_ON_NEW 0		/* S3: only what comes on the new stream proves the ack to have arrived */
 #endif
-#ifndef DENIES_FIRST
-#define DENIES_FIRST 0		/* M1: no attempt gives way to a Migrate that is to be denied */
-#endif
-#ifndef DOUBT_ENDS
-#define DOUBT_ENDS 0		/* S5: the exception ends with the next migration that succeeds */
-#endif
 
 /*
- * Variants with a rule broken, to be defined: NO_S1 NO_S3 NO_S4 NO_S5 NO_S5_EXCEPTION
- * NO_S6 NO_S10_INITIATOR NO_S10_RESPONDER NO_S12 NO_M1.
+ * Variants with a rule broken, to be defined: NO_S1 NO_S2 NO_S3 NO_S4 NO_S5
+ * NO_S5_EXCEPTION NO_S6 NO_S10_INITIATOR NO_S10_RESPONDER NO_S12 NO_S12_PROOF NO_M1
+ * NO_M1_DENIAL NO_M2. Those with a bug that shows in the outcome alone: BUG_STAYS BUG_HALF.
  */
 #ifdef NO_M1
 #define BOTH_ACK	true
@@ -85,6 +80,11 @@
 #else
 #define BOTH_ACK	false
 #define ANSWERS_FIRST	false
+#endif
+#ifdef NO_M1_DENIAL
+#define DENIES_FIRST	false
+#else
+#define DENIES_FIRST	true
 #endif
 #ifdef NO_S1
 #define READY		unready
@@ -101,6 +101,16 @@
 #else
 #define BELIEVES_EARLY	false
 #endif
+#ifdef NO_S12_PROOF
+#define FALSE_PROOF	BROKEN(x)
+#else
+#define FALSE_PROOF	false
+#endif
+#ifdef NO_M2
+#define DENIES_NEXT	true
+#else
+#define DENIES_NEXT	false
+#endif
 #ifdef NO_S5_EXCEPTION
 #define DOUBTS		false
 #else
@@ -110,7 +120,7 @@
 /* Questions with the answer yes, so that nothing is proved of a model that does nothing. */
 #ifndef REACH
 #define REACH 0			/* 1: a stream outlives its old connection; 2: a second attempt succeeds */
-#endif
+#endif				/* 3: one of two at once does; 4: a migration does */
 
 /* ---- the network ---- */
 
@@ -134,6 +144,22 @@ bool dead[STREAMS];	/* the stream has failed; the old one: its connection has di
 byte opened;		/* new streams so far */
 bool broken;		/* something has failed, or was reset by an application */
 bool calm;		/* the run is over: nothing but a failure could happen */
+#if REACH == 3
+bool gaveWay;		/* an attempt gave way to the other's (M1) */
+#define NOTE_GAVE_WAY	gaveWay = true
+#else
+#define gaveWay		false
+#define NOTE_GAVE_WAY	skip
+#endif
+
+#if CAUSES
+bool lost;		/* one side has told the other by then */
+#define NOTE_LOST	lost = true
+#define CAUSE		(lost || dead[on] || dead[from] || x != 0 && ex != asked && dead[x])
+#else
+#define NOTE_LOST	skip
+#define CAUSE		broken
+#endif
 
 #define NAME(p)		('A' + (p))
 #define STREAM(s)	(s == 0 -> old : (s == 1 -> new : (s == 2 -> new2 : new3)))
@@ -172,7 +198,7 @@ mtype = { idle, asked, unready, acked, proof, handing };	/* the states of an exc
 #define PLAIN		(ex == idle || ex == unready || ex == asked && (BELIEVES_EARLY || !MINE && !DRAFT_HOLDS))
 
 /* S5, the exception: what an EOF means cannot be told. */
-#define DOUBTFUL	(untrusted && wclosed[p] && (!DOUBT_ENDS || on == doubted))
+#define DOUBTFUL	(untrusted && wclosed[p])
 
 /* S3: without a final size there is no proof to be had. */
 #define PROOFLESS	(MINE && !VERIFIED && seen[p] == CLOSED)
@@ -215,14 +241,14 @@ inline fallBack() {
 inline giveUp() {
 	reset(x);
 	untrusted = (untrusted || DOUBTS && MINE && DRAFT(1 - p));
-	doubted = on;
 	fallBack()
 }
 
 /* S8, and what an application does that is told of an error. */
 inline abort() {
 	printf("   %c: the stream is reset\n", NAME(p));
-	assert(broken || !VERIFIED);	/* VIOLATED: a stream was lost although nothing had failed */
+	assert(CAUSE || !VERIFIED);	/* VIOLATED: a stream was lost although nothing had failed */
+	NOTE_LOST;
 	reset(from);
 	if
 	:: on != from -> reset(on)
@@ -265,7 +291,21 @@ inline switchSending() {
 		send(x, FIN, 0)
 #endif
 	fi;
-	on = x; base = wrote[p]
+#ifdef NO_S2
+	if
+	:: wrote[p] > base -> printf("   %c: %e: writes byte %d anew\n", NAME(p), STREAM(x), wrote[p]); send(x, DATA, wrote[p])
+	:: else
+	fi;
+#endif
+#ifdef BUG_HALF
+	if
+	:: p == 0 -> on = x
+	:: else
+	fi;
+#else
+	on = x;
+#endif
+	base = wrote[p]
 }
 
 inline switchSendingOnce() {
@@ -279,7 +319,7 @@ inline switchSendingOnce() {
 inline switchReceiving() {
 	printf("   %c: goes on reading with %e\n", NAME(p), STREAM(x));
 	letGo(from);
-	from = x; count = 0; ended = NONE;
+	from = x; count = 0; ended = NONE; untrusted = false;
 	if
 	:: seen[p] == CLOSED -> letGo(x)	/* S6 */
 	:: else
@@ -295,9 +335,8 @@ proctype peer(bit p) {
 	byte ex = idle;
 	byte x, final;		/* the exchange's new stream, the other's final size */
 	bool denied;		/* M3 */
-	bool untrusted;		/* S5: an attempt on doubted ended by a reset before the ack */
-	byte doubted;
-	bool bound;		/* DENIES_FIRST: an attempt gave way, which is a promise */
+	bool untrusted;		/* S5: an attempt from this stream ended by a reset before the ack */
+	bool bound;		/* M1: an attempt gave way, which is a promise */
 	bool failed;		/* the logical stream was reset */
 	bool lied;		/* the old connection has lied to this peer; once is enough */
 	byte k, v;		/* of the message that is read; 0 between steps */
@@ -383,7 +422,7 @@ proctype peer(bit p) {
 		fi }
 	:: d_step { ex == asked && HAS(x, DENY) ->
 		q[IN(x)]?DENY,v;
-		assert(v == 0 || !VERIFIED);	/* VIOLATED: denied for good, for a label that had changed */
+		assert(v == 0 || !VERIFIED);	/* VIOLATED: denied for good without a reason */
 		v = 0;
 		printf("%c: %e: reads the denial\n", NAME(p), STREAM(x));
 		denied = true; reset(x); fallBack() }
@@ -442,7 +481,7 @@ proctype peer(bit p) {
 			reset(k) }
 		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && !BOTH_ACK ->
 			printf("%c: %e: reads Migrate; its own attempt gives way\n", NAME(p), STREAM(k));
-			giveUp(); bound = DENIES_FIRST }
+			giveUp(); bound = DENIES_FIRST; NOTE_GAVE_WAY }
 		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && DENIALS && DENIES_FIRST && !bound ->
 			printf("%c: %e: reads Migrate, denies, goes on asking\n", NAME(p), STREAM(k));
 			send(k, DENY, 0); letGo(k) }
@@ -453,6 +492,9 @@ proctype peer(bit p) {
 		:: d_step { ex == acked || ex == proof || ex == handing ->
 			printf("%c: %e: reads Migrate, resets it: the last one has not ended\n", NAME(p), STREAM(k));
 			reset(k) }
+		:: d_step { DENIES_NEXT && (ex == acked || ex == proof || ex == handing) ->
+			printf("%c: %e: reads Migrate, denies: the last one has not ended\n", NAME(p), STREAM(k));
+			send(k, DENY, 1); letGo(k) }
 		fi;
 		k = 0 }
 #ifdef NO_S1
@@ -466,8 +508,11 @@ proctype peer(bit p) {
 		reset(x); fallBack() }
 #endif
 	/* S3: from a draft-only initiator whose old stream had ended before */
-	:: d_step { ex == proof && (nempty(q[IN(x)]) || NEW_LIES && BROKEN(x)) ->
-		printf("%c: %e: something came, so the ack has arrived\n", NAME(p), STREAM(x));
+	:: d_step { ex == proof && (nempty(q[IN(x)]) || FALSE_PROOF) ->
+		if
+		:: nempty(q[IN(x)]) -> printf("%c: %e: something came, so the ack has arrived\n", NAME(p), STREAM(x))
+		:: empty(q[IN(x)]) -> printf("%c: %e: reads a false EOF, so the ack has arrived\n", NAME(p), STREAM(x))
+		fi;
 		if
 		:: seen[p] == END && HAS(x, DATA) -> abort()	/* S11 */
 		:: else ->
@@ -487,8 +532,15 @@ proctype peer(bit p) {
 	:: d_step { ex == acked && HAS(x, SIZE) ->
 		q[IN(x)]?SIZE,v; final = v; v = 0;
 		printf("%c: %e: reads FinalSize(%d)\n", NAME(p), STREAM(x), final);
+#ifdef BUG_STAYS
+		if
+		:: seen[p] == END && wclosed[p] && x != 0 && p == 1 -> send(x, SIZE, wrote[p] - base); rest()
+		:: else -> switchSendingOnce(); ex = handing
+		fi }
+#else
 		switchSendingOnce();
 		ex = handing }
+#endif
 	/* S8; when that is noticed depends on who reads the new stream */
 	:: d_step { (ex == acked || ex == proof || ex == handing) && BROKEN(x) ->
 		printf("%c: %e: error after the ack\n", NAME(p), STREAM(x));
@@ -519,7 +571,7 @@ proctype peer(bit p) {
 	:: d_step { ex == handing && !VERIFIED && (ended == ERROR || MINE && ended != NONE && dead[from]) ->
 		printf("   %c: the end of %e is not believed\n", NAME(p), STREAM(from));
 		abort() }
-	:: d_step { ex == handing && !VERIFIED && seen[p] == CLOSED && (on == x || nempty(q[IN(x)])) ->
+	:: d_step { ex == handing && !VERIFIED && seen[p] == CLOSED && (on == x || nempty(q[IN(x)]) || FALSE_PROOF) ->
 		switchSendingOnce(); switchReceiving() }
 
 	/* ---- after the run. Who cannot get here is stuck: an invalid end state ---- */
@@ -530,6 +582,8 @@ proctype peer(bit p) {
 		assert(outcome[0] == outcome[1] || outcome[1 - p] == 0 || outcome[0] == FAILED || outcome[1] == FAILED || !VERIFIED);	/* VIOLATED: one is on the old stream, one on the new */
 		assert(REACH != 1 || !(dead[0] && outcome[0] == 2 && outcome[1] == 2 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: the stream outlives its old connection */
 		assert(REACH != 2 || !(dead[1] && outcome[0] == 3 && outcome[1] == 3 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: the second attempt succeeds */
+		assert(REACH != 3 || !(gaveWay && outcome[0] == 3 && outcome[1] == 3 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: one of two attempts at once succeeds */
+		assert(REACH != 4 || !(!broken && outcome[0] == 2 && outcome[1] == 2 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: the migration succeeds */
 		break }
 	od
 }
