@@ -1,10 +1,13 @@
 package connmgr
 
 import (
+	"reflect"
 	"testing"
 	"time"
 
+	coreevent "github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/stretchr/testify/require"
 )
 
@@ -216,4 +219,33 @@ func TestTwoBareManagersDoNotCloseBothConnections(t *testing.T) {
 		require.Len(t, a.net.ConnsToPeer(higher), 1, "the one with the lower ID decides")
 		require.Len(t, b.net.ConnsToPeer(lower), 2, "the other one does not, at the same time")
 	})
+}
+
+// What a peer speaks decides, so a round follows when that is known, not only when the
+// interval is over: here, that a peer with the lower ID runs no manager.
+func TestIdentifyIsFollowedByARound(t *testing.T) {
+	for _, e := range []any{
+		coreevent.EvtPeerIdentificationCompleted{Peer: lower},
+		coreevent.EvtPeerProtocolsUpdated{Peer: lower},
+	} {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower, WithInterval(time.Hour), WithTakeover(10_000))
+			bus := eventbus.NewBus()
+			events, err := bus.Subscribe(identifyEvents)
+			require.NoError(t, err)
+			w.m.follow(events)
+			emitter, err := bus.Emitter(reflect.New(reflect.TypeOf(e)).Interface())
+			require.NoError(t, err)
+			w.net.forget(lower)
+			relay := w.connectLimited()
+			relay.open(1)
+			direct := w.connect(quicAddr)
+			w.pass(time.Minute)
+			require.Zero(t, direct.count(), "what it runs is not known yet")
+			w.net.identify(lower)
+			require.NoError(t, emitter.Emit(e))
+			w.pass(rtt)
+			require.Equal(t, 1, direct.count())
+		})
+	}
 }

@@ -28,9 +28,8 @@
 // connections are ranked ([WithPolicy]), new streams go to the winner from then on, and
 // all labelled streams of the losers are migrated at once. Streams that fail are tried
 // again with backoff ([WithRetry]). Streams that cannot move are waited for. There is
-// another round whenever a connection to the peer comes or goes, and periodically
-// ([WithInterval]) for as long as there are two or more, which is also how the end of a
-// peer's identification is noticed.
+// another round whenever a connection to the peer comes or goes or the peer has been
+// identified, and periodically ([WithInterval]) for as long as there are two or more.
 //
 // A connection wins over a newer one, and another one is closed for it, only after it has
 // answered a ping: the older of two connections is the dead one where a peer has lost its

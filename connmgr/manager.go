@@ -9,9 +9,11 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
+	coreevent "github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	"go.uber.org/zap"
 
@@ -148,14 +150,65 @@ func (m *Manager) Wrap(h host.Host) (host.Host, error) {
 	if err := m.claim(h); err != nil {
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithInbound(m.heard), migrate.WithLogger(m.log)}
-	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
+	identified, err := h.EventBus().Subscribe(identifyEvents, eventbus.Name("portage/connmgr"))
 	if err != nil {
 		m.unclaim()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
+	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithInbound(m.heard), migrate.WithLogger(m.log)}
+	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
+	if err != nil {
+		_ = identified.Close()
+		m.unclaim()
+		return nil, fmt.Errorf("wrap: %w", err)
+	}
 	m.attach(wrapped, hostMover{wrapped})
+	m.follow(identified)
 	return wrapped, nil
+}
+
+// identifyEvents tell that it is known, or known better, what a peer speaks: who decides,
+// whether its streams can move, whether it can be asked.
+var identifyEvents = []any{new(coreevent.EvtPeerIdentificationCompleted), new(coreevent.EvtPeerProtocolsUpdated)}
+
+// follow has a round for each peer with duplicates of which an event tells, until Close.
+func (m *Manager) follow(events coreevent.Subscription) {
+	if !m.enter() {
+		_ = events.Close()
+		return
+	}
+	go func() {
+		defer m.wg.Done()
+		defer events.Close()
+		for {
+			select {
+			case <-m.ctx.Done():
+				return
+			case e, open := <-events.Out():
+				switch e := e.(type) {
+				case coreevent.EvtPeerIdentificationCompleted:
+					m.identified(e.Peer)
+				case coreevent.EvtPeerProtocolsUpdated:
+					m.identified(e.Peer)
+				}
+				if !open {
+					return
+				}
+			}
+		}
+	}()
+}
+
+func (m *Manager) identified(p peer.ID) {
+	m.mu.Lock()
+	d := m.peers[p]
+	if d != nil {
+		m.schedule(d, time.Now())
+	}
+	m.mu.Unlock()
+	if d != nil {
+		m.wakeUp()
+	}
 }
 
 // claim makes h the manager's host, of which there can be one.
