@@ -112,12 +112,12 @@ func (r Report) String() string {
 // Consolidate runs a round for p now: without a settle delay, whoever is the
 // controller, and without regard to backoff. It blocks until every stream that can move
 // has moved, failed or been denied, and returns what was done. Losers are closed by
-// later rounds, once they have been quiet, and by this one only if they have been
-// already; that, too, is then done whoever is the controller, until the peer gets
-// another connection.
+// later rounds, once the peer has agreed or they have been quiet for long enough, and by
+// this one only if that is so already; that, too, is then done whoever is the controller,
+// until the peer gets another connection.
 //
 // A peer with one connection is no error, and the report then has no losers. With none
-// the error is network.ErrNoConn. When ctx is done, Consolidate returns its error and
+// the error is network.ErrNoConn, for an exempt one [ErrExempt]. When ctx is done, Consolidate returns its error and
 // what has been done by then; migrations under way are not interrupted. After Close the
 // error is [ErrClosed], and before the manager has met a network [ErrNoNetwork].
 func (m *Manager) Consolidate(ctx context.Context, p peer.ID) (Report, error) {
