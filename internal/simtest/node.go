@@ -53,19 +53,35 @@ type Node struct {
 
 	stop sync.Once
 
-	mu     sync.Mutex        // guards all below
-	routes map[string]string // from which IP the node dials which
-	held   chan struct{}     // closed when dials may go on; nil: they may
+	mu     sync.Mutex       // guards all below
+	routes map[string]route // by the IP that is dialled
+	held   chan struct{}    // closed when dials may go on; nil: they may
+}
+
+// route is how a node dials an IP: from which one of its own, and how long after it
+// was told to.
+type route struct {
+	from  string
+	after time.Duration
 }
 
 // NewNode returns a host that listens on TCP and QUIC at each of ips. Its key, and so
 // its peer ID, follows from the first of them. It is closed with the test.
 func (n *Net) NewNode(ips []string, opts ...libp2p.Option) *Node {
 	n.t.Helper()
-	d := &Node{net: n, ips: ips, routes: make(map[string]string)}
-	seed := d.secret(0)
-	std := ed25519.NewKeyFromSeed(seed[:])
-	key, _, err := crypto.KeyPairFromStdKey(&std)
+	return n.newNode(ips, []Transport{TCP, QUIC}, opts)
+}
+
+// NewTCPNode returns one without QUIC, which private networks do not allow.
+func (n *Net) NewTCPNode(ips []string, opts ...libp2p.Option) *Node {
+	n.t.Helper()
+	return n.newNode(ips, []Transport{TCP}, opts)
+}
+
+func (n *Net) newNode(ips []string, transports []Transport, opts []libp2p.Option) *Node {
+	n.t.Helper()
+	d := &Node{net: n, ips: ips, routes: make(map[string]route)}
+	key, err := keyOf(ips[0])
 	if err != nil {
 		n.t.Fatalf("key of %s: %v", ips[0], err)
 	}
@@ -75,19 +91,24 @@ func (n *Net) NewNode(ips []string, opts ...libp2p.Option) *Node {
 	}
 	var listen []ma.Multiaddr
 	for _, ip := range ips {
-		listen = append(listen, Addr(TCP, ip), Addr(QUIC, ip))
+		for _, tr := range transports {
+			listen = append(listen, Addr(tr, ip))
+		}
 	}
-	d.Host, err = libp2p.New(append([]libp2p.Option{
+	all := []libp2p.Option{
 		libp2p.Identity(key),
 		libp2p.ListenAddrs(listen...),
-		libp2p.QUICReuse(func() *quicreuse.ConnManager { return d.cm }),
-		libp2p.Transport(libp2pquic.NewTransport),
 		libp2p.Transport(func(u transport.Upgrader, rcmgr network.ResourceManager) *tcpTransport {
 			return &tcpTransport{d, u, rcmgr}
 		}),
 		libp2p.DisableIdentifyAddressDiscovery(), // it keeps virtual time from passing
 		libp2p.DisableMetrics(),
-	}, opts...)...)
+	}
+	if slices.Contains(transports, QUIC) {
+		all = append(all, libp2p.QUICReuse(func() *quicreuse.ConnManager { return d.cm }),
+			libp2p.Transport(libp2pquic.NewTransport))
+	}
+	d.Host, err = libp2p.New(append(all, opts...)...)
 	if err != nil {
 		n.t.Fatalf("host at %s: %v", ips[0], err)
 	}
@@ -104,6 +125,9 @@ func (d *Node) Stop() {
 	})
 }
 
+// IPs returns the node's IPs.
+func (d *Node) IPs() []string { return slices.Clone(d.ips) }
+
 // Addr returns the address of a node's IP.
 func Addr(tr Transport, ip string) ma.Multiaddr {
 	if tr == TCP {
@@ -112,8 +136,30 @@ func Addr(tr Transport, ip string) ma.Multiaddr {
 	return ma.StringCast("/ip4/" + ip + "/udp/4001/quic-v1")
 }
 
-func (d *Node) secret(purpose byte) [32]byte {
-	return sha256.Sum256(append([]byte{purpose}, d.ips[0]...))
+// secret is what a node whose first IP this is keeps to itself.
+func secret(purpose byte, ip string) [32]byte {
+	return sha256.Sum256(append([]byte{purpose}, ip...))
+}
+
+func keyOf(ip string) (crypto.PrivKey, error) {
+	seed := secret(0, ip)
+	std := ed25519.NewKeyFromSeed(seed[:])
+	key, _, err := crypto.KeyPairFromStdKey(&std)
+	return key, err
+}
+
+// ID returns the peer ID of the node whose first IP this is.
+func (n *Net) ID(ip string) peer.ID {
+	n.t.Helper()
+	key, err := keyOf(ip)
+	if err != nil {
+		n.t.Fatalf("key of %s: %v", ip, err)
+	}
+	id, err := peer.IDFromPrivateKey(key)
+	if err != nil {
+		n.t.Fatalf("peer ID of %s: %v", ip, err)
+	}
+	return id
 }
 
 // source is the IP from which the node dials another. Every dial asks for it first, and
@@ -126,18 +172,25 @@ func (d *Node) source(to string) string {
 		<-held
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if from, ok := d.routes[to]; ok {
-		return from
+	r, ok := d.routes[to]
+	d.mu.Unlock()
+	if !ok {
+		return d.ips[0]
 	}
-	return d.ips[0]
+	time.Sleep(r.after)
+	return r.from
 }
 
 // Dial connects d to other over path, like Net.Dial, and returns d's side as soon as it is
 // there. It is for tests in which a dial may fail.
 func (d *Node) Dial(ctx context.Context, other *Node, path Path) (network.Conn, error) {
+	return d.dial(ctx, other, path, 0)
+}
+
+// dial does so after a while.
+func (d *Node) dial(ctx context.Context, other *Node, path Path, after time.Duration) (network.Conn, error) {
 	d.mu.Lock()
-	d.routes[path.To] = path.From
+	d.routes[path.To] = route{path.From, after}
 	d.mu.Unlock()
 	d.Peerstore().ClearAddrs(other.ID())
 	d.Peerstore().AddAddr(other.ID(), Addr(path.Transport, path.To), peerstore.PermanentAddrTTL)
@@ -160,32 +213,68 @@ func (n *Net) Dial(a, b *Node, path Path) network.Conn {
 // that is there. It returns a's side of both.
 func (n *Net) Join(a, b *Node, first, second Path) (network.Conn, network.Conn) {
 	n.t.Helper()
-	held := make(chan struct{})
-	hold := func(ch chan struct{}) {
-		for _, d := range []*Node{a, b} {
-			d.mu.Lock()
-			d.held = ch
-			d.mu.Unlock()
-		}
-	}
-	hold(held)
-	results := make(chan error, 2)
-	dial := func(from, to *Node, path Path) {
-		_, err := from.Dial(n.ctx(), to, path)
-		results <- err
-	}
-	go dial(a, b, first)
-	go dial(b, a, second)
-	synctest.Wait() // both have seen that there is no connection
-	hold(nil)
-	close(held)
-	for range cap(results) {
-		if err := <-results; err != nil {
+	for _, err := range n.DialTogether(
+		Attempt{From: a, To: b, Path: first},
+		Attempt{From: b, To: a, Path: second},
+	) {
+		if err != nil {
 			n.t.Fatalf("join over %s and %s: %v", first, second, err)
 		}
 	}
 	identified(a, b)
 	return n.side(a, b, first), n.side(a, b, Path{second.Transport, second.To, second.From})
+}
+
+// Attempt is a dial from one node to another, over a path between their IPs.
+type Attempt struct {
+	From, To *Node
+	Path     Path
+	// After is how long after the others its first packet leaves. Of attempts of one
+	// node to one IP, that of the last counts, and so does its Path.From.
+	After time.Duration
+}
+
+// DialTogether makes all attempts, none of which finds the connection of another one,
+// since none has left when the last begins. An attempt of a node that has tried the same
+// peer already adds an address to what it dials. It returns the errors of all, in order,
+// when the last has ended.
+func (n *Net) DialTogether(attempts ...Attempt) []error {
+	n.t.Helper()
+	held := make(chan struct{})
+	hold := func(ch chan struct{}) {
+		for _, at := range attempts {
+			at.From.mu.Lock()
+			at.From.held = ch
+			at.From.mu.Unlock()
+		}
+	}
+	hold(held)
+
+	// A peer's next address must be told when the last one has been seen.
+	var turns [][]int
+	count := make(map[[2]*Node]int)
+	for i, at := range attempts {
+		pair := [2]*Node{at.From, at.To}
+		turn := count[pair]
+		count[pair]++
+		if turn == len(turns) {
+			turns = append(turns, nil)
+		}
+		turns[turn] = append(turns[turn], i)
+	}
+	errs := make([]error, len(attempts))
+	var dials sync.WaitGroup
+	for _, turn := range turns {
+		for _, i := range turn {
+			at := attempts[i]
+			dials.Go(func() { _, errs[i] = at.From.dial(n.ctx(), at.To, at.Path, at.After) })
+		}
+		synctest.Wait()
+	}
+	hold(nil)
+	close(held)
+	dials.Wait()
+	return errs
 }
 
 // side returns a's side of its connection to b over path.
@@ -243,24 +332,62 @@ func (n *Net) NewRelay(ip string, opts ...relay.Option) *Node {
 // their first IP, and returns a's side.
 func (n *Net) DialRelayed(a, b, r *Node, tr Transport) network.Conn {
 	n.t.Helper()
-	ctx := n.ctx()
-	at := Addr(tr, r.ips[0])
-	for _, d := range []*Node{a, b} {
-		if _, err := d.Dial(ctx, r, Path{tr, d.ips[0], r.ips[0]}); err != nil {
-			n.t.Fatalf("dial the relay: %v", err)
-		}
-	}
-	if _, err := client.Reserve(ctx, b.Host, peer.AddrInfo{ID: r.ID(), Addrs: []ma.Multiaddr{at}}); err != nil {
-		n.t.Fatalf("reserve at the relay: %v", err)
-	}
-	a.Peerstore().ClearAddrs(b.ID())
-	a.Peerstore().AddAddr(b.ID(), ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", at, r.ID())), peerstore.PermanentAddrTTL)
-	c, err := a.Network().DialPeer(network.WithAllowLimitedConn(ctx, "test"), b.ID())
+	n.reserve(b, r, tr)
+	n.reach(a, r, tr)
+	c, err := a.dialThrough(n.ctx(), b, r, tr)
 	if err != nil {
 		n.t.Fatalf("dial through the relay: %v", err)
 	}
 	identified(a, b)
 	return c
+}
+
+// JoinRelayed connects a and b through r twice: both dial at the same time. They must be
+// some latency away from it.
+func (n *Net) JoinRelayed(a, b, r *Node, tr Transport) {
+	n.t.Helper()
+	n.reserve(a, r, tr)
+	n.reserve(b, r, tr)
+	results := make(chan error, 2)
+	for _, p := range [][2]*Node{{a, b}, {b, a}} {
+		go func() {
+			_, err := p[0].dialThrough(n.ctx(), p[1], r, tr)
+			results <- err
+		}()
+	}
+	for range cap(results) {
+		if err := <-results; err != nil {
+			n.t.Fatalf("dial through the relay: %v", err)
+		}
+	}
+	identified(a, b)
+	if count := len(a.Network().ConnsToPeer(b.ID())); count != 2 {
+		n.t.Fatalf("%d relayed connections, not 2", count)
+	}
+}
+
+// reach connects d to the relay.
+func (n *Net) reach(d, r *Node, tr Transport) {
+	n.t.Helper()
+	if _, err := d.Dial(n.ctx(), r, Path{tr, d.ips[0], r.ips[0]}); err != nil {
+		n.t.Fatalf("dial the relay: %v", err)
+	}
+}
+
+// reserve lets others reach d through the relay.
+func (n *Net) reserve(d, r *Node, tr Transport) {
+	n.t.Helper()
+	n.reach(d, r, tr)
+	info := peer.AddrInfo{ID: r.ID(), Addrs: []ma.Multiaddr{Addr(tr, r.ips[0])}}
+	if _, err := client.Reserve(n.ctx(), d.Host, info); err != nil {
+		n.t.Fatalf("reserve at the relay: %v", err)
+	}
+}
+
+func (d *Node) dialThrough(ctx context.Context, other, r *Node, tr Transport) (network.Conn, error) {
+	d.Peerstore().ClearAddrs(other.ID())
+	d.Peerstore().AddAddr(other.ID(), ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", Addr(tr, r.ips[0]), r.ID())), peerstore.PermanentAddrTTL)
+	return d.Network().DialPeer(network.WithAllowLimitedConn(ctx, "test"), other.ID())
 }
 
 func (n *Net) ctx() context.Context {

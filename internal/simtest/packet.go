@@ -50,7 +50,7 @@ func (c *packetConn) WriteTo(p []byte, to net.Addr) (int, error) {
 // quic returns what the QUIC transport of the node gets its sockets from.
 func (d *Node) quic() (*quicreuse.ConnManager, error) {
 	n := d.net
-	return quicreuse.NewConnManager(d.secret(1), d.secret(2),
+	return quicreuse.NewConnManager(secret(1, d.ips[0]), secret(2, d.ips[0]),
 		quicreuse.OverrideSourceIPSelector(func() (quicreuse.SourceIPSelector, error) { return d, nil }),
 		quicreuse.OverrideListenUDP(func(_ string, addr *net.UDPAddr) (net.PacketConn, error) {
 			ip := addr.IP.String()

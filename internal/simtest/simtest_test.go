@@ -90,6 +90,26 @@ func TestFarIsTheOtherSide(t *testing.T) {
 	})
 }
 
+// All four connections come to be, at both ends, whoever is first.
+func TestDialTogether(t *testing.T) {
+	Run(t, func(t *testing.T, n *Net) {
+		n.SetLatency(ipA, ipB, 50*time.Millisecond)
+		a, b := n.NewNode([]string{ipA, ipA2}), n.NewNode([]string{ipB, ipB2})
+		for _, err := range n.DialTogether(
+			Attempt{From: a, To: b, Path: Path{TCP, ipA, ipB}, After: time.Second},
+			Attempt{From: a, To: b, Path: Path{QUIC, ipA2, ipB2}},
+			Attempt{From: b, To: a, Path: Path{TCP, ipB2, ipA2}, After: 3 * time.Second},
+			Attempt{From: b, To: a, Path: Path{QUIC, ipB, ipA}},
+		) {
+			require.NoError(t, err)
+		}
+		identified(a, b)
+		for _, pair := range [][2]*Node{{a, b}, {b, a}} {
+			require.Len(t, pair[0].Network().ConnsToPeer(pair[1].ID()), 4)
+		}
+	})
+}
+
 func TestBandwidthOfTCP(t *testing.T) {
 	Run(t, func(t *testing.T, n *Net) {
 		n.SetBandwidth(ipA, 80_000_000)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -37,28 +38,72 @@ type segment struct {
 	at   time.Time // when it arrives
 }
 
+// queue is where segments wait, first in, first out. It has no bound of its own and
+// takes no room while it is empty: a test may have thousands of wires.
+type queue struct {
+	mu    sync.Mutex // guards what follows
+	more  *sync.Cond
+	items []segment
+	ended bool
+}
+
+func newQueue() *queue {
+	q := new(queue)
+	q.more = sync.NewCond(&q.mu)
+	return q
+}
+
+func (q *queue) put(s segment) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.items = append(q.items, s)
+	q.more.Signal()
+}
+
+// end has take say false once all has been taken.
+func (q *queue) end() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.ended = true
+	q.more.Signal()
+}
+
+// take waits for a segment.
+func (q *queue) take() (segment, bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for len(q.items) == 0 {
+		if q.ended {
+			return segment{}, false
+		}
+		q.more.Wait()
+	}
+	s := q.items[0]
+	if q.items = q.items[1:]; len(q.items) == 0 {
+		q.items = nil
+	}
+	return s, true
+}
+
 // wire carries bytes from src, where a host writes them, to dst, where the other reads.
 type wire struct {
 	net      *Net
 	from, to string
 	src, dst net.Conn
 	room     chan struct{} // told when bytes have arrived
-	sending  chan segment
-	flying   chan segment
+	sending  *queue
+	flying   *queue
 
 	mu      sync.Mutex // guards pending
 	pending int        // bytes taken, and not arrived
 }
 
-// maxQueued bounds the segments of a wire; its buffer bounds their bytes.
-const maxQueued = 1 << 14
-
 func (n *Net) newWire(from, to string, src, dst net.Conn) {
 	w := &wire{
 		net: n, from: from, to: to, src: src, dst: dst,
 		room:    make(chan struct{}, 1),
-		sending: make(chan segment, maxQueued),
-		flying:  make(chan segment, maxQueued),
+		sending: newQueue(),
+		flying:  newQueue(),
 	}
 	n.mu.Lock()
 	buffer := n.buffer
@@ -69,7 +114,8 @@ func (n *Net) newWire(from, to string, src, dst net.Conn) {
 }
 
 func (w *wire) take(buffer int) {
-	defer close(w.sending)
+	defer w.sending.end()
+	data := make([]byte, maxSegment)
 	for {
 		for w.add(0) >= buffer {
 			select {
@@ -78,12 +124,11 @@ func (w *wire) take(buffer int) {
 				return
 			}
 		}
-		data := make([]byte, maxSegment)
 		m, err := w.src.Read(data)
 		if m > 0 {
 			w.net.count(w.from, w.to, m)
 			w.add(m)
-			w.sending <- segment{data: data[:m]}
+			w.sending.put(segment{data: slices.Clone(data[:m])})
 		}
 		if err != nil {
 			return
@@ -99,7 +144,7 @@ func (w *wire) add(bytes int) (pending int) {
 }
 
 func (w *wire) send() {
-	defer close(w.flying)
+	defer w.flying.end()
 	rate := 0
 	for _, ip := range []string{w.from, w.to} {
 		if r, bounded := w.net.rateOf(ip); bounded && (rate == 0 || r < rate) {
@@ -107,7 +152,7 @@ func (w *wire) send() {
 		}
 	}
 	var last time.Time
-	for s := range w.sending {
+	for s, ok := w.sending.take(); ok; s, ok = w.sending.take() {
 		if !w.awaitThaw() {
 			continue
 		}
@@ -119,7 +164,7 @@ func (w *wire) send() {
 			s.at = last // the latency has dropped; the order stays
 		}
 		last = s.at
-		w.flying <- s
+		w.flying.put(s)
 	}
 	w.awaitThaw() // the end is told as late as the rest
 }
@@ -141,7 +186,7 @@ func (w *wire) awaitThaw() bool {
 
 func (w *wire) deliver() {
 	defer w.dst.Close()
-	for s := range w.flying {
+	for s, ok := w.flying.take(); ok; s, ok = w.flying.take() {
 		time.Sleep(time.Until(s.at))
 		// An error says that the reader has closed: its own wire ends, too, and
 		// what is left of this one goes nowhere.

@@ -1,0 +1,178 @@
+package consolidate
+
+import (
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/p2p/security/noise"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/simtest"
+	"github.com/go-portage/portage/policy"
+)
+
+var (
+	hostsFlag = flag.Int("hosts", 12, "number of hosts of TestFiftyHosts, which all connect to each other")
+	seedFlag  = flag.Uint64("seed", 1, "first seed of TestFiftyHosts")
+	seedsFlag = flag.Int("seeds", 3, "number of seeds of TestFiftyHosts")
+)
+
+// policies are what the hosts of one test have, side by side.
+var policies = func() (list []policy.Policy) {
+	for _, text := range []string{
+		"default",
+		"chain(unlimited, direct, transport(tcp, quic), older)",
+		"chain(rtt, incumbent, younger)",
+		"chain(direction(outbound, inbound), younger)",
+		"weighted(rtt*3, streams, older, incumbent*2)",
+		"chain(pinned, streams, older)",
+		"chain()",
+	} {
+		p, err := policy.Parse(text)
+		if err != nil {
+			panic(err)
+		}
+		list = append(list, p)
+	}
+	return list
+}()
+
+// Of hosts that all dial each other at once, by two ways each, every pair ends with one
+// connection, and nothing that an application has under way meanwhile suffers.
+//
+// Everything that varies follows from the seed: latencies, policies, transports, when
+// dials and streams begin. Goroutines that run at the same moment of virtual time may
+// still take turns in another order. Go on with
+//
+//	go test ./integration/consolidate -run TestFiftyHosts -v -hosts 50 -seeds 100
+//	go test ./integration/consolidate -run TestFiftyHosts -v -hosts 50 -seeds 1 -seed 17
+func TestFiftyHosts(t *testing.T) {
+	for seed := *seedFlag; seed < *seedFlag+uint64(*seedsFlag); seed++ {
+		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
+			start := time.Now()
+			var summary string
+			Run(t, func(t *testing.T, n *Net) { summary = connectAll(t, n, *hostsFlag, seed) })
+			t.Logf("%s; %.1f s of real time", summary, time.Since(start).Seconds())
+			runtime.GC() // the next seed needs the memory
+		})
+	}
+}
+
+func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
+	r := rand.New(rand.NewPCG(seed, uint64(hosts)))
+	members := make([]*member, hosts)
+	addrs := make([][]string, hosts)
+	for i := range members {
+		for j := range 2 {
+			addrs[i] = append(addrs[i], fmt.Sprintf("1.%d.%d.%d", seed%256, i, j+1))
+		}
+		p := policies[0]
+		if r.IntN(2) == 0 {
+			p = policies[r.IntN(len(policies))]
+		}
+		members[i] = newMember(t, n, addrs[i], p, libp2p.DisableRelay(), libp2p.Security(noise.ID, noise.New))
+	}
+
+	var attempts []Attempt
+	ms := func(limit int) time.Duration { return time.Duration(r.IntN(limit)) * time.Millisecond }
+	for i, a := range members {
+		for j, b := range members[:i] {
+			for k := range 2 {
+				n.SetLatency(addrs[i][k], addrs[j][k], time.Millisecond+ms(150))
+			}
+			for _, at := range []struct {
+				from, to *member
+				ips, far []string
+			}{{a, b, addrs[i], addrs[j]}, {b, a, addrs[j], addrs[i]}} {
+				first, second := Transport(TCP), Transport(QUIC)
+				switch r.IntN(4) {
+				case 0:
+					second = TCP
+				case 1:
+					first = QUIC
+				}
+				for k, tr := range []Transport{first, second} {
+					if k == 1 && r.IntN(3) == 0 {
+						continue
+					}
+					attempts = append(attempts, Attempt{
+						From: at.from.Node, To: at.to.Node,
+						Path: Path{Transport: tr, From: at.ips[k], To: at.far[k]}, After: ms(300),
+					})
+				}
+			}
+		}
+	}
+
+	tr := new(traffic)
+	for _, m := range members {
+		tr.accept(m)
+	}
+	begun := time.Now()
+	dialled := make(chan []error, 1)
+	go func() { dialled <- n.DialTogether(attempts...) }()
+	ctx := t.Context()
+	for i, a := range members {
+		for _, b := range members[:i] {
+			for _, p := range [][2]*member{{a, b}, {b, a}} {
+				from, to := p[0], p[1]
+				at := 300*time.Millisecond + ms(700)
+				pieces, size, requests := 8+r.IntN(8), 1<<8+r.IntN(3<<10), 3+r.IntN(3)
+				every, pause := 500*time.Millisecond+ms(1500), ms(500)
+				plain, plainFor := r.IntN(2) == 0, 1+r.IntN(8)
+				gaps := make([]time.Duration, requests)
+				for k := range gaps {
+					gaps[k] = ms(3000)
+				}
+				tr.work.Go(func() {
+					time.Sleep(at)
+					tr.ping(ctx, from.host.NewStream, to, 12, every)
+					tr.bulk(ctx, from.host.NewStream, to, pieces, size, pause)
+					if plain {
+						tr.ping(ctx, from.Node.NewStream, to, plainFor, time.Second)
+					}
+					for _, gap := range gaps {
+						tr.request(ctx, from.host.NewStream, to, size)
+						time.Sleep(gap)
+					}
+				})
+			}
+		}
+	}
+
+	for _, err := range <-dialled {
+		require.NoError(t, err)
+	}
+	time.Sleep(400 * time.Millisecond) // the acceptors' ends come last
+	pairs, before, widest := hosts*(hosts-1)/2, 0, 0
+	for i, a := range members {
+		for _, b := range members[:i] {
+			c := len(a.conns(b))
+			before += c
+			widest = max(widest, c)
+		}
+	}
+	settle(t, 2*time.Minute, members...)
+	settled := time.Since(begun)
+	tr.requireAll(t)
+	for i, a := range members {
+		for _, b := range members[:i] {
+			requireOne(t, a, b)
+		}
+	}
+	total, most := tr.allMigrations()
+	require.LessOrEqual(t, most, maxMoves, "migrations of one stream")
+	var mem runtime.MemStats
+	runtime.ReadMemStats(&mem)
+	return fmt.Sprintf("%d hosts, %d pairs: %d connections (up to %d a pair), one a pair after %v; %d streams, %d of them plain, %.1f MB; %d migrations, at most %d of one stream; %d MiB from the system",
+		hosts, pairs, before, widest, settled.Round(100*time.Millisecond), tr.number.Load(), tr.plain.Load(), float64(tr.bytes.Load())/1e6, total, most, mem.Sys>>20)
+}
+
+// maxMoves is how often one stream migrates at most: to the first winner, and to another
+// one when a connection has come late.
+const maxMoves = 4

@@ -1,0 +1,368 @@
+package consolidate
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/migrate"
+)
+
+// Every stream has a number, which its opener sends first, and every byte after that is a
+// function of the number, the direction and the offset. So whatever is lost, repeated or
+// mixed up is seen, at either end.
+
+const (
+	pingID    protocol.ID = "/test/ping-pong/1.0.0" // blocks to and fro
+	bulkID    protocol.ID = "/test/bulk/1.0.0"      // one way, to the end, then the number of bytes
+	requestID protocol.ID = "/test/request/1.0.0"   // one block and the end, and as much back
+)
+
+const blockSize = 100
+
+// traffic is what several hosts do, and what became of it. Safe for concurrent use.
+type traffic struct {
+	number  atomic.Uint64 // of streams opened
+	streams atomic.Int64  // that have ended well, at the opener's end
+	served  atomic.Int64  // and at the acceptor's
+	plain   atomic.Int64  // of the opened ones, those without a label
+	bytes   atomic.Int64  // read and found right
+
+	mu       sync.Mutex // guards what follows
+	failures []failure
+	labelled []*migrate.Stream // opened
+
+	work sync.WaitGroup // the opener's ends
+}
+
+// failure is a stream that has not ended well at one end.
+type failure struct {
+	number uint64
+	opener bool
+	err    error
+}
+
+// content is the bytes of a stream in one direction, from the first one on.
+type content struct {
+	number uint64 // of the stream; the highest bit is the direction
+	offset uint64
+}
+
+// next returns the next n bytes.
+func (c *content) next(n int) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		x := (c.number+c.offset>>3)*0x9E3779B97F4A7C15 + c.number
+		x = (x ^ x>>29) * 0xBF58476D1CE4E5B9
+		p[i] = byte(x >> (8 * (c.offset & 7)))
+		c.offset++
+	}
+	return p
+}
+
+func contents(number uint64) (opener, acceptor *content) {
+	return &content{number: number}, &content{number: number | 1<<63}
+}
+
+var errContent = errors.New("other bytes than were sent")
+
+// read reads n bytes that must be c's next.
+func (tr *traffic) read(s network.Stream, c *content, n int) error {
+	p := make([]byte, n)
+	if _, err := io.ReadFull(s, p); err != nil {
+		return fmt.Errorf("byte %d and on: %w", c.offset, err)
+	}
+	at := c.offset
+	if !bytes.Equal(p, c.next(n)) {
+		return fmt.Errorf("byte %d and on: %w", at, errContent)
+	}
+	tr.bytes.Add(int64(n))
+	return nil
+}
+
+// readToEnd reads c's next bytes to EOF, and returns how many they were.
+func (tr *traffic) readToEnd(s network.Stream, c *content) (int, error) {
+	total := 0
+	p := make([]byte, 16<<10)
+	for {
+		n, err := s.Read(p)
+		if !bytes.Equal(p[:n], c.next(n)) {
+			return total, fmt.Errorf("after byte %d: %w", total, errContent)
+		}
+		total += n
+		tr.bytes.Add(int64(n))
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, fmt.Errorf("after byte %d: %w", total, err)
+		}
+	}
+}
+
+func readEnd(s network.Stream) error {
+	if n, err := s.Read(make([]byte, 1)); n != 0 || err != io.EOF {
+		return fmt.Errorf("at the end: %d bytes and %w", n, err)
+	}
+	return nil
+}
+
+func readNumber(s network.Stream) (uint64, error) {
+	var p [8]byte
+	_, err := io.ReadFull(s, p[:])
+	return binary.BigEndian.Uint64(p[:]), err
+}
+
+func numbered(number uint64, rest []byte) []byte {
+	return append(binary.BigEndian.AppendUint64(nil, number), rest...)
+}
+
+// serve installs the handlers of everything that hosts of these tests speak.
+func (m *member) serve() { m.serveWhich() }
+
+// accept has m take part in the traffic of others.
+func (tr *traffic) accept(m *member) {
+	for id, serve := range map[protocol.ID]func(network.Stream, uint64) error{
+		pingID: tr.servePing, bulkID: tr.serveBulk, requestID: tr.serveRequest,
+	} {
+		m.Node.SetStreamHandler(id, func(s network.Stream) {
+			number, err := readNumber(s)
+			if err == nil {
+				err = serve(s, number)
+			}
+			if err != nil {
+				tr.fail(number, false, fmt.Errorf("%s from %s%s: %w", id, short(s.Conn().RemotePeer()), where(s), err))
+				_ = s.Reset()
+				return
+			}
+			_ = s.Close()
+			tr.served.Add(1)
+		})
+	}
+}
+
+func short(p peer.ID) string { s := p.String(); return s[len(s)-6:] }
+
+// where says what there is to know about a stream that has failed.
+func where(s network.Stream) string {
+	migrations := "no label"
+	if l, ok := s.(*migrate.Stream); ok {
+		migrations = fmt.Sprintf("%d migrations", l.Migrations())
+	}
+	return fmt.Sprintf(" (%s, on %s)", migrations, s.Conn().RemoteMultiaddr())
+}
+
+func (tr *traffic) servePing(s network.Stream, number uint64) error {
+	in, out := contents(number)
+	for {
+		p := make([]byte, blockSize)
+		n, err := io.ReadFull(s, p)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("byte %d and on: %w", in.offset, err)
+		}
+		if !bytes.Equal(p, in.next(n)) {
+			return errContent
+		}
+		tr.bytes.Add(int64(n))
+		if _, err := s.Write(out.next(blockSize)); err != nil {
+			return err
+		}
+	}
+}
+
+func (tr *traffic) serveBulk(s network.Stream, number uint64) error {
+	in, _ := contents(number)
+	total, err := tr.readToEnd(s, in)
+	if err != nil {
+		return err
+	}
+	_, err = s.Write(numbered(uint64(total), nil))
+	return err
+}
+
+func (tr *traffic) serveRequest(s network.Stream, number uint64) error {
+	in, out := contents(number)
+	total, err := tr.readToEnd(s, in)
+	if err != nil {
+		return err
+	}
+	_, err = s.Write(out.next(total))
+	return err
+}
+
+// opening is how a stream is opened.
+type opening func(ctx context.Context, p peer.ID, ids ...protocol.ID) (network.Stream, error)
+
+// run runs one side of a stream to the other, in a goroutine of its own.
+func (tr *traffic) run(ctx context.Context, open opening, other *member, id protocol.ID, talk func(s network.Stream, number uint64) error) {
+	number := tr.number.Add(1)
+	tr.work.Go(func() {
+		s, err := open(network.WithAllowLimitedConn(ctx, "test"), other.ID(), id)
+		if err != nil {
+			tr.fail(number, true, fmt.Errorf("open %s: %w", id, err))
+			return
+		}
+		if l, ok := s.(*migrate.Stream); ok {
+			tr.mu.Lock()
+			tr.labelled = append(tr.labelled, l)
+			tr.mu.Unlock()
+		} else {
+			tr.plain.Add(1)
+		}
+		if err := talk(s, number); err != nil {
+			tr.fail(number, true, fmt.Errorf("%s to %s%s: %w", id, short(other.ID()), where(s), err))
+			_ = s.Reset()
+			return
+		}
+		_ = s.Close()
+		tr.streams.Add(1)
+	})
+}
+
+// ping sends that many blocks, each some time after the last was answered.
+func (tr *traffic) ping(ctx context.Context, open opening, other *member, blocks int, every time.Duration) {
+	tr.run(ctx, open, other, pingID, func(s network.Stream, number uint64) error {
+		out, in := contents(number)
+		for i := range blocks {
+			p := out.next(blockSize)
+			if i == 0 {
+				p = numbered(number, p)
+			}
+			if _, err := s.Write(p); err != nil {
+				return err
+			}
+			if err := tr.read(s, in, blockSize); err != nil {
+				return err
+			}
+			time.Sleep(every)
+		}
+		if err := s.CloseWrite(); err != nil {
+			return err
+		}
+		return readEnd(s)
+	})
+}
+
+// bulk sends so many pieces of that size, as fast as they go but for a pause after each.
+func (tr *traffic) bulk(ctx context.Context, open opening, other *member, pieces, size int, pause time.Duration) {
+	tr.run(ctx, open, other, bulkID, func(s network.Stream, number uint64) error {
+		out, _ := contents(number)
+		if _, err := s.Write(numbered(number, nil)); err != nil {
+			return err
+		}
+		for range pieces {
+			if _, err := s.Write(out.next(size)); err != nil {
+				return err
+			}
+			time.Sleep(pause)
+		}
+		if err := s.CloseWrite(); err != nil {
+			return err
+		}
+		got, err := readNumber(s)
+		if err != nil {
+			return fmt.Errorf("the number of bytes that have arrived: %w", err)
+		}
+		if got != uint64(pieces*size) {
+			return fmt.Errorf("%d bytes have arrived of %d", got, pieces*size)
+		}
+		return readEnd(s)
+	})
+}
+
+// request sends a block and its end, and reads the answer to its end.
+func (tr *traffic) request(ctx context.Context, open opening, other *member, size int) {
+	tr.run(ctx, open, other, requestID, func(s network.Stream, number uint64) error {
+		out, in := contents(number)
+		if _, err := s.Write(numbered(number, out.next(size))); err != nil {
+			return err
+		}
+		if err := s.CloseWrite(); err != nil {
+			return err
+		}
+		total, err := tr.readToEnd(s, in)
+		if err == nil && total != size {
+			err = fmt.Errorf("an answer of %d bytes, not %d", total, size)
+		}
+		return err
+	})
+}
+
+func (tr *traffic) fail(number uint64, opener bool, err error) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	tr.failures = append(tr.failures, failure{number, opener, fmt.Errorf("stream %d, %s: %w", number, time.Now().Format("04:05.000"), err)})
+}
+
+// migrations returns how many there have been of the labelled streams first to end, in the
+// order in which they were opened, and how many of one stream at most.
+func (tr *traffic) migrations(first, end int) (total, most int) {
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	end = min(end, len(tr.labelled))
+	for _, s := range tr.labelled[min(first, end):end] {
+		n := s.Migrations()
+		total += n
+		most = max(most, n)
+	}
+	return total, most
+}
+
+func (tr *traffic) allMigrations() (total, most int) { return tr.migrations(0, math.MaxInt) }
+
+// requireAll waits for all streams, which have to end well.
+func (tr *traffic) requireAll(t *testing.T) {
+	t.Helper()
+	tr.work.Wait()
+	time.Sleep(time.Minute) // for the acceptors' ends
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	for i, f := range tr.failures {
+		if i == 20 {
+			t.Errorf("and %d more", len(tr.failures)-i)
+			break
+		}
+		t.Error(f.err)
+	}
+	require.EqualValues(t, tr.number.Load(), tr.streams.Load(), "streams opened, and ended well")
+	require.EqualValues(t, tr.number.Load(), tr.served.Load(), "streams opened, and accepted")
+}
+
+// requireHonest waits for all streams, which may fail, but not silently: no byte is wrong
+// or missing, and what went well for the opener went well for the acceptor.
+func (tr *traffic) requireHonest(t *testing.T) (failed int) {
+	t.Helper()
+	tr.work.Wait()
+	time.Sleep(5 * time.Minute) // what is dead is noticed
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
+	openers := make(map[uint64]bool)
+	for _, f := range tr.failures {
+		openers[f.number] = openers[f.number] || f.opener
+	}
+	for _, f := range tr.failures {
+		if errors.Is(f.err, errContent) || errors.Is(f.err, io.EOF) || errors.Is(f.err, io.ErrUnexpectedEOF) {
+			t.Errorf("bytes are lost behind a clean end: %v", f.err)
+		}
+		if !openers[f.number] {
+			t.Errorf("the opener has not been told: %v", f.err)
+		}
+	}
+	return len(openers)
+}
