@@ -1,6 +1,7 @@
 package connmgr
 
 import (
+	"slices"
 	"strings"
 	"time"
 
@@ -105,6 +106,9 @@ func (m *Manager) roleFor(d *duplicates, v view, winner *connView, forced bool) 
 			d.progress = v.at // somebody moved some, or they have ended
 		}
 		d.seen, d.left = true, left
+	}
+	if left == 0 && slices.ContainsFunc(d.conns, m.pledged) {
+		d.progress = v.at // the controller is at work: it waits for what cannot move
 	}
 	d.forced = d.forced || forced
 	r.quiet, r.plain = m.cfg.quietTime, m.cfg.plainQuietTime

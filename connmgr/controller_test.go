@@ -155,6 +155,25 @@ func TestFollowerWaitsWhileSomethingHappens(t *testing.T) {
 	})
 }
 
+// A controller that has moved everything, and waits for streams that cannot move, is at
+// work, for as long as it asks for what is left.
+func TestFollowerLeavesAControllerThatWaits(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		w.connect(quicAddr)
+		tcp := w.connect(tcpAddr)
+		tcp.setPlain(1)
+		w.pass(2 * defaultSettleDelay)
+		s := w.asked(tcp)
+		require.NoError(t, writeDrain(s, drainMessage()))
+		w.pass(time.Hour)
+		require.Zero(t, tcp.drains)
+		require.NoError(t, s.pipe.Close())
+		w.pass(defaultTakeover*defaultSettleDelay + defaultInterval)
+		require.Equal(t, 1, tcp.drains)
+	})
+}
+
 func TestTakeoversOfTheSameConnectionsGetRarer(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, lower)
