@@ -492,19 +492,22 @@ func (m *Manager) takePledge(c network.Conn, pl *pledge) (refused string) {
 		}
 		m.steering.set(p, cs)
 	}
+	// Not atOnce: that c cannot win is in force by itself, and the rest has not changed.
 	d = m.entry(p)
-	d.atOnce, d.settled = true, time.Now()
+	d.settled = time.Now()
 	m.schedule(d, d.settled)
 	return ""
 }
 
-// dropPledge ends a pledge: the connection may be used again.
+// dropPledge ends a pledge: the connection may be used again, and a side that only follows
+// does so at once.
 func (m *Manager) dropPledge(c network.Conn, pl *pledge) {
+	decides, _ := m.controller(c.RemotePeer(), true)
 	m.mu.Lock()
 	if m.pledges[c] == pl {
 		delete(m.pledges, c)
 		if d := m.peers[c.RemotePeer()]; d != nil {
-			d.atOnce = true
+			d.atOnce = d.atOnce || !decides
 			m.schedule(d, time.Now())
 		}
 	}

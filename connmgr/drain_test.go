@@ -13,6 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/pb"
+	"github.com/go-portage/portage/policy"
 )
 
 // D2: what the other end has not read keeps the connection.
@@ -193,6 +194,42 @@ func TestPledge(t *testing.T) {
 		require.Equal(t, quic, w.m.steer(t.Context(), lower), "the drain is off")
 		w.pass(time.Minute)
 		require.Empty(t, w.m.pledges)
+	})
+}
+
+// That the peer wants to close a loser is no reason to have another winner, and least of
+// all at once: the streams of drains that begin look like ones that cannot move.
+func TestPledgeForALoserLeavesTheWinner(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithPolicy(policy.Chain(policy.PinnedStreams())))
+		conns := []*fakeConn{w.connect(quicAddr), w.connect(quicAddr), w.connect(quicAddr)}
+		for _, c := range conns {
+			c.setPlain(1)
+		}
+		w.pass(defaultSettleDelay)
+		var winner *fakeConn
+		var losers []*fakeConn
+		for _, c := range conns {
+			if w.m.steer(t.Context(), higher) == network.Conn(c) {
+				winner = c
+			} else {
+				losers = append(losers, c)
+			}
+		}
+		require.Len(t, losers, 2)
+		losers[0].setPlain(2) // for a moment
+		s := w.asked(losers[1])
+		require.NoError(t, writeDrain(s, drainMessage()))
+		w.pass(time.Millisecond)
+		require.Equal(t, winner, w.m.steer(t.Context(), higher))
+		losers[0].setPlain(1)
+		w.pass(time.Minute)
+		require.Equal(t, winner, w.m.steer(t.Context(), higher))
+
+		losers[0].setPlain(2)
+		require.NoError(t, s.pipe.Close())
+		w.pass(time.Millisecond)
+		require.Equal(t, winner, w.m.steer(t.Context(), higher), "nor that it does not want to any more")
 	})
 }
 
