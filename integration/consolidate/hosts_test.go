@@ -18,8 +18,10 @@ import (
 
 var (
 	hostsFlag = flag.Int("hosts", 12, "number of hosts of TestFiftyHosts, which all connect to each other")
-	seedFlag  = flag.Uint64("seed", 1, "first seed of TestFiftyHosts")
+	seedFlag  = flag.Uint64("seed", 1, "first seed")
 	seedsFlag = flag.Int("seeds", 3, "number of seeds of TestFiftyHosts")
+
+	changesFlag = flag.Int("changes", 10, "number of seeds of TestConnectionsComeAndGo")
 )
 
 // policies are what the hosts of one test have, side by side.

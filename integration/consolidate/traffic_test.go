@@ -21,9 +21,9 @@ import (
 	"github.com/go-portage/portage/migrate"
 )
 
-// Every stream has a number, which its opener sends first, and every byte after that is a
-// function of the number, the direction and the offset. So whatever is lost, repeated or
-// mixed up is seen, at either end.
+// Every stream has a number, which its opener sends first, with how much it will send.
+// Every byte after that is a function of the number, the direction and the offset. So
+// whatever is lost, repeated or mixed up is seen, at either end.
 
 const (
 	pingID    protocol.ID = "/test/ping-pong/1.0.0" // blocks to and fro
@@ -77,13 +77,24 @@ func contents(number uint64) (opener, acceptor *content) {
 	return &content{number: number}, &content{number: number | 1<<63}
 }
 
-var errContent = errors.New("other bytes than were sent")
+var (
+	errContent = errors.New("other bytes than were sent")
+	errEarly   = errors.New("a clean end before all has come")
+)
+
+// early tells an EOF from other errors, which may have one as their cause.
+func early(err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return errEarly
+	}
+	return err
+}
 
 // read reads n bytes that must be c's next.
 func (tr *traffic) read(s network.Stream, c *content, n int) error {
 	p := make([]byte, n)
 	if _, err := io.ReadFull(s, p); err != nil {
-		return fmt.Errorf("byte %d and on: %w", c.offset, err)
+		return fmt.Errorf("byte %d and on: %w", c.offset, early(err))
 	}
 	at := c.offset
 	if !bytes.Equal(p, c.next(n)) {
@@ -93,29 +104,33 @@ func (tr *traffic) read(s network.Stream, c *content, n int) error {
 	return nil
 }
 
-// readToEnd reads c's next bytes to EOF, and returns how many they were.
-func (tr *traffic) readToEnd(s network.Stream, c *content) (int, error) {
-	total := 0
+// readToEnd reads c's next bytes to EOF. There have to be so many.
+func (tr *traffic) readToEnd(s network.Stream, c *content, size uint64) error {
 	p := make([]byte, 16<<10)
 	for {
 		n, err := s.Read(p)
 		if !bytes.Equal(p[:n], c.next(n)) {
-			return total, fmt.Errorf("after byte %d: %w", total, errContent)
+			return fmt.Errorf("before byte %d: %w", c.offset, errContent)
 		}
-		total += n
 		tr.bytes.Add(int64(n))
-		if err == io.EOF {
-			return total, nil
-		}
-		if err != nil {
-			return total, fmt.Errorf("after byte %d: %w", total, err)
+		switch {
+		case err == io.EOF && c.offset != size:
+			return fmt.Errorf("after %d bytes of %d: %w", c.offset, size, errEarly)
+		case err == io.EOF:
+			return nil
+		case err != nil:
+			return fmt.Errorf("after byte %d: %w", c.offset, err)
 		}
 	}
 }
 
 func readEnd(s network.Stream) error {
-	if n, err := s.Read(make([]byte, 1)); n != 0 || err != io.EOF {
-		return fmt.Errorf("at the end: %d bytes and %w", n, err)
+	n, err := s.Read(make([]byte, 1))
+	switch {
+	case n != 0:
+		return fmt.Errorf("behind the end: %w", errContent)
+	case err != io.EOF:
+		return fmt.Errorf("at the end: %w", err)
 	}
 	return nil
 }
@@ -123,11 +138,18 @@ func readEnd(s network.Stream) error {
 func readNumber(s network.Stream) (uint64, error) {
 	var p [8]byte
 	_, err := io.ReadFull(s, p[:])
-	return binary.BigEndian.Uint64(p[:]), err
+	return binary.BigEndian.Uint64(p[:]), early(err)
 }
 
-func numbered(number uint64, rest []byte) []byte {
-	return append(binary.BigEndian.AppendUint64(nil, number), rest...)
+func writeNumber(s network.Stream, n uint64) error {
+	_, err := s.Write(binary.BigEndian.AppendUint64(nil, n))
+	return err
+}
+
+// begin is what the opener sends first: the number of the stream, and how many bytes of
+// its content there will be.
+func begin(number uint64, size int, first []byte) []byte {
+	return append(binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, number), uint64(size)), first...)
 }
 
 // serve installs the handlers of everything that hosts of these tests speak.
@@ -135,13 +157,17 @@ func (m *member) serve() { m.serveWhich() }
 
 // accept has m take part in the traffic of others.
 func (tr *traffic) accept(m *member) {
-	for id, serve := range map[protocol.ID]func(network.Stream, uint64) error{
+	for id, serve := range map[protocol.ID]func(s network.Stream, number, size uint64) error{
 		pingID: tr.servePing, bulkID: tr.serveBulk, requestID: tr.serveRequest,
 	} {
 		m.Node.SetStreamHandler(id, func(s network.Stream) {
 			number, err := readNumber(s)
+			var size uint64
 			if err == nil {
-				err = serve(s, number)
+				size, err = readNumber(s)
+			}
+			if err == nil {
+				err = serve(s, number, size)
 			}
 			if err != nil {
 				tr.fail(number, false, fmt.Errorf("%s from %s%s: %w", id, short(s.Conn().RemotePeer()), where(s), err))
@@ -165,44 +191,33 @@ func where(s network.Stream) string {
 	return fmt.Sprintf(" (%s, on %s)", migrations, s.Conn().RemoteMultiaddr())
 }
 
-func (tr *traffic) servePing(s network.Stream, number uint64) error {
+func (tr *traffic) servePing(s network.Stream, number, size uint64) error {
 	in, out := contents(number)
-	for {
-		p := make([]byte, blockSize)
-		n, err := io.ReadFull(s, p)
-		if err == io.EOF {
-			return nil
+	for in.offset < size {
+		if err := tr.read(s, in, blockSize); err != nil {
+			return err
 		}
-		if err != nil {
-			return fmt.Errorf("byte %d and on: %w", in.offset, err)
-		}
-		if !bytes.Equal(p, in.next(n)) {
-			return errContent
-		}
-		tr.bytes.Add(int64(n))
 		if _, err := s.Write(out.next(blockSize)); err != nil {
 			return err
 		}
 	}
+	return readEnd(s)
 }
 
-func (tr *traffic) serveBulk(s network.Stream, number uint64) error {
+func (tr *traffic) serveBulk(s network.Stream, number, size uint64) error {
 	in, _ := contents(number)
-	total, err := tr.readToEnd(s, in)
-	if err != nil {
+	if err := tr.readToEnd(s, in, size); err != nil {
 		return err
 	}
-	_, err = s.Write(numbered(uint64(total), nil))
-	return err
+	return writeNumber(s, size)
 }
 
-func (tr *traffic) serveRequest(s network.Stream, number uint64) error {
+func (tr *traffic) serveRequest(s network.Stream, number, size uint64) error {
 	in, out := contents(number)
-	total, err := tr.readToEnd(s, in)
-	if err != nil {
+	if err := tr.readToEnd(s, in, size); err != nil {
 		return err
 	}
-	_, err = s.Write(out.next(total))
+	_, err := s.Write(out.next(int(size)))
 	return err
 }
 
@@ -242,7 +257,7 @@ func (tr *traffic) ping(ctx context.Context, open opening, other *member, blocks
 		for i := range blocks {
 			p := out.next(blockSize)
 			if i == 0 {
-				p = numbered(number, p)
+				p = begin(number, blocks*blockSize, p)
 			}
 			if _, err := s.Write(p); err != nil {
 				return err
@@ -263,7 +278,7 @@ func (tr *traffic) ping(ctx context.Context, open opening, other *member, blocks
 func (tr *traffic) bulk(ctx context.Context, open opening, other *member, pieces, size int, pause time.Duration) {
 	tr.run(ctx, open, other, bulkID, func(s network.Stream, number uint64) error {
 		out, _ := contents(number)
-		if _, err := s.Write(numbered(number, nil)); err != nil {
+		if _, err := s.Write(begin(number, pieces*size, nil)); err != nil {
 			return err
 		}
 		for range pieces {
@@ -290,17 +305,13 @@ func (tr *traffic) bulk(ctx context.Context, open opening, other *member, pieces
 func (tr *traffic) request(ctx context.Context, open opening, other *member, size int) {
 	tr.run(ctx, open, other, requestID, func(s network.Stream, number uint64) error {
 		out, in := contents(number)
-		if _, err := s.Write(numbered(number, out.next(size))); err != nil {
+		if _, err := s.Write(begin(number, size, out.next(size))); err != nil {
 			return err
 		}
 		if err := s.CloseWrite(); err != nil {
 			return err
 		}
-		total, err := tr.readToEnd(s, in)
-		if err == nil && total != size {
-			err = fmt.Errorf("an answer of %d bytes, not %d", total, size)
-		}
-		return err
+		return tr.readToEnd(s, in, uint64(size))
 	})
 }
 
@@ -357,8 +368,8 @@ func (tr *traffic) requireHonest(t *testing.T) (failed int) {
 		openers[f.number] = openers[f.number] || f.opener
 	}
 	for _, f := range tr.failures {
-		if errors.Is(f.err, errContent) || errors.Is(f.err, io.EOF) || errors.Is(f.err, io.ErrUnexpectedEOF) {
-			t.Errorf("bytes are lost behind a clean end: %v", f.err)
+		if errors.Is(f.err, errContent) || errors.Is(f.err, errEarly) {
+			t.Errorf("a silent gap: %v", f.err)
 		}
 		if !openers[f.number] {
 			t.Errorf("the opener has not been told: %v", f.err)
