@@ -4,10 +4,12 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	ma "github.com/multiformats/go-multiaddr"
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/simtest"
@@ -141,7 +143,7 @@ func TestPeerRestarts(t *testing.T) {
 // the last one: so there always is one, and in the end exactly one. Streams fail only
 // together with their connection, and never silently.
 func TestConnectionsComeAndGo(t *testing.T) {
-	const interfaces = 6
+	const interfaces = 10
 	for seed := *seedFlag; seed < *seedFlag+uint64(*changesFlag); seed++ {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			Run(t, func(t *testing.T, n *Net) {
@@ -184,7 +186,7 @@ func TestConnectionsComeAndGo(t *testing.T) {
 				begun := time.Now()
 				kills := 0
 				for time.Since(begun) < 20*time.Second {
-					time.Sleep(time.Duration(100+r.IntN(900)) * time.Millisecond)
+					time.Sleep(time.Duration(200+r.IntN(2500)) * time.Millisecond)
 					near, far := a.conns(b), b.conns(a)
 					for i, p := range [][2]*member{{a, b}, {b, a}} {
 						if len(near) > 0 && len(far) > 0 {
@@ -202,10 +204,10 @@ func TestConnectionsComeAndGo(t *testing.T) {
 					case 1:
 						_ = d.Close()
 					case 2:
-						for k := range interfaces {
-							if d.LocalMultiaddr().String() == Addr(TCP, addrs[1][k]).String() {
-								n.Sever(addrs[0][k], addrs[1][k])
-							}
+						on := interfaceOf(d)
+						same := slices.DeleteFunc(far, func(e network.Conn) bool { return interfaceOf(e) != on })
+						if len(same) < len(near) { // it breaks all of them
+							n.Sever(on[0], on[1])
 						}
 					}
 				}
@@ -217,4 +219,15 @@ func TestConnectionsComeAndGo(t *testing.T) {
 			})
 		})
 	}
+}
+
+// interfaceOf returns the IPs of a connection over TCP.
+func interfaceOf(c network.Conn) (ips [2]string) {
+	if c.ConnState().Transport == "quic-v1" {
+		return ips
+	}
+	for i, m := range []ma.Multiaddr{c.LocalMultiaddr(), c.RemoteMultiaddr()} {
+		ips[i], _ = m.ValueForProtocol(ma.P_IP4)
+	}
+	return ips
 }
