@@ -290,6 +290,10 @@ func (h *receiveHalf) settle() {
 func (h *receiveHalf) switchOver() {
 	h.cur, h.next = h.next, nil
 	h.count = uint64(h.ahead.len)
+	if h.closed { // nobody will read it
+		h.budget.release(h.ahead.len)
+		h.ahead = chunks{}
+	}
 	h.ready.append(&h.ahead)
 	h.state, h.ended, h.expect, h.verified = receiveOpen, nil, "", false
 	h.untrusted = false // S5: it was the old stream's end that could not be told
