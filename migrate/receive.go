@@ -425,6 +425,7 @@ func (h *receiveHalf) await(stall, hold time.Duration) error {
 func (h *receiveHalf) drain() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	var spare []byte // a buffer that ready has not taken over
 	for h.state == receiveHandover {
 		size := readChunk
 		if left := h.final - h.count; h.verified && left < readChunk {
@@ -445,7 +446,10 @@ func (h *receiveHalf) drain() {
 		}
 		cur, expect := h.cur, h.expect
 		h.mu.Unlock()
-		buf := make([]byte, size)
+		if cap(spare) < size {
+			spare = make([]byte, size)
+		}
+		buf := spare[:size]
 		n, expect, err := readBehind(cur, expect, buf)
 		h.mu.Lock()
 		budget.release(size - n)
@@ -456,7 +460,9 @@ func (h *receiveHalf) drain() {
 		if h.cur == cur {
 			h.expect = expect
 		}
-		h.keep(buf[:n], budget)
+		if h.keep(buf[:n], budget) {
+			spare = nil
+		}
 		h.give(cur, n, err)
 	}
 }
@@ -466,8 +472,13 @@ func (h *receiveHalf) drain() {
 func (h *receiveHalf) readAhead(next network.Stream) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	var spare []byte // as in drain
 	for h.state == receiveHandover && h.next == next && h.ahead.len < maxAhead {
-		buf := make([]byte, min(readChunk, maxAhead-h.ahead.len))
+		size := min(readChunk, maxAhead-h.ahead.len)
+		if cap(spare) < size {
+			spare = make([]byte, size)
+		}
+		buf := spare[:size]
 		budget := h.budget
 		if budget.reserve(len(buf)) != nil {
 			h.aheadFull = h.ahead.len > 0
@@ -493,7 +504,9 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 			return
 		}
 		if n > 0 {
-			h.ahead.add(buf[:n])
+			if h.ahead.add(buf[:n]) {
+				spare = nil
+			}
 			h.aheadFull = h.ahead.len == maxAhead
 			h.changed.broadcast()
 		}
@@ -513,13 +526,14 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 	}
 }
 
-// keep adds b, which was reserved in budget, to what later Reads are served from.
-func (h *receiveHalf) keep(b []byte, budget *span) {
+// keep adds b, which was reserved in budget, to what later Reads are served from. It says
+// whether b was taken over.
+func (h *receiveHalf) keep(b []byte, budget *span) (taken bool) {
 	if budget != h.budget { // the next migration has begun
 		budget.release(len(b))
 		_ = h.budget.reserve(len(b)) // they are there already
 	}
-	h.ready.add(b)
+	return h.ready.add(b)
 }
 
 // closeRead ends the application's reading. It may block.
@@ -626,8 +640,8 @@ type chunks struct {
 	len  int
 }
 
-// add takes b over.
-func (c *chunks) add(b []byte) {
+// add takes b over, unless there was room for all of it: then b is the caller's again.
+func (c *chunks) add(b []byte) (taken bool) {
 	c.len += len(b)
 	if i := len(c.list) - 1; i >= 0 {
 		last := c.list[i]
@@ -638,6 +652,7 @@ func (c *chunks) add(b []byte) {
 	if len(b) > 0 {
 		c.list = append(c.list, b)
 	}
+	return len(b) > 0
 }
 
 // append takes over what is in other.
