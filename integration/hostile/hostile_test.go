@@ -262,8 +262,12 @@ func (s *scene) measure(p peer.ID) usage {
 	runtime.GC()
 	runtime.GC()
 	runtime.ReadMemStats(&m)
-	stat := s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
+	stat := s.stat()
 	return usage{int64(m.HeapAlloc), inMigrate(), stat.Peers[p], stat.Transient}
+}
+
+func (s *scene) stat() rcmgr.ResourceManagerStat {
+	return s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
 }
 
 // inMigrate counts the goroutines that are inside of package migrate.
@@ -465,15 +469,15 @@ func (e *hostile) goes() {
 				return false
 			}
 		}
-		stat := s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
-		p := stat.Peers[e.ID()]
+		p := s.stat().Peers[e.ID()]
 		return p.NumStreamsInbound+p.NumStreamsOutbound+p.NumConnsInbound+p.NumConnsOutbound == 0 && p.Memory == 0
 	})
-	var now usage
 	WaitFor(e.t, "the victim's goroutines for the hostile peer to end", func() bool {
-		now = s.measure(e.ID())
-		return now.goroutines <= e.base.goroutines
+		s.honest.still.Lock()
+		defer s.honest.still.Unlock()
+		return inMigrate() <= e.base.goroutines
 	})
+	now := s.measure(e.ID())
 	e.t.Logf("gone:    %v", now)
 	s.progress("after the attack", true)
 }

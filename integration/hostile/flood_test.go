@@ -1,0 +1,454 @@
+package hostile
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+	"github.com/go-portage/portage/migrate"
+)
+
+// perStream is the most that one held stream may cost, in bytes of heap, at both of its
+// ends together, since both are in this process: the muxer's stream, the handler's and the
+// host's state of it. Half of it is one buffer of io.Copy.
+const perStream = 64 << 10
+
+// slack is what the heap of the process may differ by without any attack: connections, the
+// honest peer, the test itself.
+const slack = 4 << 20
+
+// limits are the victim's, which scale with the machine's memory.
+func limits() (peer, transient rcmgr.ResourceLimits) {
+	scaled := rcmgr.DefaultLimits
+	libp2p.SetDefaultServiceLimits(&scaled)
+	cfg := scaled.AutoScale().ToPartialLimitConfig()
+	return cfg.PeerDefault, cfg.Transient
+}
+
+// flood is something that a hostile peer does n times, and then ten times as often. What
+// it leaves open stays open until it goes.
+type flood struct {
+	name string
+	n    int
+	do   func(e *hostile, n int)
+
+	// crowds says that it takes all places among the streams that are not negotiated, as
+	// on any libp2p host. New streams of others have to wait then; those that are there
+	// go on.
+	crowds bool
+	// reserves says that it makes the victim keep data, which are on the resource
+	// manager's account, and no more than the peer's memory limit.
+	reserves bool
+}
+
+// TestFloods: what a flood costs is bounded by the limits of the resource manager, and not
+// by how much is sent.
+func TestFloods(t *testing.T) {
+	floods := []flood{
+		{name: "violations", n: 200, do: violations},
+		{name: "beginnings without an end", n: 500, do: halfOpen, crowds: true},
+		{name: "unknown labels", n: 100, do: unknownLabels, crowds: true},
+		{name: "one label, again and again", n: 200, do: sameLabel},
+		{name: "one protocol proposed after the other", n: 20_000, do: proposals},
+		{name: "migrations that are asked for, never carried on", n: 20, do: askedAndLeft},
+		{name: "migrations that are acked, never carried on", n: 10, do: ackedAndLeft},
+		{name: "one stream, moved all the time", n: 300, do: movedInALoop},
+		{name: "drips into a stream that nobody reads", n: 2_000, do: drips, reserves: true},
+		{name: "data ahead of an end that does not come", n: 3, do: ahead, reserves: true},
+	}
+	for _, f := range floods {
+		t.Run(f.name, func(t *testing.T) {
+			s := newScene(t)
+			peer, transient := limits()
+			for _, n := range []int{f.n, 10 * f.n} {
+				e := s.newHostile(t, n == f.n)
+				f.do(e, n)
+				s.progress(f.name, !f.crowds)
+				u := s.measure(e.ID())
+				t.Logf("before:  %v", e.base)
+				t.Logf("%-7d  %v", n, u)
+
+				bound := int64(slack) + perStream*int64(u.peer.NumStreamsInbound+u.peer.NumStreamsOutbound)
+				if f.reserves {
+					bound += u.peer.Memory
+				}
+				require.LessOrEqual(t, u.heap-e.base.heap, bound, "heap, in bytes, by what the resource manager knows of")
+				require.LessOrEqual(t, u.peer.NumStreamsInbound, int(peer.StreamsInbound))
+				require.LessOrEqual(t, u.transient.NumStreamsInbound, int(transient.StreamsInbound))
+				require.LessOrEqual(t, u.peer.Memory, int64(peer.Memory))
+				e.goes()
+			}
+		})
+	}
+}
+
+func violations(e *hostile, n int) {
+	each(n, func(k int) {
+		in := prelude + malformed[k%len(malformed)]
+		if k%10 == 0 {
+			in = tMultistream + token(migrate.FinalSizeID)
+		}
+		if u, err := e.tries(k%2, in); err == nil {
+			_, _ = io.Copy(io.Discard, u)
+			_ = u.Reset()
+		}
+	})
+}
+
+// halfOpen stops at every byte of an opening.
+func halfOpen(e *hostile, n int) {
+	each(n, func(k int) {
+		in := opening(e.fresh(), echoID)
+		_, _ = e.tries(k%2, in[:k%len(in)])
+	})
+}
+
+func unknownLabels(e *hostile, n int) {
+	each(n, func(k int) { _, _ = e.tries(k%2, prelude+asks(e.fresh(), e.fresh())) })
+}
+
+func sameLabel(e *hostile, n int) {
+	label := e.fresh()
+	each(n, func(k int) {
+		if u, err := e.tries(k%2, opening(label, echoID)); err == nil {
+			_ = u.CloseWrite()
+			_, _ = io.Copy(io.Discard, u)
+			_ = u.Reset()
+		}
+	})
+}
+
+// proposals never reads the answers, until the muxer has room for no more.
+func proposals(e *hostile, n int) {
+	in := prelude + labelled(e.fresh()) + tMultistream + strings.Repeat("\x02x\n", n)
+	for i := range 2 {
+		u, err := e.opens(i, "")
+		require.NoError(e.t, err)
+		_ = u.SetDeadline(time.Now().Add(2 * time.Second))
+		_, _ = io.WriteString(u, in)
+		tried.Add(int64(n))
+	}
+}
+
+// askedAndLeft takes as many streams as it gets, asks for a migration of each, and for
+// another, and says nothing more.
+func askedAndLeft(e *hostile, n int) {
+	var acked atomic.Int64
+	each(n, func(k int) {
+		app := []protocol.ID{echoID, holdID}[k%2]
+		_, label, err := e.stream(0, app)
+		if err != nil {
+			return
+		}
+		for range 2 {
+			u, err := e.tries(1, prelude+asks(e.fresh(), label))
+			if err != nil {
+				return
+			}
+			go func() {
+				if wants(u, prelude+ackVerified) == nil {
+					acked.Add(1)
+				}
+			}()
+		}
+	})
+	WaitFor(e.t, "a migration to be acked", func() bool { return acked.Load() >= 8 })
+}
+
+// ackedAndLeft acks what the victim asks for, and says nothing more.
+func ackedAndLeft(e *hostile, n int) {
+	for range n {
+		st, u, err := e.openedIfRoom()
+		if err != nil {
+			return // the victim has as many streams with this peer as it may have
+		}
+		_, err = io.WriteString(u, answer(echoID))
+		require.NoError(e.t, err)
+		to := e.ends[0]
+		if st.Conn() == to {
+			to = e.ends[1]
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		failed := make(chan struct{})
+		go func() {
+			_ = e.s.victim.Migrate(ctx, st, to)
+			close(failed)
+		}()
+		select {
+		case next := <-e.came:
+			tried.Add(1)
+			_, err = io.WriteString(next, prelude+ackVerified)
+			require.NoError(e.t, err)
+		case <-failed:
+		}
+		cancel()
+	}
+}
+
+func movedInALoop(e *hostile, n int) {
+	u, label := e.mustStream(0, echoID)
+	for k := range n {
+		_, err := io.WriteString(u, "x")
+		require.NoError(e.t, err)
+		require.NoError(e.t, wants(u, "x"))
+		id := e.fresh()
+		next, err := e.tries(1-k%2, prelude+asks(id, label))
+		require.NoError(e.t, err)
+		require.NoError(e.t, wants(next, prelude+ackVerified), "migration %d", k)
+		_, err = io.WriteString(next, finalSize(1))
+		require.NoError(e.t, err)
+		require.NoError(e.t, wants(next, finalSize(1)), "migration %d", k)
+		_ = u.Close()
+		u, label = next, id
+	}
+}
+
+// asked opens a stream whose handler does not read, and has its migration acked.
+func (e *hostile) asked(size uint64) (old, next network.Stream) {
+	e.t.Helper()
+	old, label := e.mustStream(0, holdID)
+	next, err := e.tries(1, prelude+asks(e.fresh(), label))
+	require.NoError(e.t, err)
+	require.NoError(e.t, wants(next, prelude+ackVerified))
+	_, err = io.WriteString(next, finalSize(size))
+	require.NoError(e.t, err)
+	return old, next
+}
+
+// drips sends n bytes, one at a time, to a host that has to keep them.
+func drips(e *hostile, n int) {
+	var wg sync.WaitGroup
+	for range 4 {
+		old, _ := e.asked(1 << 40)
+		wg.Go(func() {
+			for range n / 4 {
+				tried.Add(1)
+				if _, err := old.Write([]byte{1}); err != nil {
+					e.t.Errorf("drip: %v", err)
+					return
+				}
+				time.Sleep(20 * time.Microsecond) // so that each is read alone
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// ahead sends data over n new streams whose old ones never end.
+func ahead(e *hostile, n int) {
+	data := make([]byte, 1<<20)
+	var all []network.Stream
+	for range n {
+		_, next := e.asked(1)
+		all = append(all, next)
+	}
+	for _, next := range all {
+		tried.Add(1)
+		go func() { _, _ = next.Write(data) }()
+	}
+	WaitFor(e.t, "data to be read ahead, as far as that goes", func() bool {
+		return e.s.stat().Peers[e.ID()].Memory >= int64(n)*(256<<10)
+	})
+}
+
+// TestDripsForEver: a peer that sends one byte after the other and never pauses holds a
+// stream that is not negotiated for no longer than a negotiation may take; once a
+// migration is acked it may go on (S10), at the cost of its own streams.
+func TestDripsForEver(t *testing.T) {
+	s := newScene(t, migrate.WithNegotiationTimeout(3*time.Second))
+	e := s.newHostile(t, true)
+	long := lengthy("\x0a" + lengthy("\x08"+uvarint(e.fresh())) + "\xaa\x06" + lengthy(strings.Repeat("x", 990)))
+	forEver := func() string { return strings.Repeat("\x02x\n", 1000) }
+	points := map[string][2]string{ // what is sent at once, and what drips
+		"header":         {"", prelude + long},
+		"ID":             {tMultistream, tMigration + long},
+		"length":         {prelude, long},
+		"message":        {prelude + long[:2], long[2:]},
+		"behind a label": {prelude + labelled(e.fresh()), tMultistream + forEver()},
+		"proposals":      {prelude + labelled(e.fresh()) + tMultistream, forEver()},
+		"plain":          {tMultistream, forEver()},
+	}
+	var running sync.WaitGroup
+	stop := make(chan struct{})
+	drip := func(u network.Stream, what string) {
+		for k := 0; ; k = (k + 1) % len(what) {
+			tried.Add(1)
+			if _, err := u.Write([]byte{what[k]}); err != nil {
+				return
+			}
+			select {
+			case <-stop:
+				return
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	var open atomic.Int64
+	for _, p := range points {
+		for i := range 2 {
+			u, err := e.tries(i, p[0])
+			require.NoError(t, err)
+			open.Add(1)
+			running.Go(func() {
+				drip(u, p[1])
+				open.Add(-1)
+				_ = u.Reset()
+			})
+		}
+	}
+	// Behind the ack: the final size, and the old stream up to it.
+	for _, what := range []string{"\xff\x07" + strings.Repeat("\xaa", 1000), strings.Repeat("\x00", 10)} {
+		u, label := e.mustStream(0, holdID)
+		next, err := e.tries(1, prelude+asks(e.fresh(), label))
+		require.NoError(t, err)
+		require.NoError(t, wants(next, prelude+ackVerified))
+		if what[0] == 0 {
+			_, err = io.WriteString(next, finalSize(1<<40))
+			require.NoError(t, err)
+			next = u
+		}
+		running.Go(func() { drip(next, what) })
+	}
+	s.progress("drips", true)
+	WaitFor(t, "the negotiations that drip to be ended", func() bool { return open.Load() == 0 })
+	u := s.measure(e.ID())
+	t.Logf("held: %v", u)
+	require.LessOrEqual(t, u.peer.NumStreamsInbound, 4)
+	close(stop)
+	running.Wait()
+	e.goes()
+}
+
+// TestPeerThatReadsNothing: all that the victim's applications write to it fills the
+// windows, its answers to Migrates included. It takes no place for ever that others need.
+func TestPeerThatReadsNothing(t *testing.T) {
+	s := newScene(t, migrate.WithNegotiationTimeout(3*time.Second))
+	e := s.newHostile(t, true)
+	data := make([]byte, 1<<20)
+	for i := range 2 {
+		for range 8 {
+			u, err := e.tries(i, opening(e.fresh(), echoID))
+			require.NoError(t, err)
+			_ = u.SetWriteDeadline(time.Now().Add(time.Second))
+			go func() { _, _ = u.Write(data) }()
+		}
+	}
+	s.progress("windows that are full", true)
+	for k := range 40 {
+		_, _ = e.tries(k%2, prelude+asks(e.fresh(), e.fresh()))
+	}
+	u := s.measure(e.ID())
+	t.Logf("held: %v", u)
+	WaitFor(t, "the victim to free the streams on which it cannot answer", func() bool {
+		return s.stat().Transient.NumStreamsInbound == 0
+	})
+	s.progress("denials that nobody takes", true)
+	u = s.measure(e.ID())
+	t.Logf("held: %v", u)
+	require.LessOrEqual(t, u.heap-e.base.heap, slack+perStream*int64(u.peer.NumStreamsInbound)+u.peer.Memory)
+	e.goes()
+}
+
+// TestBothAsk: the hostile peer asks whenever the victim does, and answers with what comes
+// next, in turn. No call hangs, and no stream of anybody else's is harmed (M1, M2).
+func TestBothAsk(t *testing.T) {
+	s := newScene(t, migrate.WithStallTimeout(time.Second))
+	for _, lower := range []bool{true, false} {
+		t.Run(fmt.Sprintf("lower %v", lower), func(t *testing.T) {
+			e := s.newHostile(t, lower)
+			replies := []string{"", prelude + ackVerified, prelude + ackVerified + finalSize(1), prelude + ackDenied, prelude + ackDraft, "\x00"}
+			for k := range 60 {
+				st, u := e.opened()
+				_, err := io.WriteString(u, answer(echoID)+"?")
+				require.NoError(t, err)
+				require.NoError(t, wants(st, "?"))
+				to := 0
+				if st.Conn() == e.ends[0] {
+					to = 1
+				}
+				moved := make(chan error, 1)
+				label := st.Label()
+				go func() { moved <- s.victim.Migrate(context.Background(), st, e.ends[to]) }()
+				var mine []network.Stream
+				for range 3 {
+					next, err := e.tries(to, prelude+asks(e.fresh(), label))
+					require.NoError(t, err)
+					mine = append(mine, next)
+				}
+				for _, next := range mine {
+					_, _ = io.WriteString(next, []string{finalSize(1), "", finalSize(9)}[k%3])
+				}
+				select {
+				case theirs := <-e.came:
+					_, _ = io.WriteString(theirs, replies[k%len(replies)])
+					_ = theirs.Reset()
+				case err := <-moved:
+					moved <- err
+				}
+				for _, next := range mine {
+					_ = next.Reset()
+				}
+				_ = u.Reset()
+				select {
+				case <-moved:
+				case <-time.After(patience):
+					t.Fatal("Migrate does not return")
+				}
+				_ = st.Reset()
+			}
+			s.progress("both ask", true)
+			t.Logf("at rest: %v", s.measure(e.ID()))
+			e.goes()
+		})
+	}
+}
+
+// TestDataAfterTheEnd: a peer whose EOF the application has been given, and that sends on
+// behind a migration (S11).
+func TestDataAfterTheEnd(t *testing.T) {
+	s := newScene(t)
+	e := s.newHostile(t, true)
+	for k := range 40 {
+		st, u := e.opened()
+		_, err := io.WriteString(u, answer(echoID)+"abc")
+		require.NoError(t, err)
+		require.NoError(t, u.CloseWrite())
+		got, err := io.ReadAll(st)
+		require.NoError(t, err)
+		require.Equal(t, "abc", string(got))
+		to := 0
+		if st.Conn() == e.ends[0] {
+			to = 1
+		}
+		next, err := e.tries(to, prelude+asks(e.fresh(), st.Label()))
+		require.NoError(t, err)
+		require.NoError(t, wants(next, prelude+ackVerified))
+		size := uint64(3)
+		if k%2 == 0 {
+			size = 4 // it had more to say, it says now
+		}
+		_, err = io.WriteString(next, finalSize(size)+"more")
+		require.NoError(t, err)
+		_, reset := e.ended(next)
+		require.True(t, reset)
+		n, err := st.Read(make([]byte, 10))
+		require.Zero(t, n)
+		require.Error(t, err)
+		_ = st.Reset()
+		_ = u.Reset()
+	}
+	s.progress("data after the end", true)
+	e.goes()
+}
