@@ -264,11 +264,11 @@ func (h *receiveHalf) end(err error) error {
 // and the state be receiveHandover.
 func (h *receiveHalf) settle() {
 	switch {
+	case h.verified && h.count > h.final:
+		h.failLocked(reset(errTooMuch))
 	case h.closed:
 		h.blind = h.ended == nil
 		h.switchOver()
-	case h.verified && h.count > h.final:
-		h.failLocked(reset(errTooMuch))
 	case h.verified && h.count == h.final:
 		h.switchOver()
 	case h.ended == nil:
