@@ -68,6 +68,11 @@ func reset(cause error) error {
 	if errors.Is(cause, network.ErrReset) {
 		return cause
 	}
+	if t := (interface{ Timeout() bool })(nil); errors.As(cause, &t) && t.Timeout() {
+		// A connection that was silent for too long reports a timeout. What ends the
+		// stream must not be taken for a deadline, after which one may try again.
+		cause = errors.New(cause.Error())
+	}
 	return &network.StreamError{
 		ErrorCode:      network.StreamNoError,
 		TransportError: fmt.Errorf("migration failed: %w", cause),

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"os"
 	"testing"
 	"time"
 
@@ -216,4 +217,15 @@ func TestMigrateLoop(t *testing.T) {
 			t.Logf("%d migrations", s.Migrations())
 		})
 	}
+}
+
+// TestResetIsNoTimeout: an application that tries again after a timeout must not do so for
+// ever on a stream that is gone.
+func TestResetIsNoTimeout(t *testing.T) {
+	err := reset(fmt.Errorf("read: %w", os.ErrDeadlineExceeded))
+	require.ErrorIs(t, err, network.ErrReset)
+	require.NotErrorIs(t, err, os.ErrDeadlineExceeded)
+	var timeout interface{ Timeout() bool }
+	require.False(t, errors.As(err, &timeout) && timeout.Timeout(), "%v", err)
+	require.ErrorIs(t, reset(errTooMuch), errViolation, "other causes can be told")
 }
