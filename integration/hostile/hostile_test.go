@@ -444,11 +444,13 @@ func (e *hostile) ended(u network.Stream) (code network.StreamErrorCode, reset b
 	return code, true
 }
 
-// each runs f for 0 to n-1, 32 at a time: some inputs have to wait for 5 s (L4).
-func each(n int, f func(k int)) {
+// each runs f for 0 to n-1, 64 at a time: some inputs have to wait for 5 s (L4).
+func each(n int, f func(k int)) { eachOf(64, n, f) }
+
+func eachOf(workers, n int, f func(k int)) {
 	var wg sync.WaitGroup
 	var next atomic.Int64
-	for range 32 {
+	for range workers {
 		wg.Go(func() {
 			for k := int(next.Add(1)) - 1; k < n; k = int(next.Add(1)) - 1 {
 				f(k)

@@ -57,7 +57,12 @@ func TestBadBeginnings(t *testing.T) {
 	for _, lower := range []bool{true, false} {
 		t.Run(map[bool]string{true: "lower", false: "higher"}[lower], func(t *testing.T) {
 			e := s.newHostile(t, lower)
-			for i, tr := range []Transport{TCP, QUIC} {
+			type input struct {
+				conn  int
+				bytes string
+			}
+			var all []input
+			for i := range e.conns {
 				own, label := e.mustStream(i, echoID)
 				foreign := s.honest.streams[0].Label()
 				var inputs []string
@@ -88,21 +93,24 @@ func TestBadBeginnings(t *testing.T) {
 				}
 				inputs = append(inputs, mutants(opening(e.fresh(), echoID))...)
 				inputs = append(inputs, mutants(prelude+asks(e.fresh(), label))...)
-				each(len(inputs), func(k int) {
-					for _, end := range []func(network.Stream) error{network.Stream.CloseWrite, network.Stream.Reset} {
-						u, err := e.tries(1-i, inputs[k])
-						if err != nil {
-							t.Errorf("%s: cannot open a stream: %v", tr, err)
-							return
-						}
-						_ = end(u)
-						_, _ = io.Copy(io.Discard, u) // to its end, within the stream's deadline
-						_ = u.Reset()
-					}
-				})
-				_ = own.Reset()
-				s.progress("bad beginnings over "+string(tr), true)
+				defer own.Reset()
+				for _, in := range inputs {
+					all = append(all, input{1 - i, in})
+				}
 			}
+			each(len(all), func(k int) {
+				for _, end := range []func(network.Stream) error{network.Stream.CloseWrite, network.Stream.Reset} {
+					u, err := e.tries(all[k].conn, all[k].bytes)
+					if err != nil {
+						t.Errorf("cannot open a stream: %v", err)
+						return
+					}
+					_ = end(u)
+					_, _ = io.Copy(io.Discard, u) // to its end, within the stream's deadline
+					_ = u.Reset()
+				}
+			})
+			s.progress("bad beginnings", true)
 			t.Logf("at rest: %v", s.measure(e.ID()))
 			e.goes()
 		})
@@ -295,7 +303,7 @@ func TestAfterTheAck(t *testing.T) {
 		names = append(names, name)
 	}
 	for i, tr := range []Transport{TCP, QUIC} {
-		each(2*len(names), func(k int) {
+		eachOf(16, 2*len(names), func(k int) {
 			name, eof := names[k/2], k%2 == 0
 			old, label, err := e.stream(i, echoID)
 			if err != nil {
