@@ -313,8 +313,8 @@ func TestDraftInitiatorFasterThanAck(t *testing.T) {
 }
 
 // TestDraftReadingClosedMeanwhile: an application that stops reading during the handover.
-// Where the old stream was read to its end before, there is the proof; where not, what
-// comes on the new stream is it (S3).
+// The end of the old stream is read all the same, since there is the proof (S3): a peer
+// that waits for us has nothing to send on the new one.
 func TestDraftReadingClosedMeanwhile(t *testing.T) {
 	closesAt := func(t *testing.T, kind EventKind) (p *rawPeer, s *Stream, old *rawStream) {
 		p = meet(t, draftOnly, WithTracer(func(e Event) {
@@ -339,45 +339,36 @@ func TestDraftReadingClosedMeanwhile(t *testing.T) {
 		next := p.migratesDraft(old)
 		p.writes(s, "old still")
 		old.wants("old still")
-		WaitFor(t, "the host to have switched blindly", s.recv.switchedBlind)
 		require.NoError(t, s.CloseRead())
+		old.sends("nobody wants this")
 		p.writes(s, "old still")
 		old.wants("old still")
-		next.sends("x")
+		old.closesWrite()
 		old.wantsEOF()
 		p.settled(s, next)
 		p.writes(s, "new")
 		next.wants("new")
+		require.Zero(t, s.Scope().Stat().Memory)
 	})
 	t.Run("before the end, closed", func(t *testing.T) {
 		// S7: what was written is still delivered, then EOF.
 		p, s, old := closesAt(t, Acked)
 		next := p.migratesDraft(old)
 		p.writes(s, "old still")
-		WaitFor(t, "the host to have switched blindly", s.recv.switchedBlind)
 		require.NoError(t, s.Close())
 		old.wants("old still")
 		old.wantsEOF()
-		next.sends("x")
+		old.closesWrite()
 		next.wantsEOF()
 		p.nothingLeft()
 	})
-	for name, proof := range map[string]func(next *rawStream){
-		"before the end, data": func(next *rawStream) { next.sends("x") },
-		"before the end, EOF":  (*rawStream).closesWrite,
-	} {
-		t.Run(name, func(t *testing.T) {
-			p, s, old := closesAt(t, Acked)
-			next := p.migratesDraft(old)
-			p.writes(s, "old still")
-			old.wants("old still")
-			proof(next)
-			old.wantsEOF()
-			p.settled(s, next)
-			p.writes(s, "new")
-			next.wants("new")
-		})
-	}
+	t.Run("before the end, and that is reset", func(t *testing.T) {
+		p, s, old := closesAt(t, Acked)
+		next := p.migratesDraft(old)
+		require.NoError(t, old.Reset())
+		next.wantsReset(network.StreamNoError)
+		p.failed(s)
+	})
 }
 
 // TestDraftNeverReadingSide: the old stream is read to its end though the application
@@ -394,6 +385,24 @@ func TestDraftNeverReadingSide(t *testing.T) {
 	next.sends("new")
 	next.closesWrite()
 	require.Equal(t, data+"new", p.readsEnd(s, io.EOF))
+}
+
+// TestDraftClosesWhileTheAckLeaves: where the ack cannot be sent, the application's
+// CloseRead takes effect after all.
+func TestDraftClosesWhileTheAckLeaves(t *testing.T) {
+	old := newFake()
+	h := &receiveHalf{cur: old}
+	require.True(t, h.awaitProof())
+	h.hold()
+	require.NoError(t, h.closeRead())
+	require.False(t, old.readClosed)
+	h.release(false)
+	WaitFor(t, "the old stream to be closed for reading", func() bool {
+		old.mu.Lock()
+		defer old.mu.Unlock()
+		return old.readClosed
+	})
+	require.False(t, h.awaitProof())
 }
 
 // TestDraftReadingClosed: an application that has stopped reading leaves a draft-only

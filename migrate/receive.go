@@ -111,7 +111,7 @@ type receiveHalf struct {
 	verified  bool // final is known
 	eof       bool // the application was given EOF
 	closed    bool // CloseRead or Close was called
-	blind     bool // it switched since the application reads no more, before cur ended
+	proof     bool // S3: the end of cur is read, though the application may close its reading
 	untrusted bool // S5: a draft-only responder may have acked an attempt on cur
 	ownEnd    bool // the application has ended its writing
 }
@@ -222,7 +222,7 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 	}
 	h.reading = false
 	// A read of ours has no deadline.
-	end := err != nil && !h.closed && (h.ours || !isDeadline(err, from))
+	end := err != nil && (!h.closed || h.proof) && (h.ours || !isDeadline(err, from))
 	if h.ours {
 		h.ours = false
 		if !h.closed && !h.deadline.IsZero() {
@@ -266,8 +266,7 @@ func (h *receiveHalf) settle() {
 	switch {
 	case h.verified && h.count > h.final:
 		h.failLocked(reset(errTooMuch))
-	case h.closed:
-		h.blind = h.ended == nil
+	case h.closed && !h.proof:
 		h.switchOver()
 	case h.verified && h.count == h.final:
 		h.switchOver()
@@ -295,7 +294,7 @@ func (h *receiveHalf) switchOver() {
 		h.ahead = chunks{}
 	}
 	h.ready.append(&h.ahead)
-	h.state, h.ended, h.expect, h.verified = receiveOpen, nil, "", false
+	h.state, h.ended, h.expect, h.verified, h.proof = receiveOpen, nil, "", false, false
 	h.untrusted = false // S5: it was the old stream's end that could not be told
 	// The token of the old stream is history; that of the new one may be taken.
 	h.reading, h.ours, h.aheadOn, h.aheadFull = h.aheadOn, h.aheadOn, false, false
@@ -326,6 +325,20 @@ func (h *receiveHalf) release(untrusted bool) {
 		h.state = receiveOpen
 		h.changed.broadcast()
 	}
+	if h.proof && h.closed {
+		go h.cur.CloseRead() // which closeRead has left out
+	}
+	h.proof = false
+}
+
+// awaitProof has the end of cur read from here on, whether the application reads or not:
+// it proves to a responder that its ack has arrived (S3). It says false where the
+// application has closed its reading, and that end cannot be read any more.
+func (h *receiveHalf) awaitProof() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.proof = !h.closed
+	return h.proof
 }
 
 // handover makes next the stream that follows cur. With verified, it does so once
@@ -546,12 +559,15 @@ func (h *receiveHalf) closeRead() error {
 	h.closed = true
 	h.budget.release(h.ready.len)
 	h.ready = chunks{}
-	old := h.cur
+	old, proof := h.cur, h.proof
 	if h.state == receiveHandover {
 		h.settle()
 	}
 	h.changed.broadcast()
 	h.mu.Unlock()
+	if proof {
+		return nil // the exchange closes it
+	}
 	return old.CloseRead()
 }
 
@@ -708,14 +724,6 @@ func (h *receiveHalf) hasEnded() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.eof || h.ended != nil
-}
-
-// switchedBlind says whether the half has switched without having seen how the old stream
-// ended.
-func (h *receiveHalf) switchedBlind() bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.blind
 }
 
 // firstOfNext waits for the first bytes or the EOF of next, and keeps the bytes.

@@ -82,7 +82,7 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	}
 	x.trace(Started, nil)
 
-	if _, closed := s.recv.view(); !verified && closed { // while it waited for its turn
+	if !verified && !s.recv.awaitProof() { // closed while it waited for its turn
 		defer x.fallBack(false)
 		return h.deny(n, x, noProof, from)
 	}
@@ -207,13 +207,6 @@ func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	}
 	if err := x.switchReceiving(u, 0, false); err != nil {
 		return err
-	}
-	if !ended && s.recv.switchedBlind() {
-		// The application has stopped reading, and with it our view of the old
-		// stream. The proof is whatever comes on the new one.
-		if _, err := readProof(u, make([]byte, 1)); err != nil {
-			return err
-		}
 	}
 	oldClosed, err := x.switchSending(u, false)
 	if err != nil {
