@@ -27,16 +27,19 @@ func (m *mover) trace(e migrate.Event) {
 	}
 }
 
-// move begins to migrate a stream of the given side, if streams of the pair move. over says
-// whether the application has closed or reset an end of it: until then each migration has
+// move begins to migrate a stream of the given side, if streams of the pair move, and ready
+// comes to say so. over says whether the application has closed or reset an end of it: until then each migration has
 // to succeed, sooner or later.
-func (p *pair) move(side int, s network.Stream, over func() bool) {
+func (p *pair) move(side int, s network.Stream, ready, over func() bool) {
 	if !p.moved {
 		return
 	}
 	p.mover.wg.Add(1)
 	go func() {
 		defer p.mover.wg.Done()
+		if !ready() {
+			return
+		}
 		h, st := p.hosts[side].(*migrate.Host), s.(*migrate.Stream)
 		for {
 			to := p.conns[side][0]
@@ -66,12 +69,10 @@ func (p *pair) await() {
 		defer close(done)
 		p.mover.wg.Wait()
 	}()
-	// A migration that the end of its stream meets takes a round trip. Longer than a
-	// second it would keep the end from the application at the other side (S5).
 	select {
 	case <-done:
-	case <-time.After(4 * time.Second):
-		p.t.Error("streams that have ended still migrate after 4 s")
+	case <-time.After(patience):
+		p.t.Error("streams that have ended still migrate")
 		<-done
 	}
 }

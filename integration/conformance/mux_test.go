@@ -70,7 +70,13 @@ type session struct {
 	closed atomic.Bool // an end was closed
 
 	opened atomic.Uint64
-	over   sync.Map // number of a stream -> *atomic.Bool: an end was closed or reset
+	shared sync.Map // number of a stream -> *sharedState
+}
+
+// sharedState is what the two ends of a stream share.
+type sharedState struct {
+	over    atomic.Bool   // an end was closed or reset
+	arrived chan struct{} // closed when the acceptor has it
 }
 
 // NewConn implements network.Multiplexer.
@@ -158,7 +164,7 @@ func (c *muxConn) OpenStream(ctx context.Context) (network.MuxedStream, error) {
 		return nil, err
 	}
 	n := c.session.opened.Add(1)
-	c.session.over.Store(n, new(atomic.Bool))
+	c.session.shared.Store(n, &sharedState{arrived: make(chan struct{})})
 	if _, err := u.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
 		_ = u.Reset()
 		return nil, err
@@ -176,6 +182,7 @@ func (c *muxConn) accept(u network.Stream) {
 		return
 	}
 	s := c.add(u, binary.BigEndian.Uint64(number))
+	close(s.shared.arrived)
 	select {
 	case c.arrived <- s:
 	case <-c.closed:
@@ -184,12 +191,12 @@ func (c *muxConn) accept(u network.Stream) {
 }
 
 func (c *muxConn) add(u network.Stream, number uint64) *muxStream {
-	over, _ := c.session.over.Load(number)
-	s := &muxStream{Stream: u, conn: c, over: over.(*atomic.Bool)}
+	shared, _ := c.session.shared.Load(number)
+	s := &muxStream{Stream: u, conn: c, shared: shared.(*sharedState)}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.streams[s] = struct{}{}
-	c.session.pair.move(c.side, u, func() bool { return s.over.Load() || c.session.closed.Load() })
+	c.session.pair.move(c.side, u, s.await, func() bool { return s.shared.over.Load() || c.session.closed.Load() })
 	return s
 }
 
@@ -248,10 +255,22 @@ func (c *muxConn) IsClosed() bool {
 // need not be closed where both directions have ended.
 type muxStream struct {
 	network.Stream
-	conn *muxConn
-	over *atomic.Bool // shared by both ends
+	conn   *muxConn
+	shared *sharedState
 
 	read, written atomic.Bool // the direction has ended
+}
+
+// await waits until the stream has both ends, and says whether it does. A Migrate that is
+// seconds ahead of its stream, which happens where a slow machine carries a thousand, is
+// denied (L4).
+func (s *muxStream) await() bool {
+	select {
+	case <-s.shared.arrived:
+		return true
+	case <-s.conn.closed:
+		return false
+	}
 }
 
 func (s *muxStream) Read(p []byte) (int, error) {
@@ -280,7 +299,7 @@ func (s *muxStream) ended() {
 }
 
 func (s *muxStream) forget() {
-	s.over.Store(true)
+	s.shared.over.Store(true)
 	s.conn.mu.Lock()
 	defer s.conn.mu.Unlock()
 	delete(s.conn.streams, s)

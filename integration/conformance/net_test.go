@@ -67,7 +67,7 @@ type netPair struct {
 	*pair
 	way    netWay
 	listen net.Listener
-	now    *pipe // which is being made, or used
+	now    atomic.Pointer[pipe] // which is being made, or used
 }
 
 func newNet(t *testing.T, s setup, way netWay) *netPair {
@@ -89,7 +89,7 @@ type pipe struct {
 func (n *netPair) pipe() (c1, c2 net.Conn, stop func(), err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	n.now = new(pipe)
+	n.now.Store(new(pipe))
 	moved := n.mover.moved.Load()
 	opener, err := gostream.Dial(ctx, &tap{n.hosts[0], n, 0}, n.hosts[1].ID(), netID)
 	if err != nil {
@@ -185,8 +185,8 @@ func (h *tap) SetStreamHandler(id protocol.ID, handler network.StreamHandler) {
 }
 
 func (h *tap) tapped(s network.Stream) network.Stream {
-	now := h.n.now
-	h.n.move(h.side, s, now.over.Load)
+	now := h.n.now.Load()
+	h.n.move(h.side, s, func() bool { return true }, now.over.Load)
 	return &netStream{Stream: s, pipe: now, setup: h.n.setup}
 }
 

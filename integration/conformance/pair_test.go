@@ -30,7 +30,7 @@ type pair struct {
 
 // patience is how long something may take that must happen. It never decides how a test
 // ends that passes.
-const patience = 20 * time.Second
+const patience = 3 * time.Minute
 
 func newPair(t testing.TB, s setup) *pair {
 	t.Helper()
@@ -81,9 +81,9 @@ func newPair(t testing.TB, s setup) *pair {
 }
 
 // open opens a stream. It waits for nothing but a connection that is congested: a thousand
-// at once, on a slow machine, take longer than the 10 s that is usual.
+// at once, on a slow machine, take longer than the 10 s that are usual.
 func (p *pair) open(ctx context.Context, side int, id protocol.ID) (network.Stream, error) {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if p.moved {
 		return p.hosts[side].NewStream(ctx, p.hosts[1-side].ID(), id)
