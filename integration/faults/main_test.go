@@ -13,7 +13,10 @@ import (
 	"go.uber.org/goleak"
 )
 
-var all = flag.Bool("all", false, "test every pair of transports, and at more moments; takes minutes")
+var (
+	all       = flag.Bool("all", false, "test every pair of transports, and at more moments; takes minutes")
+	firstSeed = flag.Uint64("seed", 0, "where the seeds of random faults begin")
+)
 
 // TestMain looks for goroutines that are left. With hosts that live, connections that
 // live, and no stream, there is nothing for one of the package migrate to do; and none of

@@ -179,7 +179,7 @@ func TestFaultAtEveryStep(t *testing.T) {
 						l.join(t)
 						if f.possible(l.paths[i]) {
 							t.Run(fmt.Sprintf("%s %s", connName(i), f.name), func(t *testing.T) {
-								l.suffer(t, f, i, n+m)
+								l.suffer(t, f, i, n+m, everyStep)
 							})
 						}
 						l.part(t)
@@ -202,11 +202,11 @@ type held struct {
 	result    <-chan error
 }
 
-// suffer has one fault strike one connection.
-func (l *link) suffer(t *testing.T, f fault, i, turn int) {
+// suffer has one fault strike one connection, under streams that are held at the steps.
+func (l *link) suffer(t *testing.T, f fault, i, turn int, steps []step) {
 	noticed := f.noticed(l.paths[i])
 	var talks []*held
-	for n, at := range everyStep {
+	for n, at := range steps {
 		for k := range kinds {
 			talks = append(talks, l.prepare(t, at, k, (n+int(k)+turn)%2, uint64(len(talks))))
 		}

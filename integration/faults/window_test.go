@@ -42,15 +42,15 @@ func TestStuckMigrationLeavesTheWinner(t *testing.T) {
 				}
 				t.Run(fmt.Sprintf("%s, %d times %d MiB", w, tc.streams, tc.flood>>20), func(t *testing.T) {
 					t.Parallel()
-					stuckBeside(t, w, tc.streams, tc.flood, tc.lost && !yamux(w.to))
+					stuckBeside(t, w, tc.streams, tc.flood, tc.lost && !ownWindows(w.to))
 				})
 			}
 		}
 	})
 }
 
-// yamux says whether the streams of a connection have windows of their own.
-func yamux(tr Transport) bool { return tr == TCP || tr == WebSocket || tr == Relay }
+// ownWindows says whether the streams of a connection have windows of their own.
+func ownWindows(tr Transport) bool { return tr == TCP || tr == WebSocket || tr == Relay }
 
 func stuckBeside(t *testing.T, w way, n, flood int, lost bool) {
 	// No other bound than that of M4.
