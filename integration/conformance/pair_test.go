@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -72,6 +73,15 @@ func newPair(t testing.TB, s setup) *pair {
 		}
 	}
 	for side, h := range p.hosts {
+		if mh, ok := h.(*migrate.Host); ok {
+			// Identify may tell what a host supported before it was wrapped, and then push
+			// the rest.
+			far := p.hosts[1-side].ID()
+			WaitFor(t, "the other end to be known to migrate streams", func() bool {
+				known, err := mh.Peerstore().SupportsProtocols(far, migrate.ID, migrate.FinalSizeID)
+				return err == nil && len(known) == 2
+			})
+		}
 		// The handlers are set too late for identify.
 		if err := h.Peerstore().AddProtocols(p.hosts[1-side].ID(), netID, muxID); err != nil {
 			t.Fatal(err)
@@ -86,7 +96,11 @@ func (p *pair) open(ctx context.Context, side int, id protocol.ID) (network.Stre
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	if p.moved {
-		return p.hosts[side].NewStream(ctx, p.hosts[1-side].ID(), id)
+		s, err := p.hosts[side].NewStream(ctx, p.hosts[1-side].ID(), id)
+		if _, ok := s.(*migrate.Stream); err == nil && !ok {
+			return nil, errors.New("the stream is not labelled")
+		}
+		return s, err
 	}
 	u, err := p.conns[side][0].NewStream(ctx)
 	if err != nil {
