@@ -1,6 +1,7 @@
 package consolidate
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"testing"
@@ -32,6 +33,8 @@ func exchange(t *testing.T, tr *traffic, a, b *member, lasts time.Duration) {
 				tr.bulk(ctx, from.host.NewStream, to, int(lasts/time.Second), 10_000, time.Second)
 				tr.bulk(ctx, from.host.NewStream, to, 1, 2_000_000, 0)
 				tr.ping(ctx, from.Node.NewStream, to, 3, time.Second)
+				tr.post(ctx, from.Node.NewStream, to, 20_000, 7*time.Second)
+				tr.post(ctx, from.host.NewStream, to, 20_000, 7*time.Second)
 				time.Sleep(150 * time.Millisecond)
 			}
 			for range lasts / time.Second {
@@ -72,7 +75,9 @@ func TestSimultaneousDials(t *testing.T) {
 					requireOne(t, a, b)
 					total, most := tr.allMigrations()
 					t.Logf("settled in %v; %d streams, %d migrations, at most %d of one stream", took, tr.number.Load(), total, most)
-					require.LessOrEqual(t, most, 1, "migrations of one stream")
+					// The second one is where another connection has more of the streams that
+					// cannot move, when those that were on the first have ended.
+					require.LessOrEqual(t, most, 2, "migrations of one stream")
 				})
 			})
 		}
@@ -118,19 +123,28 @@ const echoID protocol.ID = "/test/echo/1.0.0"
 // both is both ends of a stream that b echoes nothing on: each end is the test's.
 type both [2]network.Stream
 
-// open opens a labelled stream from a to b and returns both ends.
+// open opens a labelled stream to the other, and returns both ends.
 func (m *member) open(t *testing.T, other *member) both {
 	t.Helper()
 	accepted := make(chan network.Stream, 1)
-	other.Node.SetStreamHandler(echoID, func(s network.Stream) { accepted <- s })
-	s, err := m.host.NewStream(network.WithAllowLimitedConn(t.Context(), "test"), other.ID(), echoID)
+	other.Node.SetStreamHandler(echoID, func(s network.Stream) {
+		if _, err := io.ReadFull(s, make([]byte, 1)); err == nil {
+			accepted <- s
+		}
+	})
+	ctx, cancel := context.WithTimeout(network.WithAllowLimitedConn(t.Context(), "test"), 10*time.Second)
+	defer cancel()
+	s, err := m.host.NewStream(ctx, other.ID(), echoID)
 	require.NoError(t, err)
 	_, err = s.Write([]byte{'!'})
 	require.NoError(t, err)
-	far := <-accepted
-	_, err = io.ReadFull(far, make([]byte, 1))
-	require.NoError(t, err)
-	return both{s, far}
+	select {
+	case far := <-accepted:
+		return both{s, far}
+	case <-ctx.Done():
+		t.Fatalf("a new stream goes nowhere, on %s\n%s", s.Conn().RemoteMultiaddr(), explain(m, other))
+		return both{}
+	}
 }
 
 // works sends a word in both directions, and says what came of that.

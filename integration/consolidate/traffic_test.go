@@ -29,6 +29,7 @@ const (
 	pingID    protocol.ID = "/test/ping-pong/1.0.0" // blocks to and fro
 	bulkID    protocol.ID = "/test/bulk/1.0.0"      // one way, to the end, then the number of bytes
 	requestID protocol.ID = "/test/request/1.0.0"   // one block and the end, and as much back
+	postID    protocol.ID = "/test/post/1.0.0"      // one block, which is read only later
 )
 
 const blockSize = 100
@@ -158,7 +159,7 @@ func (m *member) serve() { m.serveWhich() }
 // accept has m take part in the traffic of others.
 func (tr *traffic) accept(m *member) {
 	for id, serve := range map[protocol.ID]func(s network.Stream, number, size uint64) error{
-		pingID: tr.servePing, bulkID: tr.serveBulk, requestID: tr.serveRequest,
+		pingID: tr.servePing, bulkID: tr.serveBulk, requestID: tr.serveRequest, postID: tr.servePost,
 	} {
 		m.Node.SetStreamHandler(id, func(s network.Stream) {
 			number, err := readNumber(s)
@@ -219,6 +220,16 @@ func (tr *traffic) serveRequest(s network.Stream, number, size uint64) error {
 	}
 	_, err := s.Write(out.next(int(size)))
 	return err
+}
+
+func (tr *traffic) servePost(s network.Stream, number, size uint64) error {
+	wait, err := readNumber(s)
+	if err != nil {
+		return err
+	}
+	time.Sleep(time.Duration(wait))
+	in, _ := contents(number)
+	return tr.readToEnd(s, in, size)
 }
 
 // opening is how a stream is opened.
@@ -312,6 +323,20 @@ func (tr *traffic) request(ctx context.Context, open opening, other *member, siz
 			return err
 		}
 		return tr.readToEnd(s, in, uint64(size))
+	})
+}
+
+// post sends a block and closes the stream. The acceptor reads only after a while, in which
+// the opener has nothing left of the stream.
+func (tr *traffic) post(ctx context.Context, open opening, other *member, size int, after time.Duration) {
+	tr.run(ctx, open, other, postID, func(s network.Stream, number uint64) error {
+		out, _ := contents(number)
+		_, err := s.Write(binary.BigEndian.AppendUint64(begin(number, size, nil), uint64(after)))
+		if err != nil {
+			return err
+		}
+		_, err = s.Write(out.next(size))
+		return err
 	})
 }
 
