@@ -33,6 +33,7 @@ type fakeStream struct {
 
 	in      []fakeRead // what Reads will return, in order
 	after   error      // and what they return behind all that, in place of blocking
+	lies    bool       // an EOF that comes with data is none
 	reading int        // how many are inside Read
 	readBy  [2]deadline
 
@@ -112,7 +113,11 @@ func (f *fakeStream) Read(p []byte) (int, error) {
 				return n, nil
 			}
 			err := r.err
-			f.in = f.in[1:]
+			if err == io.EOF && n > 0 && !f.lies {
+				r.data = "" // a true one comes again
+			} else {
+				f.in = f.in[1:]
+			}
 			return n, err
 		case f.after != nil:
 			return 0, f.after

@@ -126,7 +126,7 @@ func (h *receiveHalf) read(p []byte) (int, error) {
 	cur := h.cur
 	h.mu.Unlock()
 
-	n, err := cur.Read(p)
+	n, err := readFrom(cur, p)
 
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -164,7 +164,7 @@ func (h *receiveHalf) readSlowly(p []byte) (int, error) {
 		var n int
 		var err error
 		if expect == "" {
-			n, err = cur.Read(p)
+			n, err = readFrom(cur, p)
 		} else {
 			n, expect, err = readBehind(cur, expect, p)
 		}
@@ -498,7 +498,7 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 			break
 		}
 		h.mu.Unlock()
-		n, err := next.Read(buf)
+		n, err := readFrom(next, buf)
 		h.mu.Lock()
 		budget.release(len(buf) - n)
 		switch {
@@ -613,18 +613,29 @@ func (h *receiveHalf) view() (eof, closed bool) {
 	return h.eof, h.closed
 }
 
+// readFrom is a Read of s that leaves an EOF which comes along with data for the next
+// Read. A true one comes again; yamux's is none, but says that its session is down and
+// the other end cannot be told of the room that the Read has made: more may be there.
+func readFrom(s network.Stream, p []byte) (int, error) {
+	n, err := s.Read(p)
+	if n > 0 && err == io.EOF {
+		return n, nil
+	}
+	return n, err
+}
+
 // readBehind reads the rest of expect from s, and then into p what comes behind it. It
 // returns what is left of expect; as long as anything is, n is 0.
 func readBehind(s network.Stream, expect string, p []byte) (n int, rest string, err error) {
 	if expect == "" {
-		n, err = s.Read(p)
+		n, err = readFrom(s, p)
 		return n, "", err
 	}
 	buf := p
 	if len(p) < len(expect) {
 		buf = make([]byte, len(expect))
 	}
-	n, err = s.Read(buf)
+	n, err = readFrom(s, buf)
 	k := min(n, len(expect))
 	if string(buf[:k]) != expect[:k] {
 		return 0, expect, refusal(buf[:k], expect)
