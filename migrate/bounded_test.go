@@ -180,3 +180,13 @@ func TestUnpaidStreams(t *testing.T) {
 	}
 	p.nothingLeft()
 }
+
+// TestScopeThatIsGone: where the new stream is gone, there is no memory to wait for.
+func TestScopeThatIsGone(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.scope.closed = true
+		r.hands(5, time.Minute)
+		require.ErrorIs(t, <-r.awaited, network.ErrReset)
+	})
+}

@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -291,6 +292,7 @@ type fakeScope struct {
 	network.StreamScope
 	mu      sync.Mutex
 	limit   int // 0: none
+	closed  bool
 	memory  int
 	peak    int
 	prio    uint8 // of the last reservation
@@ -302,6 +304,9 @@ func (c *fakeScope) ReserveMemory(size int, prio uint8) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.prio = prio
+	if c.closed {
+		return fmt.Errorf("fake: %w", network.ErrResourceScopeClosed)
+	}
 	if c.limit > 0 && c.memory+size > c.limit {
 		return network.ErrResourceLimitExceeded
 	}

@@ -449,7 +449,12 @@ func (h *receiveHalf) drain() {
 			continue
 		}
 		budget := h.budget
-		if h.starved = budget.reserve(size) != nil; h.starved {
+		err := budget.reserve(size)
+		if errors.Is(err, network.ErrResourceScopeClosed) {
+			h.failLocked(reset(err)) // next is gone, in whose scope this is (S8)
+			return
+		}
+		if h.starved = err != nil; h.starved {
 			h.changed.wait(&h.mu, time.Now().Add(stallNotice))
 			continue
 		}

@@ -198,6 +198,9 @@ func (x *exchange) carryVerified(u network.Stream) error {
 // and the initiator, with nothing to send, answer with no more than its EOF.
 func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	s := x.s
+	// Memory for what is read from the old stream is reserved on the new one, since the old
+	// one's scope ends with its connection, which may hold data still.
+	x.moveScope(u)
 	if ended {
 		// That EOF does not prove that the ack has arrived; what comes on the new
 		// stream does.
