@@ -44,7 +44,7 @@ func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
-	case s.over:
+	case s.dead():
 		return nil, ErrClosed
 	case s.ex != nil:
 		return s.ex, nil
@@ -52,6 +52,12 @@ func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
 	s.enter(x)
 	return nil, nil
 }
+
+// dead says whether the stream is not to move any more: it was closed or reset, or the
+// application was told that its connection has failed (S8). mu must be held.
+func (s *Stream) dead() bool { return s.over || s.told() }
+
+func (s *Stream) told() bool { return s.send.hasLost() || s.recv.hasFailed() }
 
 // enter makes x the stream's exchange. mu must be held, and no other be under way.
 func (s *Stream) enter(x *exchange) {
@@ -73,7 +79,7 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
 	x.turn = make(chan struct{})
 	ours := s.ex
 	switch {
-	case s.over:
+	case s.dead():
 		s.mu.Unlock()
 		return ErrClosed
 	case ours == nil:
@@ -107,7 +113,7 @@ var errOursFirst = errors.New("our own migration of the stream goes first")
 // does that was promised it, and none after a reset: closing the stream in between does
 // not abort what the peer takes for agreed (S7). mu must be held.
 func (s *Stream) giveTurn() {
-	if len(s.waiting) > 0 && (!s.over || s.waiting[0].promised && !s.aborted) {
+	if len(s.waiting) > 0 && !s.told() && (!s.over || s.waiting[0].promised && !s.aborted) {
 		x := s.waiting[0]
 		s.waiting = s.waiting[1:]
 		s.enter(x)

@@ -58,7 +58,8 @@ var (
 	// its connection (S9, M1). It may be tried again later.
 	ErrTryLater = errors.New("migration did not happen, try again later")
 
-	// ErrClosed: the stream was closed or reset, by whichever end.
+	// ErrClosed: the stream was closed or reset, by whichever end, or the application
+	// was told that its connection has failed.
 	ErrClosed = errors.New("stream is closed")
 )
 

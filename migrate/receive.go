@@ -196,7 +196,7 @@ func (h *receiveHalf) result(from network.Stream, p []byte, n int, err error) (i
 		return n, nil
 	case kept || err == nil:
 		return h.readSlowly(p)
-	case err == io.EOF:
+	case err == io.EOF || !isDeadline(err, from):
 		return n, h.end(err)
 	}
 	return n, err
@@ -246,10 +246,12 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 	return false
 }
 
-// end is what the application is told when cur ended with err outside of an exchange.
-// mu must be held.
+// end is what the application is told when cur ended with err outside of an exchange. After
+// an error there is no way back to data, on whatever connection: the other end does not
+// hear of what this one was told, unless the stream stays where it failed. mu must be held.
 func (h *receiveHalf) end(err error) error {
 	if err != io.EOF {
+		h.failLocked(err)
 		return err
 	}
 	if h.untrusted && h.ownEnd {
@@ -732,6 +734,13 @@ func (h *receiveHalf) awaitAnswer(deadline time.Time) error {
 	}
 	h.give(cur, 0, err)
 	return err
+}
+
+// hasFailed says whether the half is over with an error.
+func (h *receiveHalf) hasFailed() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.state == receiveFailed
 }
 
 // hasEnded says whether the end of cur was read, and given to the application or kept

@@ -139,6 +139,12 @@ func TestReadOfOpenHalf(t *testing.T) {
 	n, err = h.read(p)
 	require.Equal(t, "x", string(p[:n]))
 	require.Equal(t, broken, err)
+	h.cur.(*fakeStream).feeds("more", nil)
+	n, err = h.read(p)
+	require.Zero(t, n)
+	require.Equal(t, broken, err, "an error that was given stays given")
+
+	h = &receiveHalf{cur: newFake().feeds("more", nil)}
 	_ = h.closeRead()
 	_, err = h.read(p)
 	require.ErrorIs(t, err, errReadClosed)

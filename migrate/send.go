@@ -49,6 +49,7 @@ type sendHalf struct {
 	deadline time.Time
 	opening  []byte // W1: what must precede the first application byte, not yet sent
 	err      error  // of sendFailed
+	lost     error  // the application was told that cur's connection is gone
 
 	state    sendState
 	turn     bool // a Write call is under way; others wait, so that buffers never mix
@@ -114,6 +115,9 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		saved := h.state == sendPaused || h.held && err != nil && !isDeadline(err, on)
 		switch {
 		case err != nil && !saved && !(h.closed && isDeadline(err, on)):
+			if on.Conn().IsClosed() {
+				h.lost = err
+			}
 			return n, err
 		case entered && n == len(p):
 			return n, nil // QUIC may take everything and report a deadline all the same
@@ -235,8 +239,11 @@ func (h *sendHalf) hold(held bool) {
 func (h *sendHalf) pause() (written uint64, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.state == sendFailed {
+	switch {
+	case h.state == sendFailed:
 		return 0, h.err
+	case h.lost != nil:
+		return 0, h.lost
 	}
 	h.state = sendPaused
 	h.changed.broadcast()
@@ -275,6 +282,15 @@ func (h *sendHalf) fail(err error) {
 		h.state, h.err, h.opening = sendFailed, err, nil
 		h.changed.broadcast()
 	}
+}
+
+// hasLost says whether the application was told that the connection is gone. What it
+// wrote must not end cleanly any more: it may close now, and would look finished to the
+// reader.
+func (h *sendHalf) hasLost() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.lost != nil
 }
 
 // stream returns the underlying stream that Writes go to.

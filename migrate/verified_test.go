@@ -370,6 +370,34 @@ func TestOldConnectionDies(t *testing.T) {
 	})
 }
 
+// TestToldOfTheEnd: once the application was told that its connection has failed, the
+// stream does not move any more, whoever asks. Else the other application would not be
+// told, and would take the Close that follows for a clean end (S8).
+func TestToldOfTheEnd(t *testing.T) {
+	for name, tell := range map[string]func(s *Stream) error{
+		"by Read":  func(s *Stream) error { _, err := s.Read(make([]byte, 10)); return err },
+		"by Write": func(s *Stream) error { _, err := s.Write([]byte("lost")); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			onBothTransports(t, func(t *testing.T, m meeting) {
+				m.kind = verified
+				m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+					require.NoError(t, p.conns[0].Close())
+					WaitFor(t, "the host to notice", p.ends[0].IsClosed)
+					require.Error(t, tell(s))
+					p.hostMigrates(s).is(ErrClosed)
+					next := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), s.Label()))
+					next.wants(tMultistream, tMigration, ackDenied)
+					next.wantsEOF()
+					require.Error(t, tell(s))
+					_ = s.Close()
+					p.nothingLeft()
+				})
+			})
+		})
+	}
+}
+
 // TestFinalSizeTooHigh: a peer that claims more than it sent, and ends the old stream:
 // both ends see a reset, and never a clean end (S8, S12).
 func TestFinalSizeTooHigh(t *testing.T) {
