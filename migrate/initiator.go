@@ -96,7 +96,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	tryLater := func(err error) error {
 		x.trace(Failed, err)
 		x.fallBack(false)
-		return fmt.Errorf("%w: %w", ErrTryLater, err)
+		return x.unmoved(err)
 	}
 	if to == x.old.Conn() {
 		x.fallBack(false) // it is there already
@@ -138,7 +138,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 			h.log.Warn("peer broke the stream-migration protocol",
 				zap.Stringer("peer", s.peer), zap.Uint64("label", x.from), zap.Error(err))
 		}
-		return fmt.Errorf("%w: %w", ErrTryLater, err)
+		return x.unmoved(err)
 	}
 	if ack.GetDenyMigrate() {
 		s.mu.Lock()
@@ -155,6 +155,16 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		return x.fail(err)
 	}
 	return nil
+}
+
+// unmoved is what Migrate returns where err came before the ack.
+func (x *exchange) unmoved(err error) error {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	if x.s.aborted {
+		return fmt.Errorf("%w: %w", ErrClosed, err)
+	}
+	return fmt.Errorf("%w: %w", ErrTryLater, err)
 }
 
 var errSuperseded = errors.New("the peer migrates the stream at this moment")

@@ -398,6 +398,19 @@ func TestToldOfTheEnd(t *testing.T) {
 	}
 }
 
+// TestResetBeforeTheAck: a stream that its application resets meanwhile is not one to try
+// again with later.
+func TestResetBeforeTheAck(t *testing.T) {
+	p := meet(t, verified)
+	s, old := p.hostOpens()
+	moved, next := p.asked(s)
+	require.NoError(t, s.Reset())
+	moved.is(ErrClosed)
+	next.wantsReset(network.StreamNoError)
+	old.wantsReset(network.StreamNoError)
+	p.nothingLeft()
+}
+
 // TestFinalSizeTooHigh: a peer that claims more than it sent, and ends the old stream:
 // both ends see a reset, and never a clean end (S8, S12).
 func TestFinalSizeTooHigh(t *testing.T) {
