@@ -221,8 +221,9 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 		return true
 	}
 	h.reading = false
-	// A read of ours has no deadline.
-	end := err != nil && (!h.closed || h.proof) && (h.ours || !isDeadline(err, from))
+	// A read of ours has no deadline, but for the application's on a yamux stream that has
+	// got its FIN: that cannot be lifted any more, and is reported with data.
+	end := err != nil && (!h.closed || h.proof) && (h.ours && n == 0 || !isDeadline(err, from))
 	if h.ours {
 		h.ours = false
 		if !h.closed && !h.deadline.IsZero() {

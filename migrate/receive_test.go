@@ -533,6 +533,43 @@ func TestDeadlineBeforeTheDrain(t *testing.T) {
 	})
 }
 
+// TestReadAheadOutlivesNextMigration: whoever reads ahead may still be inside that stream
+// when the migration after this one is done with it, too, and is called out. That is no
+// failure.
+func TestReadAheadOutlivesNextMigration(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Minute)
+		time.Sleep(2 * stallNotice)
+		r.next.awaitReader()
+		r.old.feeds("hello", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "hello")
+		last := newFake()
+		r.hold()
+		r.handover(last, 0, true, &span{parent: r.scope})
+		require.NoError(t, r.await(time.Minute, maxHold))
+		require.NoError(t, r.next.Reset())
+		synctest.Wait()
+		last.feeds("world", nil)
+		r.wants(t, "world")
+		require.Zero(t, r.scope.reserved())
+	})
+}
+
+// TestDeadlineThatCannotBeLifted: a yamux stream that has got its FIN keeps the deadline
+// that it had, and reports it with data that are whole.
+func TestDeadlineThatCannotBeLifted(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.old.feeds("hello, ", timeoutError{}).feeds("world", timeoutError{})
+		r.hands(12, time.Minute)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.next.feeds("!", nil)
+		r.wants(t, "hello, world!")
+	})
+}
+
 // TestStallTimeout: no progress at all for that long, once the peer has told how much is
 // still to come; a peer that drips makes progress (M4).
 func TestStallTimeout(t *testing.T) {
