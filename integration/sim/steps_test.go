@@ -3,6 +3,7 @@ package sim
 import (
 	"flag"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -123,11 +124,16 @@ type stepCase struct {
 	workload  streamPlan
 	opener    int
 	initiator int
+	draft     string // the role that has only the draft, or neither
 }
 
 func (c stepCase) String() string {
-	return fmt.Sprintf("%s at %s, %s to %s, %s, %s opens, %s migrates",
+	s := fmt.Sprintf("%s at %s, %s to %s, %s, %s opens, %s migrates",
 		c.fault.name, c.moment, c.links[0].via, c.links[1].via, c.workload.kind, sideName(c.opener), sideName(c.initiator))
+	if c.draft != "" {
+		s += ", draft-only " + c.draft
+	}
+	return s
 }
 
 func (c stepCase) run(t *testing.T, tally *tally, mayMiss bool) {
@@ -151,10 +157,14 @@ func (c stepCase) run(t *testing.T, tally *tally, mayMiss bool) {
 			c.fault.do(m)
 		})
 	}
+	draft := -1
+	if i := slices.Index(roles, c.draft); i >= 0 {
+		draft = m.at(i)
+	}
 	p := plan{
 		name:    t.Name(),
 		seed:    1,
-		draft:   -1,
+		draft:   draft,
 		links:   c.links[:],
 		streams: []streamPlan{stream},
 		faults:  []faultPlan{{at: time.Hour, what: faultFreeze}}, // for news: nobody need hear of it soon
@@ -222,24 +232,35 @@ func eachStep(t *testing.T, moments []stepCase, faults []stepFault, mayMiss bool
 
 // TestStepsAndFaults: each fault at each step of either side.
 func TestStepsAndFaults(t *testing.T) {
+	eachStep(t, slices.Concat(stepsOf("initiator"), stepsOf("responder")), stepFaults(), false)
+}
+
+// TestStepsAndFaultsDraft: the same with a peer that has only the draft, at the steps of
+// the other. Not every step is taken: that peer switches when its application reads.
+func TestStepsAndFaultsDraft(t *testing.T) {
 	var moments []stepCase
-	for _, initiator := range []bool{true, false} {
-		for kind := migrate.Started; kind <= migrate.Finished; kind++ {
-			role := roles[1]
-			if initiator {
-				role = roles[0]
-			}
-			moments = append(moments, stepCase{
-				moment: fmt.Sprintf("%s %s", role, kind),
-				onStep: func(_ *stepRun, strike func(), i bool, k migrate.EventKind) {
-					if i == initiator && k == kind {
-						strike()
-					}
-				},
-			})
+	for i, role := range roles {
+		for _, m := range stepsOf(role) {
+			m.draft = roles[1-i]
+			moments = append(moments, m)
 		}
 	}
-	eachStep(t, moments, stepFaults(), false)
+	eachStep(t, moments, stepFaults(), true)
+}
+
+// stepsOf are all steps of one side.
+func stepsOf(role string) (moments []stepCase) {
+	for kind := migrate.Started; kind <= migrate.Finished; kind++ {
+		moments = append(moments, stepCase{
+			moment: fmt.Sprintf("%s %s", role, kind),
+			onStep: func(_ *stepRun, strike func(), initiator bool, k migrate.EventKind) {
+				if initiator == (role == "initiator") && k == kind {
+					strike()
+				}
+			},
+		})
+	}
+	return moments
 }
 
 // TestPacketsAndFaults: each fault right before each packet that the exchange sends over
