@@ -405,6 +405,24 @@ func TestDraftClosesWhileTheAckLeaves(t *testing.T) {
 	require.False(t, h.awaitProof())
 }
 
+// TestDraftAsksWhileAnErrorIsHeld: the old stream fails while an attempt of ours is under
+// way, which gives way to the peer's (M1). No EOF will come that proves the ack (S3), so the
+// peer is denied, and the application gets the error that was kept back.
+func TestDraftAsksWhileAnErrorIsHeld(t *testing.T) {
+	p := meeting{kind: draftOnly, hostHigher: true}.meet(t)
+	s, old := p.hostOpens()
+	got := reading(s)
+	moved, _ := p.asked(s)
+	require.NoError(t, old.Reset())
+	p.holds(s)
+	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
+	next.wants(tMultistream, tMigration, ackDenied)
+	moved.is(ErrTryLater)
+	require.Contains(t, take(t, got, "the Read"), "error: ")
+	require.NoError(t, s.Reset())
+	p.nothingLeft()
+}
+
 // TestDraftReadingClosed: an application that has stopped reading leaves a draft-only
 // initiator without a proof of the ack, so its migration is denied (S3).
 func TestDraftReadingClosed(t *testing.T) {

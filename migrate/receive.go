@@ -335,12 +335,13 @@ func (h *receiveHalf) release(untrusted bool) {
 }
 
 // awaitProof has the end of cur read from here on, whether the application reads or not:
-// it proves to a responder that its ack has arrived (S3). It says false where the
-// application has closed its reading, and that end cannot be read any more.
+// it proves to a responder that its ack has arrived (S3). It says false where there is no
+// such end to come: the application has closed its reading, or cur has failed already,
+// which was kept back during an attempt of ours.
 func (h *receiveHalf) awaitProof() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.proof = !h.closed
+	h.proof = !h.closed && (h.ended == nil || h.ended == io.EOF)
 	return h.proof
 }
 

@@ -82,7 +82,7 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	}
 	x.trace(Started, nil)
 
-	if !verified && !s.recv.awaitProof() { // closed while it waited for its turn
+	if !verified && !s.recv.awaitProof() { // no more, since it waited for its turn
 		defer x.fallBack(false)
 		return h.deny(n, x, noProof, from)
 	}
@@ -95,7 +95,7 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 }
 
 // noProof is why a draft-only peer is denied whom nobody listens to (S3).
-const noProof = "without a final size there is no proof of the ack once reading is closed"
+const noProof = "without a final size there is no proof of the ack once reading is closed, or has failed"
 
 // refuses says why s must not migrate to u, if so.
 func (h *Host) refuses(s *Stream, u network.Stream, verified bool) (why string) {
