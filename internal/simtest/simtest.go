@@ -18,6 +18,8 @@
 package simtest
 
 import (
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -100,6 +102,7 @@ func Run(t *testing.T, f func(t *testing.T, n *Net)) {
 		t.Cleanup(func() {
 			time.Sleep(ending) // virtual time ends with the test, and sleepers would be stuck
 			close(n.done)
+			n.hangUp()
 			n.wires.Wait()
 			n.sim.Close()
 		})
@@ -151,6 +154,17 @@ func (n *Net) Thaw(a, b string) {
 	if ch := n.frozen[l]; ch != nil {
 		close(ch)
 		delete(n.frozen, l)
+	}
+}
+
+// hangUp ends the TCP connections that are left, as an operating system does: those that
+// no host had accepted when it was closed.
+func (n *Net) hangUp() {
+	n.mu.Lock()
+	left := slices.Collect(maps.Keys(n.tcp))
+	n.mu.Unlock()
+	for _, c := range left {
+		c.sever()
 	}
 }
 
