@@ -2,6 +2,7 @@ package faults
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -199,6 +200,52 @@ func endsBeforeTheRest(t *testing.T, w way, initiator int) bool {
 	}
 	l.nothingLeft(t)
 	return observer.seen.Load() > 0
+}
+
+// TestFalseEOFOutsideMigration: what yamux says in the midst of the data when the other
+// end has closed the connection, a stream that does not migrate need not believe, either.
+// A raw stream beside it shows that yamux says it.
+func TestFalseEOFOutsideMigration(t *testing.T) {
+	defer summary(t)()
+	var lied atomic.Int64
+	t.Run("ways", func(t *testing.T) {
+		for _, w := range falseEOFWays {
+			t.Run(w.String(), func(t *testing.T) {
+				t.Parallel()
+				l := joined(t, w.from, w.to)
+				done.pair(w)
+				const size = 250_000
+				sent := text(5, size)
+				labelled, raw := l.open(t, oldConn), l.raw(t, oldConn)
+				passed := l.passed(oldConn)
+				for _, s := range []network.Stream{labelled[opener], raw[opener]} {
+					_, err := s.Write(sent)
+					require.NoError(t, err)
+					require.NoError(t, s.CloseWrite())
+				}
+				WaitFor(t, "the data to wait", func() bool { return l.passed(oldConn) >= passed+2*size })
+				<-time.After(50 * time.Millisecond) // for the FINs behind them
+				_ = l.conns[opener][oldConn].Close()
+				done.faults.Add(1)
+				WaitFor(t, "the acceptor to notice", l.conns[acceptor][oldConn].IsClosed)
+				if got, err := io.ReadAll(raw[acceptor]); err == nil && len(got) < size {
+					lied.Add(1)
+				}
+				got, err := io.ReadAll(labelled[acceptor])
+				if err == nil {
+					require.Len(t, got, size, "EOF came before the rest")
+				}
+				require.True(t, bytes.HasPrefix(sent, got))
+				done.bytes.Add(int64(len(got)))
+				done.streams.Add(1)
+				for _, s := range []network.Stream{labelled[0], labelled[1], raw[0], raw[1]} {
+					_ = s.Reset()
+				}
+				l.nothingLeft(t)
+			})
+		}
+	})
+	t.Logf("yamux lied to %d of %d raw streams", lied.Load(), len(falseEOFWays))
 }
 
 // passed is how many bytes connection i has carried, both ways.

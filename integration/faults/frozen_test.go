@@ -2,7 +2,6 @@ package faults
 
 import (
 	"fmt"
-	"io"
 	"sync"
 	"testing"
 	"time"
@@ -150,53 +149,4 @@ func (w *stopwatch) lap(begin time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.max = max(w.max, time.Since(begin))
-}
-
-// TestBlockedWriteLeavesFrozenPath: a Write that waits inside the frozen connection goes
-// on over the new one, as do those that follow. What the old path has swallowed arrives
-// when it thaws, and before all that went over the new one.
-func TestBlockedWriteLeavesFrozenPath(t *testing.T) {
-	defer summary(t)()
-	const size = 24 << 20 // more than any window, and less than is read ahead and buffered
-	eachMove(t, frozenWays, func(t *testing.T, l *link, initiator int) {
-		ends := l.open(t, oldConn)
-		writer, reader := ends[acceptor], ends[opener]
-		sent := text(1, size)
-		l.paths[oldConn].Freeze()
-		done.faults.Add(1)
-		var written stillness
-		wrote := make(chan error, 1)
-		go func() {
-			const piece = 64 << 10
-			for at := 0; at < size; at += piece {
-				n, err := writer.Write(sent[at : at+piece])
-				written.add(n)
-				if err != nil {
-					wrote <- err
-					return
-				}
-			}
-			wrote <- writer.CloseWrite()
-		}()
-		WaitFor(t, "the Write to block", written.still)
-		before := written.count()
-		require.Less(t, before, size)
-		moved := l.moving(initiator, ends[initiator], newConn)
-		WaitFor(t, "the Write to go on over the new connection", func() bool { return written.count() > before })
-		for side := range l.conns {
-			require.False(t, l.conns[side][oldConn].IsClosed())
-		}
-		l.paths[oldConn].Thaw()
-		got, err := io.ReadAll(reader)
-		require.NoError(t, err)
-		require.True(t, string(got) == string(sent), "other bytes arrived than were written, %d of %d", len(got), len(sent))
-		done.bytes.Add(int64(len(got)))
-		done.streams.Add(1)
-		require.NoError(t, await(t, wrote, "the Writes to end"))
-		require.NoError(t, await(t, moved, "Migrate to return"))
-		for _, s := range ends {
-			require.NoError(t, s.Close())
-		}
-		l.nothingLeft(t)
-	})
 }

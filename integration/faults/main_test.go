@@ -52,6 +52,7 @@ var done tally
 
 type tally struct {
 	faults, streams, moves, bytes atomic.Int64
+	rescued                       atomic.Int64 // ends of streams on WebRTC that were reset since they were stuck
 
 	mu    sync.Mutex // guards all below
 	pairs map[way]bool
@@ -79,8 +80,8 @@ func (d *tally) step(s step) {
 func (d *tally) String() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return fmt.Sprintf("%d pairs of transports, %d steps, %d faults, %d streams, %d migrations, %d bytes checked",
-		len(d.pairs), len(d.steps), d.faults.Load(), d.streams.Load(), d.moves.Load(), d.bytes.Load())
+	return fmt.Sprintf("%d pairs of transports, %d steps, %d faults, %d streams, %d migrations, %d bytes checked, %d ends stuck on WebRTC",
+		len(d.pairs), len(d.steps), d.faults.Load(), d.streams.Load(), d.moves.Load(), d.bytes.Load(), d.rescued.Load())
 }
 
 // summary logs what a test has done, when it is over.
