@@ -36,7 +36,7 @@ func resetAll(side int) func(l *link, i int) {
 // at both ends where a byte is missing.
 func TestFaultAtAnyMoment(t *testing.T) {
 	defer summary(t)()
-	rounds := 8
+	rounds := 5
 	if *all {
 		rounds = 25
 	}
