@@ -196,7 +196,7 @@ func (l *link) tryJoin(t testing.TB) bool {
 			}
 		}
 		if h := l.hosts[side]; h != nil {
-			require.True(t, h.Supports(l.nodes[1-side].ID()))
+			WaitFor(t, "the other host to be known to migrate streams", func() bool { return h.Supports(l.nodes[1-side].ID()) })
 		}
 	}
 	return true

@@ -180,10 +180,12 @@ func firstWriteInterrupted(t *testing.T, l *link, fill int, move bool) {
 	require.NoError(t, s.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
 	n, err := s.Write(sent)
 	done.faults.Add(1)
-	require.Less(t, n, len(sent))
-	var timeout interface{ Timeout() bool }
-	require.ErrorAs(t, err, &timeout)
-	require.True(t, timeout.Timeout())
+	if err != nil { // else the window has grown meanwhile
+		require.Less(t, n, len(sent))
+		var timeout interface{ Timeout() bool }
+		require.ErrorAs(t, err, &timeout)
+		require.True(t, timeout.Timeout())
+	}
 	t.Logf("after %d bytes by others it took %d", filling.written, n)
 	require.NoError(t, s.SetWriteDeadline(time.Time{}))
 	moved := make(<-chan error)
