@@ -325,6 +325,11 @@ func (t *tcpTransport) dial(ctx context.Context, raddr ma.Multiaddr) (manet.Conn
 	near, far := n.newTCP(local, raddr, from, to)
 	select {
 	case l.incoming <- far:
+		select {
+		case <-l.closed:
+			l.refuse()
+		default:
+		}
 		return near, nil
 	case <-l.closed:
 		near.sever()
@@ -400,8 +405,21 @@ func (l *listener) Close() error {
 		l.net.mu.Lock()
 		delete(l.net.listeners, l.addr.String())
 		l.net.mu.Unlock()
+		l.refuse()
 	})
 	return nil
+}
+
+// refuse closes what nobody will accept any more.
+func (l *listener) refuse() {
+	for {
+		select {
+		case c := <-l.incoming:
+			_ = c.Close()
+		default:
+			return
+		}
+	}
 }
 
 // Multiaddr implements manet.Listener.
