@@ -176,6 +176,8 @@ func (w *world) redial(i int) {
 	if via == relayed {
 		return
 	}
+	w.redials <- struct{}{} // two at once would be given the same connection
+	defer func() { <-w.redials }()
 	ctx, cancel := context.WithTimeout(w.t.Context(), 10*time.Second)
 	defer cancel()
 	a, b := w.node(0), w.node(1)
@@ -261,7 +263,7 @@ func (w *world) moveStream(side, id, to int, timeout time.Duration) error {
 		w.failf("live", "stream %d: Migrate returns an error of no known kind: %v", id, err)
 	}
 	w.tally.add("migrations: "+outcome, 1)
-	if errors.Is(err, migrate.ErrTryLater) && w.isCalm() && w.plan.denial == 0 {
+	if errors.Is(err, migrate.ErrTryLater) && w.isCalm() && w.plan.denial == 0 && !e.ended() {
 		if st.triedSince(1-side, began) {
 			st.meets(began)
 		} else {

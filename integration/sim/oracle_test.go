@@ -372,8 +372,10 @@ func (e *end) read(p []byte, deadline bool) (int, error) {
 // lie says whether an EOF that was just read is one for which the transport may be to
 // blame: it came from a yamux connection that is closed, and no migration was under way.
 func (e *end) lie() bool {
-	i := e.st.w.linkOf(e.s.Conn())
-	if i < 0 || e.st.w.link(i).via == quic || !e.s.Conn().IsClosed() {
+	c := e.s.Conn()
+	at := c.RemoteMultiaddr().String()
+	yamux := strings.Contains(at, "/tcp/") || strings.Contains(at, "/p2p-circuit")
+	if !yamux || !c.IsClosed() {
 		return false
 	}
 	e.st.mu.Lock()

@@ -83,6 +83,7 @@ func (st *simStream) open() {
 	time.Sleep(st.plan.at)
 	h, far := w.host(opener), w.node(1-opener).ID()
 	ctx := network.WithAllowLimitedConn(w.t.Context(), "test")
+	ctx = network.WithNoDial(ctx, "the run makes its connections")
 	ctx = context.WithValue(ctx, onLink{}, w.link(st.plan.link).ends[opener])
 	if !st.plan.labelled {
 		ctx = migrate.WithoutLabel(ctx)

@@ -41,6 +41,7 @@ type world struct {
 
 	relay   *Node
 	streams []*simStream
+	redials chan struct{} // holds a token while a connection is made again
 
 	mu       sync.Mutex // guards all below
 	nodes    [2]*Node
@@ -85,7 +86,7 @@ func nameHash(name string) uint64 {
 
 // newWorld makes what the plan says: nodes, connections, handlers.
 func newWorld(t *testing.T, n *Net, p plan, tally *tally) *world {
-	w := &world{Net: n, t: t, plan: p, tally: tally, running: make(map[string]int), start: time.Now()}
+	w := &world{Net: n, t: t, plan: p, tally: tally, running: make(map[string]int), start: time.Now(), redials: make(chan struct{}, 1)}
 	for i := range p.streams {
 		w.streams = append(w.streams, newSimStream(w, i))
 	}
