@@ -28,12 +28,12 @@ func exchange(t *testing.T, tr *traffic, a, b *member, lasts time.Duration) {
 			for len(from.conns(to)) == 0 && ctx.Err() == nil {
 				time.Sleep(50 * time.Millisecond)
 			}
-			for range 4 {
+			for k := range 4 {
 				tr.ping(ctx, from.host.NewStream, to, int(lasts/time.Second), time.Second)
 				tr.bulk(ctx, from.host.NewStream, to, int(lasts/time.Second), 10_000, time.Second)
 				tr.bulk(ctx, from.host.NewStream, to, 1, 2_000_000, 0)
 				tr.ping(ctx, from.Node.NewStream, to, 3, time.Second)
-				tr.post(ctx, from.Node.NewStream, to, 20_000, 7*time.Second)
+				tr.post(ctx, from.stray(k), to, 20_000, 7*time.Second)
 				tr.post(ctx, from.host.NewStream, to, 20_000, 7*time.Second)
 				time.Sleep(150 * time.Millisecond)
 			}

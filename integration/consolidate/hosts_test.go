@@ -137,7 +137,7 @@ func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
 					tr.bulk(ctx, from.host.NewStream, to, pieces, size, pause)
 					if plain {
 						tr.ping(ctx, from.Node.NewStream, to, plainFor, time.Second)
-						tr.post(ctx, from.Node.NewStream, to, size, time.Duration(plainFor)*time.Second)
+						tr.post(ctx, from.stray(plainFor), to, size, time.Duration(plainFor)*time.Second)
 					}
 					for _, gap := range gaps {
 						tr.request(ctx, from.host.NewStream, to, size)

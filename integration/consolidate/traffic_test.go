@@ -16,6 +16,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/migrate"
@@ -234,6 +235,28 @@ func (tr *traffic) servePost(s network.Stream, number, size uint64) error {
 
 // opening is how a stream is opened.
 type opening func(ctx context.Context, p peer.ID, ids ...protocol.ID) (network.Stream, error)
+
+// stray opens plain streams on any connection, the k-th modulo their number: what a
+// program does that keeps connections of its own.
+func (m *member) stray(k int) opening {
+	return func(ctx context.Context, p peer.ID, ids ...protocol.ID) (network.Stream, error) {
+		conns := m.Network().ConnsToPeer(p)
+		for ; len(conns) == 0; conns = m.Network().ConnsToPeer(p) {
+			if ctx.Err() != nil {
+				return nil, ctx.Err()
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		s, err := conns[k%len(conns)].NewStream(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if err := s.SetProtocol(ids[0]); err != nil {
+			return nil, err
+		}
+		return s, msmux.SelectProtoOrFail(ids[0], s)
+	}
+}
 
 // run runs one side of a stream to the other, in a goroutine of its own.
 func (tr *traffic) run(ctx context.Context, open opening, other *member, id protocol.ID, talk func(s network.Stream, number uint64) error) {
