@@ -5,6 +5,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -92,6 +93,53 @@ func TestBetterConnectionDies(t *testing.T) {
 						require.NoError(t, s.works(time.Second))
 					})
 				}
+			})
+		})
+	}
+}
+
+// The winner's path goes dead, at whatever moment of a consolidation. The loser is not
+// closed any more, but for what was decided within the last round trips, and is what is
+// left in the end.
+func TestWinnerFreezes(t *testing.T) {
+	const decided = 200 * time.Millisecond // a ping on the one, a question on the other
+	for _, best := range []Transport{QUIC, TCP} {
+		t.Run(string(best), func(t *testing.T) {
+			eachDecider(t, func(t *testing.T, aDecides bool) {
+				kept, closed := 0, 0
+				for when := time.Duration(0); when < 7*time.Second; when += 130 * time.Millisecond {
+					Run(t, func(t *testing.T, n *Net) {
+						p := parse(t, "chain(prefer(local cidr 1.0.1.2/32, local cidr 1.0.2.2/32))")
+						a, b := duo(t, n, aDecides, p, p)
+						other := QUIC
+						if best == QUIC {
+							other = TCP
+						}
+						connect(t, n, dial(a, b, other, 0, 0), dial(b, a, best, 1, 0))()
+						var loser network.Conn
+						for _, c := range a.conns(b) {
+							if strings.Contains(c.LocalMultiaddr().String(), a.IPs()[0]) {
+								loser = c
+							}
+						}
+						time.Sleep(when)
+						n.Freeze(a.IPs()[1], b.IPs()[1])
+						time.Sleep(decided)
+						if loser.IsClosed() {
+							closed++
+							return
+						}
+						kept++
+						time.Sleep(3 * time.Minute)
+						require.False(t, loser.IsClosed(), "at %v: the one that works has been closed for the dead one", when)
+						require.Equal(t, loser, requireOne(t, a, b))
+						require.NoError(t, a.open(t, b).works(time.Second))
+						require.NoError(t, b.open(t, a).works(time.Second))
+					})
+				}
+				t.Logf("kept in %d cases; closed before in %d", kept, closed)
+				require.Positive(t, kept)
+				require.Positive(t, closed, "a consolidation takes less time than this looks at")
 			})
 		})
 	}

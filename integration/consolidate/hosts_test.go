@@ -19,9 +19,9 @@ import (
 var (
 	hostsFlag = flag.Int("hosts", 12, "number of hosts of TestFiftyHosts, which all connect to each other")
 	seedFlag  = flag.Uint64("seed", 1, "first seed")
-	seedsFlag = flag.Int("seeds", 3, "number of seeds of TestFiftyHosts")
+	seedsFlag = flag.Int("seeds", 2, "number of seeds of TestFiftyHosts")
 
-	changesFlag = flag.Int("changes", 10, "number of seeds of TestConnectionsComeAndGo")
+	changesFlag = flag.Int("changes", 5, "number of seeds of TestConnectionsComeAndGo")
 )
 
 // policies are what the hosts of one test have, side by side.
