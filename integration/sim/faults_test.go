@@ -296,11 +296,12 @@ func (st *simStream) meets(began time.Time) {
 	st.met = append(st.met, meeting{began, time.Now()})
 }
 
-// triedSince says whether a side has tried to, at any time since then.
+// triedSince says whether a side has tried to, at any time since then, or so shortly before
+// that its request may have been on its way.
 func (st *simStream) triedSince(side int, since time.Time) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	return st.trying[side] > 0 || !st.triedAt[side].Before(since) || !st.under[side].IsZero()
+	return st.trying[side] > 0 || !st.triedAt[side].Before(since.Add(-time.Second)) || !st.under[side].IsZero()
 }
 
 // ended says whether the end has called Close or Reset, or was never there.

@@ -224,6 +224,12 @@ func (p *plan) planMoves(r *rand.Rand, horizon time.Duration) {
 			m.timeout = 1 + upTo(r, horizon/4)
 		}
 		p.moves = append(p.moves, m)
+		if s := &p.streams[id]; chance(r, 0.12) { // an application that ends meanwhile
+			s.disturb = append(s.disturb, disturbance{
+				side: r.IntN(2), at: m.at - s.at + upTo(r, 4*p.links[m.to].oneWay),
+				what: pick(r, "CloseRead", "CloseWrite", "Close", "Reset", "Reset"),
+			})
+		}
 		if chance(r, 0.2) { // there and back, at once
 			m.to = (m.to + 1) % len(p.links)
 			m.at += upTo(r, ms(50))
