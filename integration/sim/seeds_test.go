@@ -188,7 +188,7 @@ func (p *plan) planStream(r *rand.Rand, horizon time.Duration) streamPlan {
 		if chance(r, 0.2) {
 			s.deadlines[0] = pick(r, 0.1, 0.7)
 		}
-		// A read deadline may cost a yamux stream its window for good (facts/streams.md,
+		// A read deadline may cost a yamux stream its window for good (docs/reliability.md,
 		// 1), but only after half a window.
 		if largest < 100_000 && chance(r, 0.2) {
 			s.deadlines[1] = pick(r, 0.1, 0.7)
@@ -196,7 +196,7 @@ func (p *plan) planStream(r *rand.Rand, horizon time.Duration) streamPlan {
 	}
 	if !s.labelled || p.strict {
 		// On a stream of go-libp2p's own, two Writes at once can break a yamux connection
-		// (facts/streams.md, 10), and a deadline the negotiation (4).
+		// (docs/reliability.md, 10), and a deadline the negotiation (4).
 		if s.kind == kindConcurrent {
 			s.kind = kindBulk
 		}
