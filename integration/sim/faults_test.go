@@ -90,6 +90,7 @@ func (w *world) inflict(f faultPlan) {
 		}
 	case faultVanish:
 		w.hurtPath(l.path)
+		defer w.thawed(l.path, f.last)
 		w.Freeze(from, to)
 		_ = l.ends[f.side].Close()
 		if f.last > 0 {
@@ -99,6 +100,7 @@ func (w *world) inflict(f faultPlan) {
 	case faultFreeze, faultHiccup:
 		if f.what == faultFreeze {
 			w.hurtPath(l.path)
+			defer w.thawed(l.path, f.last)
 		}
 		w.Freeze(from, to)
 		if f.last > 0 {
@@ -193,7 +195,11 @@ func (w *world) redial(i int) {
 	for _, d := range b.Network().ConnsToPeer(a.ID()) {
 		if d.RemoteMultiaddr().Equal(c.LocalMultiaddr()) && w.linkOf(d) < 0 {
 			w.mu.Lock()
-			w.links = append(w.links, &simLink{path: path, via: via, ends: [2]network.Conn{c, d}})
+			l := &simLink{path: path, via: via, ends: [2]network.Conn{c, d}}
+			if w.icy[path] {
+				l.hurt = time.Now()
+			}
+			w.links = append(w.links, l)
 			w.logLocked("connection %d is new, over path %d", len(w.links)-1, path)
 			w.mu.Unlock()
 			return

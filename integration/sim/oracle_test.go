@@ -483,6 +483,9 @@ func (e *end) failf(rule, format string, args ...any) {
 // judge looks at a stream when its applications are done.
 func (st *simStream) judge() {
 	harmed := st.wasHarmed()
+	if st.end(st.plan.opener) == nil {
+		return // NewStream has failed, and whoever accepted it has seen a reset
+	}
 	st.judgeMeetings()
 	for side := range 2 {
 		st.judgeFlow(st.flows[side], st.end(side), st.end(1-side), harmed)

@@ -95,7 +95,7 @@ func (st *simStream) open() {
 	if err != nil {
 		w.logf("stream %d: not opened: %v", st.id, err)
 		w.tally.add("streams not opened", 1)
-		if !w.anyHurt() {
+		if !w.anyHurt() && st.end(1-opener) == nil { // else the acceptor may have reset it
 			w.failf("cause", "stream %d cannot be opened: %v", st.id, err)
 		}
 		return

@@ -48,6 +48,7 @@ type world struct {
 	hosts    [2]wrapped
 	stopped  []wrapped // hosts of processes that have been restarted
 	links    []*simLink
+	icy      [maxLinks]bool // paths that are frozen
 	log      []string
 	failures []string
 	running  map[string]int // what has begun and not ended
@@ -231,11 +232,20 @@ func (w *world) hurt(i int) {
 func (w *world) hurtPath(path int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.icy[path] = true
 	for _, l := range w.links {
 		if l.path == path && l.hurt.IsZero() {
 			l.hurt = time.Now()
 		}
 	}
+}
+
+// thawed notes that a path which was frozen for that long, 0 being for ever, is not any
+// more: connections that are made over it from now on come to no harm.
+func (w *world) thawed(path int, after time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.icy[path] = after == 0
 }
 
 func (w *world) isRelayed(path int) bool { return path == 0 && w.plan.links[0].via == relayed }
