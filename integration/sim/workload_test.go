@@ -324,7 +324,7 @@ func (a *app) fetch(size int) bool {
 func (a *app) drain() {
 	a.fetch(-1)
 	a.in.mu.Lock()
-	eof := a.in.eof
+	eof := a.in.eof && !a.in.lied // reading on behind a false EOF may yield the rest
 	a.in.mu.Unlock()
 	if !eof {
 		return
