@@ -1,10 +1,14 @@
 package connmgr
 
 import (
+	"context"
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/policy"
 )
 
 func TestQuietTime(t *testing.T) {
@@ -127,6 +131,74 @@ func TestLastConnectionIsNeverClosed(t *testing.T) {
 			require.Len(t, w.net.ConnsToPeer(higher), 1)
 		})
 	})
+}
+
+// D2: what a look has found may be out of date by the time of closing.
+func TestNothingIsClosedOnOldKnowledge(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connect(quicAddr)
+		loser := w.connect(tcpAddr)
+		w.pass(defaultSettleDelay)
+		loser.setPlain(1) // until the round is over
+		w.pass(defaultInterval)
+		loser.set(func() { loser.plain, loser.unread = 0, 1 })
+		d := w.m.peers[higher]
+		v := w.m.look(higher, d)
+		cs := v.conns[1].connState
+		mayClose := func() bool {
+			return w.m.mayClose(d, v.conns[0].connState, cs, role{drains: true, quiet: defaultQuietTime}, false)
+		}
+		change := func(f func()) {
+			w.m.mu.Lock()
+			defer w.m.mu.Unlock()
+			f()
+		}
+		w.pass(time.Minute)
+		require.False(t, mayClose(), "the peer has something to read there")
+		change(func() { cs.drain.drained = true })
+		require.True(t, mayClose())
+		change(func() { cs.probes++ })
+		require.False(t, mayClose(), "the end of a ping could hide the beginning of another stream")
+		change(func() { cs.probes-- })
+		require.True(t, mayClose())
+		w.m.heard(loser)
+		require.False(t, mayClose(), "the peer has opened a stream since it was asked")
+		change(func() { cs.drain.drained = false }) // as it was
+	})
+}
+
+// D3: a stream that is opened and closed here while the winner is pinged is seen by no look,
+// and what came of it the peer may not have read.
+func TestStreamDuringTheLastPing(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithPolicy(policy.Chain(policy.TransportOrder())))
+		winner := w.connect(quicAddr)
+		loser := w.connect(tcpAddr)
+		probe := w.m.probe
+		pings := 0
+		w.m.probe = func(ctx context.Context, c network.Conn) (time.Duration, error) {
+			if c == network.Conn(winner) && loser.count() == 0 && w.agreed(loser) {
+				pings++
+				loser.set(func() { loser.unread = 1 })
+			}
+			return probe(ctx, c)
+		}
+		w.pass(time.Hour)
+		require.Equal(t, 1, pings)
+		require.False(t, loser.IsClosed())
+		loser.set(func() { loser.unread = 0 })
+		w.pass(time.Second)
+		require.True(t, loser.pruned())
+	})
+}
+
+// agreed says whether the peer has answered that it has done with c.
+func (w *world) agreed(c *fakeConn) bool {
+	w.m.mu.Lock()
+	defer w.m.mu.Unlock()
+	cs := w.m.peers[w.peer].state(c)
+	return cs != nil && cs.drain != nil && cs.drain.drained
 }
 
 func TestBareManagerClosesOnlyWhatIsEmpty(t *testing.T) {
