@@ -15,21 +15,28 @@ import (
 
 // A peer that reconnects before the old connection is noticed to be dead.
 func TestDeadConnectionDoesNotWin(t *testing.T) {
-	inVirtualTime(t, func(t *testing.T) {
-		w := newWorld(t, higher)
-		dead := w.connect(quicAddr)
-		streams := dead.open(2)
-		dead.silent = true
-		w.pass(time.Minute)
-		alive := w.connect(tcpAddr) // which ranks lower
-		w.pass(defaultSettleDelay + defaultProbeTime + rtt)
-		require.Equal(t, alive, w.m.steer(t.Context(), higher))
-		require.Equal(t, 1, w.logs.FilterMessageSnippet("quic direct does not answer").Len())
-		require.Equal(t, 2, alive.count(), "its streams move to the one that works")
-		require.Equal(t, alive, streams[0].Conn())
-		w.pass(time.Hour)
-		require.False(t, alive.IsClosed())
-	})
+	for name, opts := range map[string][]Option{
+		"by the default policy":                    nil, // for which round-trip times are measured first
+		"by one that asks for no round-trip times": {WithPolicy(policy.Chain(policy.TransportOrder()))},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, higher, opts...)
+				dead := w.connect(quicAddr)
+				streams := dead.open(2)
+				dead.silent = true
+				w.pass(time.Minute)
+				alive := w.connect(tcpAddr) // which ranks lower
+				w.pass(defaultSettleDelay + defaultProbeTime + rtt)
+				require.Equal(t, alive, w.m.steer(t.Context(), higher))
+				require.Equal(t, 1, w.logs.FilterMessageSnippet("quic direct does not answer").Len())
+				require.Equal(t, 2, alive.count(), "its streams move to the one that works")
+				require.Equal(t, alive, streams[0].Conn())
+				w.pass(time.Hour)
+				require.False(t, alive.IsClosed())
+			})
+		})
+	}
 }
 
 func TestConnectionThatAnswersAgainMayWin(t *testing.T) {
