@@ -2,6 +2,7 @@ package connmgr
 
 import (
 	"bufio"
+	"context"
 	"io"
 	"net"
 	"strings"
@@ -197,6 +198,31 @@ func TestPledge(t *testing.T) {
 	})
 }
 
+// D1: at once also where a round is under way, which takes as long as its migrations.
+func TestPledgeDuringARound(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+		tcp.open(1)
+		w.pass(defaultSettleDelay)
+		w.mover.setAnswer(func(*fakeStream) error { return errHang })
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = w.m.Consolidate(ctx, lower)
+		}()
+		synctest.Wait()
+		require.Equal(t, quic, w.m.steer(t.Context(), lower))
+		s := w.asked(quic)
+		require.NoError(t, writeDrain(s, drainMessage()))
+		w.pass(time.Second)
+		require.Equal(t, tcp, w.m.steer(t.Context(), lower))
+		cancel()
+		<-ended
+	})
+}
+
 // That the peer wants to close a loser is no reason to have another winner, and least of
 // all at once: the streams of drains that begin look like ones that cannot move.
 func TestPledgeForALoserLeavesTheWinner(t *testing.T) {
@@ -267,6 +293,15 @@ func TestRefusals(t *testing.T) {
 			tcp, quic := w.connect(tcpAddr), w.connect(quicAddr)
 			require.NoError(w.t, writeDrain(w.asked(tcp), drainMessage()))
 			synctest.Wait()
+			return quic
+		}, nil, "there is no other connection that could take its place"},
+		"the other one is being closed by this side": {func(w *world) *fakeConn {
+			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+			tcp.blocks = make(chan struct{}) // closing it takes a while
+			w.t.Cleanup(func() { close(tcp.blocks) })
+			_, err := w.m.Consolidate(w.t.Context(), lower)
+			require.NoError(w.t, err)
+			w.pass(defaultQuietTime + time.Second)
 			return quic
 		}, nil, "there is no other connection that could take its place"},
 		"exempt": {func(w *world) *fakeConn {
