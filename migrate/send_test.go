@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -463,6 +464,7 @@ func TestSendHalfThatFailed(t *testing.T) {
 func TestConcurrentWrites(t *testing.T) {
 	const writers, times, size = 4, 50, 10
 	old := newFake()
+	old.grants(0, nil) // so that no writer has done before the others begin
 	h := &sendHalf{cur: old}
 	var wg sync.WaitGroup
 	for i := range writers {
@@ -500,4 +502,29 @@ func TestConcurrentWrites(t *testing.T) {
 	for i := 0; i < len(got); i += size {
 		require.Equal(t, strings.Repeat(got[i:i+1], size), got[i:i+size], "a buffer was torn at %d", i)
 	}
+}
+
+// TestWriteWaitsForItsTurn: of two Writes one at most is inside the stream, where two could
+// overrun the window of a yamux stream; and the other has a deadline all the same.
+func TestWriteWaitsForItsTurn(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		u := newFake()
+		u.grants(3, nil)
+		h := &sendHalf{cur: u}
+		first := writing(h, "first")
+		synctest.Wait()
+		second := writing(h, "second")
+		synctest.Wait()
+		require.Equal(t, 1, u.writing)
+		require.NoError(t, h.setDeadline(time.Now().Add(time.Second)))
+		_ = u.SetWriteDeadline(time.Time{}) // as if it stayed inside
+		require.Equal(t, writeResult{0, os.ErrDeadlineExceeded}, <-second)
+		require.NoError(t, h.setDeadline(time.Time{}))
+		third := writing(h, "third")
+		synctest.Wait()
+		u.grants(-1, nil)
+		require.Equal(t, writeResult{5, nil}, <-first)
+		require.Equal(t, writeResult{5, nil}, <-third)
+		require.Equal(t, "firstthird", u.taken())
+	})
 }
