@@ -2,6 +2,7 @@ package connmgr_test
 
 import (
 	"context"
+	"io"
 	"testing"
 	"time"
 
@@ -92,4 +93,38 @@ func TestRoutedHost(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A hole punch (DCUtR) begins over the relayed connection and ends with a direct one, which
+// both ends may call outbound: the streams move there, and the relayed one is closed.
+func TestHolePunch(t *testing.T) {
+	simtest.Run(t, func(t *testing.T, n *simtest.Net) {
+		const ipRelay = "1.0.2.1"
+		n.SetLatency(ip0, ipRelay, 40*time.Millisecond)
+		n.SetLatency(ip1, ipRelay, 40*time.Millisecond)
+		p := newDuoWith(t, n, libp2p.EnableHolePunching())
+		relay := n.NewRelay(ipRelay)
+		relayed := n.DialRelayed(p.nodes[0], p.nodes[1], relay, simtest.QUIC)
+		require.True(t, relayed.Stat().Limited)
+		got := make(chan network.Stream, 1)
+		p.hosts[1].SetStreamHandler("/test/x", func(s network.Stream) { got <- s })
+		ctx := network.WithAllowLimitedConn(t.Context(), "test")
+		s, err := p.hosts[0].NewStream(ctx, p.hosts[1].ID(), "/test/x")
+		require.NoError(t, err)
+		_, err = s.Write([]byte("through "))
+		require.NoError(t, err)
+		far := <-got
+		pass(30 * time.Second)
+		require.Len(t, p.conns(0), 1)
+		require.False(t, p.conns(0)[0].Stat().Limited)
+		require.True(t, relayed.IsClosed())
+		_, err = s.Write([]byte("the hole"))
+		require.NoError(t, err)
+		require.NoError(t, s.CloseWrite())
+		data, err := io.ReadAll(far)
+		require.NoError(t, err)
+		require.Equal(t, "through the hole", string(data))
+		require.NoError(t, far.Close())
+		require.NoError(t, s.Close())
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -44,6 +45,19 @@ type duo struct {
 
 func newDuo(t *testing.T, n *simtest.Net, opts ...[]connmgr.Option) *duo {
 	p := &duo{t: t, net: n}
+	p.start(opts)
+	return p
+}
+
+// newDuoWith makes the hosts with these options.
+func newDuoWith(t *testing.T, n *simtest.Net, opts ...libp2p.Option) *duo {
+	p := &duo{t: t, net: n}
+	p.start(nil, opts...)
+	return p
+}
+
+func (p *duo) start(opts [][]connmgr.Option, hostOpts ...libp2p.Option) {
+	t, n := p.t, p.net
 	ips := [][]string{{ip0}, {ip1}}
 	n.SetLatency(ip0, ip1, 20*time.Millisecond)
 	for i := range p.nodes {
@@ -57,12 +71,11 @@ func newDuo(t *testing.T, n *simtest.Net, opts ...[]connmgr.Option) *duo {
 		p.mgrs[i], err = connmgr.New(inner, own...)
 		require.NoError(t, err)
 		p.logs[i] = logs
-		p.nodes[i] = n.NewNode(ips[i], libp2p.ConnectionManager(p.mgrs[i]))
+		p.nodes[i] = n.NewNode(ips[i], append(slices.Clone(hostOpts), libp2p.ConnectionManager(p.mgrs[i]))...)
 		p.hosts[i], err = p.mgrs[i].Wrap(p.nodes[i])
 		require.NoError(t, err)
 	}
 	require.Less(t, p.nodes[0].ID(), p.nodes[1].ID(), "the addresses are chosen so that index 0 decides")
-	return p
 }
 
 // join connects the two over TCP and QUIC.
