@@ -107,8 +107,7 @@ func (bed *testbed) startRelay() error {
 	resources.Limit = &relayv2.RelayLimit{Duration: bed.cfg.relay.time, Data: bed.cfg.relay.data}
 	h, err := libp2p.New(
 		libp2p.ListenAddrStrings(tcp.listenAddr()),
-		libp2p.ForceReachabilityPublic(), // else it would first find out whether it can serve
-		libp2p.EnableRelayService(relayv2.WithResources(resources)),
+		libp2p.ForceReachabilityPublic(), // else it would say that it has no address of use
 		libp2p.DisableMetrics(),
 	)
 	if err != nil {
@@ -116,6 +115,10 @@ func (bed *testbed) startRelay() error {
 	}
 	bed.relay = h
 	bed.closers = append(bed.closers, h.Close)
+	// Not libp2p.EnableRelayService, which begins to serve some time after New.
+	if _, err := relayv2.New(h, relayv2.WithResources(resources)); err != nil {
+		return fmt.Errorf("relay: %w", err)
+	}
 
 	var port string
 	for _, addr := range h.Network().ListenAddresses() { // /p2p-circuit is among them
