@@ -135,7 +135,25 @@ func Join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, netw
 	if first == Relay || second == Relay {
 		t.Fatal("Join: use JoinRelayed")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	// Where a dial times out, on a machine that is busy, go-libp2p returns the other
+	// connection in its place.
+	for range 3 {
+		if c0, c1 := join(t, a, b, first, second); c0 != nil {
+			return c0, c1
+		}
+		_ = a.Network().ClosePeer(b.ID())
+		WaitFor(t, "the connections to close", func() bool {
+			return len(a.Network().ConnsToPeer(b.ID())) == 0 && len(b.Network().ConnsToPeer(a.ID())) == 0
+		})
+	}
+	t.Fatalf("no two connections over %s and %s", first, second)
+	return nil, nil
+}
+
+// join is Join. It returns nil if there is one connection only.
+func join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, network.Conn) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	a.know(b, b.Addr(t, first))
 	release := a.gate.hold()
@@ -159,7 +177,7 @@ func Join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, netw
 	identified(t, a, b)
 	conns := a.Network().ConnsToPeer(b.ID())
 	if len(conns) != 2 {
-		t.Fatalf("want 2 connections, got %v", conns)
+		return nil, nil
 	}
 	// The dial that was held back ends last.
 	return conns[1], conns[0]
