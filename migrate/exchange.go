@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"go.uber.org/zap"
 )
@@ -283,22 +284,53 @@ func (x *exchange) moveScope(u network.Stream) {
 	}
 }
 
-// payLate charges the new stream to the application's protocol, now that the old one
-// is gone.
-func (x *exchange) payLate(u network.Stream) {
-	err := u.SetProtocol(x.s.proto)
-	if err == nil {
-		x.s.mu.Lock()
-		sc := x.s.scopeLocked()
-		if x.s.unpaid == u {
-			x.s.unpaid = nil
+// payLate charges streams that wait for a place under the limit of their protocol, now
+// that an old stream is gone. Whose that was does not matter: a place that becomes free
+// may go to a stream that begins to migrate, and the next one is for who has waited.
+func (x *exchange) payLate() {
+	h := x.s.host
+	h.charging.Lock()
+	defer h.charging.Unlock()
+	if x.unpaid {
+		if h.owing == nil {
+			h.owing = make(map[peer.ID]struct{})
 		}
-		x.s.mu.Unlock()
-		err = sc.follow(u.Scope(), true)
+		h.owing[x.s.peer] = struct{}{}
 	}
-	if err != nil {
-		x.warnUnaccounted(err)
+	for p := range h.owing {
+		if x.payAll(p) {
+			delete(h.owing, p)
+		}
 	}
+}
+
+// payAll charges those streams of p that there is room for, and says whether it was for
+// all that wait. charging must be held.
+func (x *exchange) payAll(p peer.ID) bool {
+	all := true
+	for _, s := range x.s.host.labels.all(p) {
+		s.mu.Lock()
+		u, sc := s.unpaid, s.scope
+		s.mu.Unlock()
+		if u == nil {
+			continue
+		}
+		if u.SetProtocol(s.proto) != nil {
+			all = false
+			continue
+		}
+		s.mu.Lock()
+		if s.unpaid == u {
+			s.unpaid = nil
+		}
+		s.mu.Unlock()
+		if sc != nil {
+			if err := sc.attached(u.Scope()); err != nil {
+				x.warnUnaccounted(err)
+			}
+		}
+	}
+	return all
 }
 
 func (x *exchange) warnUnaccounted(err error) {
@@ -385,9 +417,7 @@ func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 	x.end(true)
 	<-oldClosed
 	_ = x.old.Close()
-	if x.unpaid {
-		x.payLate(u)
-	}
+	x.payLate()
 	x.trace(Finished, nil)
 	if eof && !closed {
 		go x.expectEnd(u) // a peer that owes it must not hold up the caller

@@ -26,7 +26,8 @@ type Host struct {
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 
-	charging sync.Mutex // held while it is counted how many streams are unpaid; taken before Stream.mu
+	charging sync.Mutex           // guards owing; held while unpaid streams are counted; before Stream.mu
+	owing    map[peer.ID]struct{} // peers of which streams may be unpaid that have migrated
 }
 
 var _ host.Host = (*Host)(nil)

@@ -63,6 +63,16 @@ func TestDefaultLimits(t *testing.T) {
 			})
 		}
 		wg.Wait()
+		for i, n := range nodes {
+			WaitFor(t, "every stream to be charged to its protocol, once", func() bool {
+				var stat network.ScopeStat
+				err := n.Network().ResourceManager().ViewProtocol(echoID, func(scope network.ProtocolScope) error {
+					stat = scope.Stat()
+					return nil
+				})
+				return err == nil && [2]int{stat.NumStreamsOutbound, stat.NumStreamsInbound}[i] == streams
+			})
+		}
 		for _, s := range all {
 			require.Equal(t, p.conns[0][to], s.Conn())
 			echoes(t, s)

@@ -65,12 +65,28 @@ func (c *scope) SetService(service string) error {
 	return nil
 }
 
+// attached sets what could not be set before cur was attached to its protocol. It does
+// nothing where the stream has moved on.
+func (c *scope) attached(cur network.StreamScope) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cur != cur {
+		return nil
+	}
+	return c.followLocked(cur, true)
+}
+
 // follow moves everything to next, the service only if next is attached to its protocol.
 // It may be called again with the same next. It returns an error where next refuses a
 // part; the stream goes on all the same.
 func (c *scope) follow(next network.StreamScope, attached bool) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	return c.followLocked(next, attached)
+}
+
+// followLocked is follow. mu must be held.
+func (c *scope) followLocked(next network.StreamScope, attached bool) error {
 	var err error
 	if attached && c.service != "" {
 		err = next.SetService(c.service)
