@@ -179,6 +179,8 @@ func FuzzHandleStream(f *testing.F) {
 			switch {
 			case s.Protocol() == FinalSizeID:
 				_ = s.Reset() // as its handler does, at any moment
+			case s.Protocol() == ID:
+				t.Fatal("W5: a stream whose protocol is", ID)
 			case s != alive:
 				got = s
 			}

@@ -10,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/crypto"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
@@ -377,4 +378,28 @@ func TestCloseAfterGivingWay(t *testing.T) {
 	old.wants("the last")
 	old.wantsEOF()
 	p.nothingLeft()
+}
+
+// TestAckThatCrossesTheirs: M1. Our attempt has given way to the peer's, and its ack is
+// there all the same, since the peer breaks the rule, or the reset came after the answer:
+// nothing is carried to it.
+func TestAckThatCrossesTheirs(t *testing.T) {
+	h := bareHost("a", func(protocol.ID) bool { return true })
+	defer h.cancel()
+	old, next := newFake(), newFake()
+	old.conn.remote, next.conn.remote = "b", "b"
+	s := newStream(h, old, echoID, 7)
+	ours, theirs := &exchange{initiator: true, id: 8}, &exchange{id: 9}
+	busy, err := s.begin(ours)
+	require.Nil(t, busy)
+	require.NoError(t, err)
+	require.True(t, ours.attach(next))
+	require.NoError(t, s.beginNext(theirs, false))
+	require.NotNil(t, next.resetWith)
+	require.False(t, ours.commit(), "ours has given way")
+	ours.fallBack(false)
+	<-theirs.turn
+	require.True(t, s.stopWaiting(theirs), "theirs begins")
+	require.True(t, theirs.commit())
+	theirs.fallBack(false)
 }

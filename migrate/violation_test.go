@@ -6,6 +6,8 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
 
 	. "github.com/go-portage/portage/internal/hosttest"
 )
@@ -57,6 +59,8 @@ var malformed = map[string]string{
 func TestViolationOnOpening(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
+		core, logs := observer.New(zap.WarnLevel)
+		m.opts = append(m.opts, WithLogger(zap.New(core)))
 		p := m.meet(t)
 		s, old := p.hostAccepts()
 		mine, other := p.fresh(), p.fresh()
@@ -83,6 +87,8 @@ func TestViolationOnOpening(t *testing.T) {
 					u := p.opens(i, tMultistream, tMigration, bytes)
 					u.wantsReset(network.StreamProtocolViolation)
 					p.untouched(s, old)
+					// Before the reset. A handler that refuses ID would look the same to the peer.
+					require.Len(t, logs.TakeAll(), 1, "the violation is logged, once")
 				}
 			})
 		}
