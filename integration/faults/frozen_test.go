@@ -21,14 +21,14 @@ var frozenWays = []way{
 	{Relay, QUIC}, {Relay, TCP}, {TCP, QUIC}, {WebSocket, QUIC}, {QUIC, TCP}, {WebTransport, TCP}, {WebRTC, QUIC},
 }
 
-// eachMove runs f for both ends as the initiator, on every way, in parallel. f has a link
+// eachMove runs f for both ends as the initiator, on every way, in time. f has a link
 // of its own.
 func eachMove(t *testing.T, ways []way, f func(t *testing.T, l *link, initiator int)) {
 	t.Run("ways", func(t *testing.T) {
 		for _, w := range ways {
 			for initiator := range 2 {
 				t.Run(fmt.Sprintf("%s, moved by the %s", w, endName(initiator)), func(t *testing.T) {
-					t.Parallel()
+					inTime(t)
 					l := joined(t, w.from, w.to)
 					done.pair(w)
 					f(t, l, initiator)

@@ -192,7 +192,8 @@ func (l *link) tryJoin(t testing.TB) bool {
 			select {
 			case <-n.Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c):
 			case <-ctx.Done():
-				t.Fatal("the hosts do not identify each other")
+				t.Log("the hosts do not identify each other")
+				return false
 			}
 		}
 		if h := l.hosts[side]; h != nil {

@@ -18,6 +18,14 @@ var (
 	firstSeed = flag.Uint64("seed", 0, "where the seeds of random faults begin")
 )
 
+// inTime has t run beside others, but not under the race detector, where they would take
+// longer together than a transport keeps a connection whose path is frozen: 10 s, or 30.
+func inTime(t *testing.T) {
+	if !raceEnabled {
+		t.Parallel()
+	}
+}
+
 // TestMain looks for goroutines that are left. With hosts that live, connections that
 // live, and no stream, there is nothing for one of the package migrate to do; and none of
 // anybody's outlives its host.

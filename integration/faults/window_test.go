@@ -44,7 +44,7 @@ func TestStuckMigrationLeavesTheWinner(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%s, %d times %d MiB", w, tc.streams, tc.flood>>20), func(t *testing.T) {
-					t.Parallel()
+					inTime(t)
 					stuckBeside(t, w, tc.streams, tc.flood, tc.lost && !ownWindows(w.to))
 				})
 			}
