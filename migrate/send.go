@@ -48,8 +48,7 @@ type sendHalf struct {
 	written  uint64 // application bytes that cur has taken
 	deadline time.Time
 	opening  []byte // W1: what must precede the first application byte, not yet sent
-	err      error  // of sendFailed
-	lost     error  // the application was told that cur's connection is gone
+	err      error  // of sendFailed, or lost
 
 	state    sendState
 	turn     bool // a Write call is under way; others wait, so that buffers never mix
@@ -57,6 +56,7 @@ type sendHalf struct {
 	flushing bool // it is no Write, but flush
 	closed   bool // CloseWrite or Close was called
 	held     bool // an exchange is under way that may save a Write which cur fails
+	lost     bool // the application was told that cur's connection is gone, with err
 }
 
 func (h *sendHalf) write(p []byte) (int, error) {
@@ -116,7 +116,7 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		switch {
 		case err != nil && !saved && !(h.closed && isDeadline(err, on)):
 			if on.Conn().IsClosed() {
-				h.lost = err
+				h.lost, h.err = true, err
 			}
 			return n, err
 		case entered && n == len(p):
@@ -242,8 +242,8 @@ func (h *sendHalf) pause() (written uint64, err error) {
 	switch {
 	case h.state == sendFailed:
 		return 0, h.err
-	case h.lost != nil:
-		return 0, h.lost
+	case h.lost:
+		return 0, h.err
 	}
 	h.state = sendPaused
 	h.changed.broadcast()
@@ -290,7 +290,7 @@ func (h *sendHalf) fail(err error) {
 func (h *sendHalf) hasLost() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.lost != nil
+	return h.lost
 }
 
 // stream returns the underlying stream that Writes go to.
