@@ -397,21 +397,33 @@ func TestBothAsk(t *testing.T) {
 				for _, next := range mine {
 					_, _ = io.WriteString(next, []string{finalSize(1), "", finalSize(9)}[k%3])
 				}
-				select {
-				case theirs := <-e.came:
+				// Whatever the victim opens is answered so, also what it has given up already
+				// and the peer gets to see only now.
+				reply := func(theirs network.Stream) {
 					_, _ = io.WriteString(theirs, replies[k%len(replies)])
 					_ = theirs.Reset()
-				case err := <-moved:
-					moved <- err
+				}
+				deadline := time.After(patience)
+				returned := false
+				select {
+				case theirs := <-e.came:
+					reply(theirs)
+				case <-moved:
+					returned = true
 				}
 				for _, next := range mine {
 					_ = next.Reset()
 				}
 				_ = u.Reset()
-				select {
-				case <-moved:
-				case <-time.After(patience):
-					t.Fatal("Migrate does not return")
+				for !returned {
+					select {
+					case theirs := <-e.came:
+						reply(theirs)
+					case <-moved:
+						returned = true
+					case <-deadline:
+						t.Fatal("Migrate does not return")
+					}
 				}
 				_ = st.Reset()
 			}
