@@ -410,6 +410,8 @@ func TestBothAsk(t *testing.T) {
 					reply(theirs)
 				case <-moved:
 					returned = true
+				case <-time.After(50 * time.Millisecond):
+					// It waits for one of mine that it has acked (M2).
 				}
 				for _, next := range mine {
 					_ = next.Reset()
