@@ -190,12 +190,16 @@ func (h *receiveHalf) result(from network.Stream, p []byte, n int, err error) (i
 		return 0, h.err // these bytes broke the promise of the final size
 	case h.state == receiveFailed && err != nil:
 		return n, h.err
+	case h.closed && kept:
+		return n, errReadClosed // what ended may have been the old stream only
 	case h.closed:
 		return n, orElse(err, errReadClosed)
 	case n > 0 && (kept || err == nil):
 		return n, nil
 	case kept || err == nil:
 		return h.readSlowly(p)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		// The application's, whatever has become of the connection: that shows next.
 	case err == io.EOF || !isDeadline(err, from):
 		return n, h.end(err)
 	}
@@ -252,6 +256,11 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 // hear of what this one was told, unless the stream stays where it failed. mu must be held.
 func (h *receiveHalf) end(err error) error {
 	if err != io.EOF {
+		if t := (interface{ Timeout() bool })(nil); errors.As(err, &t) && t.Timeout() {
+			// A connection that was silent for too long, for good: who tries again after
+			// a timeout would do so for ever.
+			err = &network.StreamError{TransportError: errors.New(err.Error())}
+		}
 		h.failLocked(err)
 		return err
 	}
