@@ -153,22 +153,19 @@ func (m *Manager) ping(ctx context.Context, d *duplicates, v view) (first bool) 
 	var wait sync.WaitGroup
 	for _, cv := range v.conns {
 		cs := cv.connState
-		m.mu.Lock()
-		due := !m.closed && !cs.pinging && (cs.rttAt.IsZero() || v.at.Sub(cs.rttAt) >= rttInterval)
-		m.mu.Unlock()
-		if !due || transportRTT(cv.conn) != 0 {
+		if transportRTT(cv.conn) != 0 {
 			continue
 		}
 		m.mu.Lock()
 		unknown := cs.rttAt.IsZero()
-		cs.rttAt, cs.pinging = v.at, true
-		if !m.closed {
+		due := !m.closed && !cs.pinging && (unknown || v.at.Sub(cs.rttAt) >= rttInterval)
+		if due {
+			cs.rttAt, cs.pinging = v.at, true
 			m.wg.Add(1)
 		}
-		closed := m.closed
 		m.mu.Unlock()
-		if closed {
-			return first
+		if !due {
+			continue
 		}
 		if unknown {
 			first = true
