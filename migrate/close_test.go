@@ -140,7 +140,7 @@ func resetFor(t *testing.T, j *journey, mover, resetter int, m moment) {
 	j.nothingLeft(t)
 }
 
-// TestResetOfWebTransportAndWebRTC: as TestReset, where the transports' errors are
+// TestResetUntyped: as TestReset, where the transports' errors are
 // not typed, at the moments that differ most.
 func TestResetUntyped(t *testing.T) {
 	eachPath(t, []path{tcpWebT, webTTCP, quicWebRTC, webRTCQUIC}, func(t *testing.T, j *journey) {

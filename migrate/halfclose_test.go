@@ -188,7 +188,7 @@ func closeRead(t *testing.T, j *journey, mover, closer int, m moment) {
 	j.closed(t, s)
 }
 
-// TestWriterIsToldOnlyOnItsSide: S13. Where CloseRead fails the other end's Write, a
+// TestCloseReadWhileBlocked: S13. Where CloseRead fails the other end's Write, a
 // migration that follows neither heals that nor spreads it: what it has yet to read is
 // delivered.
 func TestCloseReadWhileBlocked(t *testing.T) {

@@ -69,7 +69,8 @@ func (h handingOver) isReset(code network.StreamErrorCode) {
 }
 
 // TestVerifiedResponder: the host answers with its own final size as soon as it has the
-// peer's, and does not wait for the end of the old stream (S3, S4, S12).
+// peer's, and does not wait for the end of the old stream (S3, S4, S12). It is the old
+// stream that each end then closes for writing, not the new one (W3).
 func TestVerifiedResponder(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
