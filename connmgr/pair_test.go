@@ -76,6 +76,7 @@ func (p *duo) start(opts [][]connmgr.Option, hostOpts ...libp2p.Option) {
 		require.NoError(t, err)
 	}
 	require.Less(t, p.nodes[0].ID(), p.nodes[1].ID(), "the addresses are chosen so that index 0 decides")
+	synctest.Wait() // identify tells of what was registered in the background
 }
 
 // join connects the two over TCP and QUIC.

@@ -223,7 +223,9 @@ func (n *Node) know(other *Node, addr ma.Multiaddr) {
 	n.Peerstore().AddAddr(other.ID(), addr, peerstore.PermanentAddrTTL)
 }
 
-// identified waits until a and b have identified each other on all connections.
+// identified waits until a and b have identified each other on all connections, and each
+// knows of all protocols that the other handles: what was registered right before the
+// connection came up identify may tell only later, with a push.
 func identified(t testing.TB, a, b *Node) {
 	t.Helper()
 	wait := func(n, other *Node) {
@@ -234,6 +236,11 @@ func identified(t testing.TB, a, b *Node) {
 		for _, c := range n.Network().ConnsToPeer(other.ID()) {
 			<-n.Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c)
 		}
+		WaitFor(t, "the other's protocols to be known", func() bool {
+			handled := other.Mux().Protocols()
+			known, err := n.Peerstore().SupportsProtocols(other.ID(), handled...)
+			return err == nil && len(known) == len(handled)
+		})
 	}
 	wait(a, b)
 	wait(b, a)
