@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/require"
+
 	. "github.com/go-portage/portage/internal/simtest"
 	"github.com/go-portage/portage/migrate"
 )
@@ -196,38 +198,69 @@ func (c stepCase) run(t *testing.T, tally *tally, mayMiss bool) {
 	}
 }
 
-// each runs all combinations of the moments and faults, each with all links, workloads,
-// openers and initiators, or with one of each in turn.
+// stepVariants is how many combinations of links, workloads, openers and initiators there
+// are.
+var stepVariants = len(stepLinks) * len(stepWorkloads) * 4
+
+// variantOf is the variant that a fault meets at a moment where it meets one only. Neither
+// stride has a factor in common with the number of variants. So over the ten moments of
+// TestStepsAndFaults each fault meets all links, all workloads, and everybody as opener
+// and initiator, and so does each moment over the faults; TestVariants checks it.
+func variantOf(moment, fault int) int { return (9*moment + 59*fault) % stepVariants }
+
+// variant makes the case one of the variants.
+func (c stepCase) variant(v int) stepCase {
+	c.links = stepLinks[v%len(stepLinks)]
+	v /= len(stepLinks)
+	c.workload = stepWorkloads[v%len(stepWorkloads)]
+	v /= len(stepWorkloads)
+	c.opener, c.initiator = v&1, v>>1
+	return c
+}
+
+// eachStep runs all combinations of the moments and faults, each with all variants, or
+// with one of them in turn.
 func eachStep(t *testing.T, moments []stepCase, faults []stepFault, mayMiss bool) {
 	tally := newTally()
-	i := 0
-	for _, moment := range moments {
-		for _, fault := range faults {
-			variants := len(stepLinks) * len(stepWorkloads) * 4
-			var chosen []int
+	for i, moment := range moments {
+		for j, fault := range faults {
+			chosen := []int{variantOf(i, j)}
 			if *allSteps {
-				for v := range variants {
+				chosen = chosen[:0]
+				for v := range stepVariants {
 					chosen = append(chosen, v)
 				}
-			} else {
-				// 37 and the number of variants have no common factor: all of them have
-				// their turn.
-				chosen = []int{i * 37 % variants}
-				i++
 			}
 			for _, v := range chosen {
-				c := moment
+				c := moment.variant(v)
 				c.fault = fault
-				c.links = stepLinks[v%len(stepLinks)]
-				v /= len(stepLinks)
-				c.workload = stepWorkloads[v%len(stepWorkloads)]
-				v /= len(stepWorkloads)
-				c.opener, c.initiator = v&1, v>>1
 				t.Run(c.String(), func(t *testing.T) { c.run(t, tally, mayMiss) })
 			}
 		}
 	}
 	t.Logf("\n%s", tally)
+}
+
+// TestVariants: in a default run every fault meets every pair of connections, every
+// workload, and everybody as opener and initiator, and so does every moment.
+func TestVariants(t *testing.T) {
+	moments, faults := len(stepsOf(roles[0]))*len(roles), len(stepFaults())
+	complete := func(what string, n int, variant func(i int) int) {
+		pairs, workloads, who := make(map[[2]linkPlan]bool), make(map[kind]bool), make(map[[2]int]bool)
+		for i := range n {
+			c := stepCase{}.variant(variant(i))
+			pairs[c.links], workloads[c.workload.kind], who[[2]int{c.opener, c.initiator}] = true, true, true
+		}
+		require.Len(t, pairs, len(stepLinks), "pairs of connections that %s meets", what)
+		require.Len(t, workloads, len(stepWorkloads), "workloads that %s meets", what)
+		require.Len(t, who, 4, "openers and initiators that %s meets", what)
+	}
+	for j, f := range stepFaults() {
+		complete(f.name, moments, func(i int) int { return variantOf(i, j) })
+	}
+	for i := range moments {
+		complete(fmt.Sprintf("moment %d", i), faults, func(j int) int { return variantOf(i, j) })
+	}
 }
 
 // TestStepsAndFaults: each fault at each step of either side.
