@@ -444,6 +444,37 @@ func (e *hostile) ended(u network.Stream) (code network.StreamErrorCode, reset b
 	return code, true
 }
 
+// outcome reads a stream to its end, and says which it was. err is that it had none. A
+// draft-only handover lasts until the old stream ends, or the new one is reset; where acked
+// is what is read, a peer that wants neither gives up.
+func outcome(u network.Stream, acked string) (got string, reset bool, err error) {
+	var b strings.Builder
+	buf := make([]byte, 1<<10)
+	for {
+		n, err := u.Read(buf)
+		b.Write(buf[:n])
+		switch {
+		case err == io.EOF:
+			return b.String(), false, nil
+		case errors.Is(err, network.ErrReset):
+			return b.String(), true, nil
+		case err != nil:
+			return b.String(), false, err
+		case acked != "" && b.String() == acked:
+			return b.String(), true, u.Reset()
+		}
+	}
+}
+
+// echoes checks that a stream of the hostile peer's still works.
+func (e *hostile) echoes(u network.Stream) {
+	e.t.Helper()
+	const what = "still here"
+	_, err := io.WriteString(u, what)
+	require.NoError(e.t, err)
+	require.NoError(e.t, wants(u, what))
+}
+
 // each runs f for 0 to n-1, 64 at a time: some inputs have to wait for 5 s (L4).
 func each(n int, f func(k int)) { eachOf(64, n, f) }
 

@@ -2,6 +2,7 @@ package hostile
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -51,23 +52,34 @@ func mutants(s string) (all []string) {
 }
 
 // TestBadBeginnings: streams that begin with anything but what they should, byte by byte.
-// Every one of them ends, and nothing else does.
+// Every one of them ends, and nothing else does: not even the hostile peer's own streams,
+// unless it has asked for a migration and not gone on (W4, S8).
 func TestBadBeginnings(t *testing.T) {
 	s := newScene(t)
 	for _, lower := range []bool{true, false} {
 		t.Run(map[bool]string{true: "lower", false: "higher"}[lower], func(t *testing.T) {
 			e := s.newHostile(t, lower)
 			type input struct {
-				conn  int
-				bytes string
+				conn     int
+				bytes    string
+				violates bool // whatever of it is read at once
 			}
 			var all []input
+			var own, prey [2]network.Stream // prey is what is asked to migrate
 			for i := range e.conns {
-				own, label := e.mustStream(i, echoID)
+				var label, preyed uint64
+				own[i], label = e.mustStream(i, echoID)
+				prey[i], preyed = e.mustStream(i, echoID)
+				_ = own[i].SetDeadline(time.Time{}) // it is in use for as long as all of this takes
+				e.echoes(own[i])
 				foreign := s.honest.streams[0].Label()
-				var inputs []string
+				add := func(violates bool, inputs ...string) {
+					for _, in := range inputs {
+						all = append(all, input{1 - i, in, violates})
+					}
+				}
 				for _, m := range malformed {
-					inputs = append(inputs, prelude+m, prelude+labelled(e.fresh())+m)
+					add(true, prelude+m, prelude+labelled(e.fresh())+m)
 				}
 				id := e.fresh()
 				for _, in := range []string{
@@ -81,36 +93,51 @@ func TestBadBeginnings(t *testing.T) {
 					labelled(id) + tMultistream + token(migrate.FinalSizeID),
 					labelled(id) + tMultistream + "\xff\x7f" + strings.Repeat("x", 2000),
 					asks(id^1, label), asks(label, label), // of the wrong parity; alive
-					asks(id, label) + finalSize(0) + "too early", asks(id, label) + "x",
-					asksDraft(id, label) + "too early",
-					asks(id, label) + asks(id, label),
 				} {
-					inputs = append(inputs, prelude+in)
+					add(true, prelude+in)
+				}
+				for _, in := range []string{
+					asks(id, preyed) + finalSize(0) + "too early", asks(id, preyed) + "x",
+					asksDraft(id, preyed) + "too early",
+					asks(id, preyed) + asks(id, preyed),
+				} {
+					add(false, prelude+in)
 				}
 				// A label of another peer's is one of a stream that is not there (L3).
 				for range 4 {
-					inputs = append(inputs, prelude+asks(e.fresh(), foreign), prelude+asks(e.fresh(), s.honest.streams[1].Label()))
+					add(false, prelude+asks(e.fresh(), foreign), prelude+asks(e.fresh(), s.honest.streams[1].Label()))
 				}
-				inputs = append(inputs, mutants(opening(e.fresh(), echoID))...)
-				inputs = append(inputs, mutants(prelude+asks(e.fresh(), label))...)
-				defer own.Reset()
-				for _, in := range inputs {
-					all = append(all, input{1 - i, in})
-				}
+				add(false, mutants(opening(e.fresh(), echoID))...)
+				add(false, mutants(prelude+asks(e.fresh(), preyed))...)
 			}
 			each(len(all), func(k int) {
+				in := all[k]
 				for _, end := range []func(network.Stream) error{network.Stream.CloseWrite, network.Stream.Reset} {
-					u, err := e.tries(all[k].conn, all[k].bytes)
+					u, err := e.tries(in.conn, in.bytes)
 					if err != nil {
 						t.Errorf("cannot open a stream: %v", err)
 						return
 					}
 					_ = end(u)
-					_, _ = io.Copy(io.Discard, u) // to its end, within the stream's deadline
+					got, reset, err := outcome(u, prelude+ackDraft)
+					switch {
+					case err != nil:
+						t.Errorf("a stream that begins with %q does not end: %v", in.bytes, err)
+					case in.violates && !reset:
+						t.Errorf("a stream that begins with %q has a clean end, behind %q", in.bytes, got)
+					}
 					_ = u.Reset()
 				}
 			})
 			s.progress("bad beginnings", true)
+			for i := range own {
+				e.echoes(own[i])
+				_ = prey[i].Reset()
+			}
+			// Those that were reset at this end, and have told nothing of what became of them.
+			WaitFor(t, "the victim to have none of the hostile peer's streams but its own two", func() bool {
+				return len(e.ends[0].GetStreams()) == 1 && len(e.ends[1].GetStreams()) == 1
+			})
 			t.Logf("at rest: %v", s.measure(e.ID()))
 			e.goes()
 		})
@@ -205,7 +232,7 @@ func (e *hostile) arrives() network.Stream {
 
 // TestBadAnswers: openings and Migrates of the victim's that are answered with anything
 // but what they should be, byte by byte. The victim's application gets no byte that is not
-// its own and no clean end, and its calls return.
+// its own and no clean end behind a part, and its calls return.
 func TestBadAnswers(t *testing.T) {
 	s := newScene(t)
 	e := s.newHostile(t, true)
@@ -222,6 +249,7 @@ func TestBadAnswers(t *testing.T) {
 				_ = st.SetReadDeadline(time.Now().Add(patience))
 				got, err := io.ReadAll(st)
 				require.Error(t, err, "answer %q", in)
+				require.False(t, timedOut(err), "answer %q: the stream does not end: %v", in, err)
 				require.Empty(t, got, "answer %q", in)
 				require.NoError(t, st.Reset())
 				_ = u.Reset()
@@ -238,41 +266,15 @@ func TestBadAnswers(t *testing.T) {
 		for _, m := range []string{
 			labelled(e.fresh()), asks(e.fresh(), e.fresh()), finalSize(3), ackVerified + ackVerified,
 			ackVerified + "data", ackVerified + finalSize(2), ackVerified + finalSize(0),
+			ackVerified + finalSize(4), ackVerified + finalSize(1<<64-1), ackDenied,
 			ackVerified + labelled(e.fresh()), ackDraft + finalSize(3), ackDenied + finalSize(3),
 		} {
 			bad = append(bad, prelude+m)
 		}
 		for k, in := range bad {
-			tried.Add(1)
-			st, u := e.opened()
-			_, err := io.WriteString(u, right+"abc")
-			require.NoError(t, err)
-			to := e.ends[0]
-			if st.Conn() == to {
-				to = e.ends[1]
+			for _, readBefore := range []bool{false, true} {
+				e.answersMigrate(in, right, readBefore, k%2 == 0)
 			}
-			moved := make(chan error, 1)
-			go func() { moved <- s.victim.Migrate(context.Background(), st, to) }()
-			next := e.arrives()
-			_, _ = io.WriteString(next, in)
-			if k%2 == 0 {
-				_ = next.CloseWrite()
-			} else {
-				_ = next.Reset()
-			}
-			// The final size may have been taken for true: then the old stream has to end.
-			_ = u.CloseWrite()
-			_ = st.SetReadDeadline(time.Now().Add(patience))
-			got, _ := io.ReadAll(st)
-			require.True(t, strings.HasPrefix("abc", string(got)), "answer %q: the application got %q", in, got)
-			select {
-			case <-moved:
-			case <-time.After(patience):
-				t.Fatalf("answer %q: Migrate does not return", in)
-			}
-			_ = st.Reset()
-			_ = u.Reset()
-			_ = next.Reset()
 		}
 		s.progress("bad answers to Migrates", true)
 	})
@@ -281,8 +283,94 @@ func TestBadAnswers(t *testing.T) {
 	e.goes()
 }
 
-// TestAfterTheAck: what a peer may not send once its Migrate was acked, byte by byte: the
-// stream is reset or has moved, and nothing is read from it but what was sent.
+// timedOut says whether err is a deadline's, of any muxer.
+func timedOut(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.As(err, &t) && t.Timeout()
+}
+
+// answersMigrate has the victim migrate a stream on which the peer has said "abc", and
+// answers with in. With readBefore the victim's application has read that by then. whole
+// says that all of the answer arrives: the new stream is closed, else it is reset.
+func (e *hostile) answersMigrate(in, opening string, readBefore, whole bool) {
+	t, data := e.t, "abc"
+	tried.Add(1)
+	st, u := e.opened()
+	_, err := io.WriteString(u, opening+data)
+	require.NoError(t, err)
+	if readBefore {
+		require.NoError(t, wants(st, data))
+	}
+	to := e.ends[0]
+	if st.Conn() == to {
+		to = e.ends[1]
+	}
+	moved := make(chan error, 1)
+	go func() { moved <- e.s.victim.Migrate(context.Background(), st, to) }()
+	next := e.arrives()
+	_, _ = io.WriteString(next, in)
+	if whole {
+		_ = next.CloseWrite()
+	} else {
+		_ = next.Reset()
+	}
+	// The final size may have been taken for true: then the old stream has to end.
+	_ = u.CloseWrite()
+	_ = st.SetReadDeadline(time.Now().Add(patience))
+	rest, readErr := io.ReadAll(st)
+	got := string(rest)
+	if readBefore {
+		got = data + got
+	}
+	var migrateErr error
+	select {
+	case migrateErr = <-moved:
+	case <-time.After(patience):
+		t.Fatalf("answer %q: Migrate does not return", in)
+	}
+	what := fmt.Sprintf("answer %q, read before: %v, whole: %v: the application got %q and %v, Migrate returned %v",
+		in, readBefore, whole, got, readErr, migrateErr)
+	size, sized := sizeIn(strings.TrimPrefix(in, prelude+ackVerified))
+	sized = sized && strings.HasPrefix(in, prelude+ackVerified)
+	switch {
+	case errors.Is(migrateErr, migrate.ErrTryLater), errors.Is(migrateErr, migrate.ErrDenied):
+		// It stays where it was (S9, M3), and has all that was said there.
+		require.NoError(t, readErr, what)
+		require.Equal(t, data, got, what)
+		require.False(t, whole && strings.HasPrefix(in, prelude+ackVerified), what)
+	case errors.Is(migrateErr, network.ErrReset):
+		require.ErrorIs(t, readErr, network.ErrReset, what)
+		require.True(t, strings.HasPrefix(data, got), what)
+	default:
+		// The peer has said less than it had sent, and what it had sent beyond that was
+		// not read (S12). It is its own stream that is short.
+		require.NoError(t, migrateErr, what)
+		require.True(t, sized && size < uint64(len(data)) && !readBefore, what)
+		if readErr != nil {
+			require.ErrorIs(t, readErr, network.ErrReset, what)
+		}
+		require.Equal(t, data[:size], got, what)
+	}
+	_ = st.Reset()
+	_ = u.Reset()
+	_ = next.Reset()
+}
+
+// sizeIn returns the final size that in begins with, if it is one of those that these
+// tests make.
+func sizeIn(in string) (size uint64, ok bool) {
+	for _, size := range []uint64{0, 1, 2, 3, 4, 1<<64 - 1} {
+		if strings.HasPrefix(in, finalSize(size)) {
+			return size, true
+		}
+	}
+	return 0, false
+}
+
+// TestAfterTheAck: what a peer may not send once its Migrate was acked, byte by byte. With
+// the right final size the stream has moved, and what follows is the application's; with
+// anything else both streams are reset, and nothing comes of them but what belongs there
+// (S8, S12).
 func TestAfterTheAck(t *testing.T) {
 	s := newScene(t, migrate.WithStallTimeout(time.Second))
 	e := s.newHostile(t, false)
@@ -326,15 +414,38 @@ func TestAfterTheAck(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 				return
 			}
-			_, _ = io.WriteString(next, after[name])
+			in := after[name]
+			_, _ = io.WriteString(next, in)
 			if eof {
 				_ = next.CloseWrite()
 				_ = old.CloseWrite()
 			} else {
 				_ = next.Reset()
 			}
-			_, _ = io.Copy(io.Discard, old)
-			_, _ = io.Copy(io.Discard, next)
+			size, sized := sizeIn(in)
+			right := sized && size == uint64(len(data))
+			got, reset, err := outcome(next, "")
+			what := fmt.Sprintf("%s, from %s, whole: %v: the new stream brought %q, reset: %v, %v", name, tr, eof, got, reset, err)
+			switch {
+			case err != nil:
+				t.Errorf("%s: it does not end", what)
+			case !eof: // reset at this end, too
+			case right && (reset || got != in):
+				t.Errorf("%s: it should have moved, and echo", what)
+			case !right && (!reset || !strings.HasPrefix(finalSize(3), got)):
+				t.Errorf("%s: it should have been reset", what)
+			}
+			got, reset, err = outcome(old, "")
+			what = fmt.Sprintf("%s, from %s, whole: %v: the old stream brought %q, reset: %v, %v", name, tr, eof, got, reset, err)
+			switch {
+			case err != nil:
+				t.Errorf("%s: it does not end", what)
+			case got != "":
+				t.Errorf("%s: nothing else was said there", what)
+			case !sized && !reset:
+				// The victim closes it for writing once it has a final size, and not before (S3).
+				t.Errorf("%s: a clean end before the proof that the ack has arrived", what)
+			}
 		})
 		s.progress("violations after the ack, from "+string(tr), true)
 	}
