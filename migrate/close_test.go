@@ -172,13 +172,14 @@ func TestResetUntyped(t *testing.T) {
 // TestResetWakesWriter: a Write that is blocked, on the old stream or on its way to the
 // new one, is called out by a reset at either end.
 func TestResetWakesWriter(t *testing.T) {
+	more := content(1, 32<<20) // than any window
 	eachPath(t, mainPaths, func(t *testing.T, j *journey) {
 		for _, writer := range ends {
 			for _, resetter := range ends {
 				for _, m := range everyMoment {
 					t.Run(fmt.Sprintf("%s writes, %s resets, %s", endName(writer), endName(resetter), m), func(t *testing.T) {
 						s := j.start(t)
-						done := j.blocked(t, s[writer], content(1, 32<<20))
+						done := j.blocked(t, s[writer], more)
 						_ = j.duringMove(t, opener, s, m, func() { _ = s[resetter].Reset() })
 						w := result(t, done)
 						require.ErrorIs(t, w.err, network.ErrReset, "Write returned %s", w)

@@ -2,6 +2,8 @@ package faults
 
 import (
 	"fmt"
+	"io"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -107,16 +109,29 @@ func (s *stillness) still() bool {
 	return time.Since(s.changed) > 200*time.Millisecond
 }
 
+// rounds is how many round trips are timed on a stream that has moved, and tolerated how
+// much longer they may take, in the median, than those of a stream that never was on the
+// frozen path. Both are timed in turn, on a machine that may be busy.
+const (
+	rounds    = 31
+	tolerated = 100 * time.Millisecond
+)
+
 // TestFrozenOldPathHoldsNobodyUp: facts of yamux on a frozen path. With its queue full,
 // every call on a stream of that connection blocks until the connection ends. A stream
-// with nothing under way moves, and is used and ended, before that.
+// with nothing under way moves, and is used and ended, before that: no Write and no Read
+// waits for the frozen path, which is frozen until all of them have returned. The exact
+// times are those of integration/sim, where time is virtual: TestCongestedPathFreezes and
+// TestOldPathFreezesWhileIdle.
 func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 	defer summary(t)()
-	var slowest stopwatch
+	var slowest, switched stopwatch
 	eachMove(t, frozenWays, func(t *testing.T, l *link, initiator int) {
 		ends := l.open(t, oldConn)
+		control := l.echoing(t, newConn)
 		l.congest(t, oldConn)
-		talk := newTalk("a stream with nothing under way", ends, 1, [2]int{1 << 20, 1 << 20})
+		const size = 1000
+		talk := newTalk("a stream with nothing under way", ends, 1, [2]int{1 << 18, 1 << 18})
 		begin := time.Now()
 		talk.start() // a Read is inside the old stream at both ends
 		moved := l.moving(initiator, ends[initiator], newConn)
@@ -124,19 +139,53 @@ func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 			WaitFor(t, fmt.Sprintf("the %s to write to the new connection", endName(side)),
 				func() bool { return ends[side].Conn() == l.conns[side][newConn] })
 		}
-		slowest.lap(begin)
+		switched.lap(begin)
+		var ours, theirs []time.Duration
+		for n := range rounds {
+			begin := time.Now()
+			talk.allow((n + 1) * size)
+			talk.awaitCaughtUp(t)
+			ours = append(ours, time.Since(begin))
+			begin = time.Now()
+			control(size)
+			theirs = append(theirs, time.Since(begin))
+		}
 		talk.allowAll()
 		talk.settle(t)
 		for side := range l.conns {
 			require.False(t, l.conns[side][oldConn].IsClosed(), "the talk was to be over before the old connection is given up")
 		}
 		require.True(t, talk.survived(), "%v", talk)
+		slowest.note(median(ours))
+		require.Less(t, median(ours), median(theirs)+tolerated, "a stream that has moved, beside one that was never on the frozen path")
 		talk.end(t)
 		l.giveUp(oldConn)
 		require.NoError(t, await(t, moved, "Migrate to return"))
 		l.nothingLeft(t)
 	})
-	t.Logf("the slowest switch at both ends, beside a frozen connection: %v", slowest.max)
+	t.Logf("beside a frozen connection: the slowest switch at both ends %v, the slowest Write and Read after it, by median, %v",
+		switched.max, slowest.max)
+}
+
+// echoing opens a raw stream on connection i, and returns what sends n bytes over it and
+// back.
+func (l *link) echoing(t *testing.T, i int) func(n int) {
+	t.Helper()
+	ends := l.raw(t, i)
+	go func() { _, _ = io.Copy(ends[acceptor], ends[acceptor]) }()
+	t.Cleanup(func() { _, _ = ends[opener].Reset(), ends[acceptor].Reset() })
+	return func(n int) {
+		_ = ends[opener].SetDeadline(time.Now().Add(patience))
+		_, err := ends[opener].Write(make([]byte, n))
+		require.NoError(t, err)
+		_, err = io.ReadFull(ends[opener], make([]byte, n))
+		require.NoError(t, err)
+	}
+}
+
+func median(all []time.Duration) time.Duration {
+	slices.Sort(all)
+	return all[len(all)/2]
 }
 
 // stopwatch keeps the longest of its laps.
@@ -145,8 +194,10 @@ type stopwatch struct {
 	max time.Duration
 }
 
-func (w *stopwatch) lap(begin time.Time) {
+func (w *stopwatch) lap(begin time.Time) { w.note(time.Since(begin)) }
+
+func (w *stopwatch) note(d time.Duration) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.max = max(w.max, time.Since(begin))
+	w.max = max(w.max, d)
 }

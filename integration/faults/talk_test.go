@@ -133,15 +133,31 @@ func (t *talk) is(f func() bool) bool {
 }
 
 // caughtUp says whether all that may be written so far, and may be read, has been read.
-func (t *talk) caughtUp() bool {
-	return t.is(func() bool {
-		for _, f := range t.flows {
-			if f.written < f.allowed || f.readable && f.got < f.allowed {
-				return false
-			}
+func (t *talk) caughtUp() bool { return t.is(t.caughtUpLocked) }
+
+// caughtUpLocked is caughtUp. The lock must be held.
+func (t *talk) caughtUpLocked() bool {
+	for _, f := range t.flows {
+		if f.written < f.allowed || f.readable && f.got < f.allowed {
+			return false
 		}
-		return true
-	})
+	}
+	return true
+}
+
+// awaitCaughtUp returns at the moment at which caughtUp begins to hold.
+func (t *talk) awaitCaughtUp(tb testing.TB) {
+	tb.Helper()
+	late := false
+	defer time.AfterFunc(patience, func() { t.set(func() { late = true }) }).Stop()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for !t.caughtUpLocked() {
+		if late || t.broken() {
+			tb.Fatalf("%s: not all is read that may be written\n%s", t.name, t.describe())
+		}
+		t.changed.Wait()
+	}
 }
 
 // delivered says whether everything has been read. The lock must be held.

@@ -45,8 +45,8 @@ type flood struct {
 	do   func(e *hostile, n int)
 
 	// crowds says that it takes all places among the streams that are not negotiated, as
-	// on any libp2p host. New streams of others have to wait then; those that are there
-	// go on.
+	// on any libp2p host. New streams of others have to wait then, and so have migrations,
+	// which are told to try again; the streams that are there go on, where they are.
 	crowds bool
 	// reserves says that it makes the victim keep data, which are on the resource
 	// manager's account, and no more than the peer's memory limit.
@@ -88,6 +88,12 @@ func TestFloods(t *testing.T) {
 				require.LessOrEqual(t, u.peer.NumStreamsInbound, int(peer.StreamsInbound))
 				require.LessOrEqual(t, u.transient.NumStreamsInbound, int(transient.StreamsInbound))
 				require.LessOrEqual(t, u.peer.Memory, int64(peer.Memory))
+				if f.crowds {
+					// The flood is over, though the peer is there: its places are taken from it.
+					s.progress("behind "+f.name, true)
+					t.Logf("migrations of the honest peer: %d and %d, to be tried again: %d and %d",
+						s.honest.moves[0].Load(), s.honest.moves[1].Load(), s.honest.later[0].Load(), s.honest.later[1].Load())
+				}
 				e.goes()
 			}
 		})
