@@ -135,7 +135,7 @@ type honest struct {
 	rounds [2]atomic.Int64
 	moves  [2]atomic.Int64
 	later  [2]atomic.Int64 // migrations that were to be tried again
-	still  sync.RWMutex // held while nothing may migrate
+	still  sync.RWMutex    // held while nothing may migrate
 	ctx    context.Context
 }
 
