@@ -109,11 +109,11 @@ func (s *stillness) still() bool {
 	return time.Since(s.changed) > 200*time.Millisecond
 }
 
-// rounds is how many round trips are timed on a stream that has moved, and tolerated how
+// trips is how many round trips are timed on a stream that has moved, and tolerated how
 // much longer they may take, in the median, than those of a stream that never was on the
 // frozen path. Both are timed in turn, on a machine that may be busy.
 const (
-	rounds    = 31
+	trips     = 31
 	tolerated = 100 * time.Millisecond
 )
 
@@ -128,7 +128,7 @@ func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 	var slowest, switched stopwatch
 	eachMove(t, frozenWays, func(t *testing.T, l *link, initiator int) {
 		ends := l.open(t, oldConn)
-		control := l.echoing(t, newConn)
+		control, forget := l.echoing(t, newConn)
 		l.congest(t, oldConn)
 		const size = 1000
 		talk := newTalk("a stream with nothing under way", ends, 1, [2]int{1 << 18, 1 << 18})
@@ -141,7 +141,7 @@ func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 		}
 		switched.lap(begin)
 		var ours, theirs []time.Duration
-		for n := range rounds {
+		for n := range trips {
 			begin := time.Now()
 			talk.allow((n + 1) * size)
 			talk.awaitCaughtUp(t)
@@ -159,6 +159,7 @@ func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 		slowest.note(median(ours))
 		require.Less(t, median(ours), median(theirs)+tolerated, "a stream that has moved, beside one that was never on the frozen path")
 		talk.end(t)
+		forget()
 		l.giveUp(oldConn)
 		require.NoError(t, await(t, moved, "Migrate to return"))
 		l.nothingLeft(t)
@@ -167,20 +168,20 @@ func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 		switched.max, slowest.max)
 }
 
-// echoing opens a raw stream on connection i, and returns what sends n bytes over it and
-// back.
-func (l *link) echoing(t *testing.T, i int) func(n int) {
+// echoing opens a raw stream on connection i. trip sends n bytes over it and back.
+func (l *link) echoing(t *testing.T, i int) (trip func(n int), forget func()) {
 	t.Helper()
 	ends := l.raw(t, i)
 	go func() { _, _ = io.Copy(ends[acceptor], ends[acceptor]) }()
-	t.Cleanup(func() { _, _ = ends[opener].Reset(), ends[acceptor].Reset() })
+	forget = func() { _, _ = ends[opener].Reset(), ends[acceptor].Reset() }
+	t.Cleanup(forget)
 	return func(n int) {
 		_ = ends[opener].SetDeadline(time.Now().Add(patience))
 		_, err := ends[opener].Write(make([]byte, n))
 		require.NoError(t, err)
 		_, err = io.ReadFull(ends[opener], make([]byte, n))
 		require.NoError(t, err)
-	}
+	}, forget
 }
 
 func median(all []time.Duration) time.Duration {
