@@ -114,7 +114,8 @@ func TestCloseWriteWhileWriteIsBlocked(t *testing.T) {
 
 // TestFirstWriteInterrupted: the connection has hardly any room, and a deadline interrupts
 // the first Write, which carries the opening. The count is exact; and with room the stream
-// goes on as if nothing had been, there or on another connection.
+// goes on as if nothing had been, there or on another connection. Where the connection has
+// no room at all, no first Write gets through before its deadline.
 func TestFirstWriteInterrupted(t *testing.T) {
 	defer summary(t)()
 	t.Run("ways", func(t *testing.T) {
@@ -123,18 +124,32 @@ func TestFirstWriteInterrupted(t *testing.T) {
 				t.Parallel()
 				l := newLink(t, w.from, w.to)
 				done.pair(w)
-				room := 0
-				for n, left := range []int{-1, 0, 50, 100, 1000, 5000, 50_000} {
-					l.join(t)
-					if left < 0 {
-						room = l.fill(t, -1).written // how much a new connection takes
-					} else {
-						firstWriteInterrupted(t, l, room-left, n%2 == 0)
-					}
+				l.join(t)
+				room := firstWriteInterrupted(t, l, -1, true) // how much a new connection takes
+				for n, left := range []int{0, 50, 100, 1000, 5000, 50_000} {
 					l.part(t)
 					l.forget()
+					l.join(t)
+					firstWriteInterrupted(t, l, room-left, n%2 == 0)
 				}
 			})
+		}
+		// The streams of yamux share nothing but the path, so it is that which has no room.
+		for _, w := range []way{{TCP, QUIC}, {WebSocket, QUIC}, {Relay, QUIC}} {
+			for _, move := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, moved %v", w, move), func(t *testing.T) {
+					inTime(t)
+					l := joined(t, w.from, w.to)
+					done.pair(w)
+					s := l.newStream(t, oldConn) // which the path has to carry, too
+					l.congest(t, oldConn)
+					sent, n := interrupt(t, s, 1<<20, true) // more than a window of yamux
+					t.Logf("it took %d", n)
+					l.goesOn(t, s, sent, n, move, l.paths[oldConn].Thaw)
+					l.giveUp(oldConn)
+					l.nothingLeft(t)
+				})
+			}
 		}
 	})
 }
@@ -151,16 +166,21 @@ func (l *link) fill(t *testing.T, n int) (f filling) {
 	for range 2 { // one alone has too small a window
 		ends := l.raw(t, oldConn)
 		f.ends = append(f.ends, ends)
-		for n < 0 || f.written < n {
+		// A machine that stalls lets a deadline pass although there is room: it is full
+		// when that has been so more than once.
+		for refused := 0; refused < 3 && (n < 0 || f.written < n); {
 			size := 1 << 10
 			if n >= 0 {
 				size = min(size, n-f.written)
 			}
-			_ = ends[0].SetWriteDeadline(time.Now().Add(200 * time.Millisecond))
+			_ = ends[0].SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
 			m, err := ends[0].Write(make([]byte, size))
 			f.written += m
-			if err != nil {
-				break
+			switch {
+			case m > 0:
+				refused = 0
+			case err != nil:
+				refused++
 			}
 		}
 	}
@@ -173,34 +193,65 @@ func (f filling) empty() {
 	}
 }
 
-func firstWriteInterrupted(t *testing.T, l *link, fill int, move bool) {
+// firstWriteInterrupted fills the connection with that many bytes, or until it is full. It
+// returns how many they were.
+func firstWriteInterrupted(t *testing.T, l *link, fill int, move bool) int {
+	t.Helper()
 	filling := l.fill(t, fill)
 	s := l.newStream(t, oldConn)
-	sent := text(3, 100_000)
+	sent, n := interrupt(t, s, 100_000, fill < 0)
+	t.Logf("after %d bytes by others it took %d", filling.written, n)
+	l.goesOn(t, s, sent, n, move, filling.empty)
+	for _, ends := range filling.ends {
+		_, _ = ends[0].Reset(), ends[1].Reset()
+	}
+	l.nothingLeft(t)
+	return filling.written
+}
+
+// interrupt has a deadline interrupt the first Write to s, of that size, and returns what
+// was to be written and how much of it Write took. Only with full it is certain that there
+// is no room for all of it.
+func interrupt(t *testing.T, s *migrate.Stream, size int, full bool) (sent []byte, n int) {
+	t.Helper()
+	sent = text(3, size)
 	require.NoError(t, s.SetWriteDeadline(time.Now().Add(100*time.Millisecond)))
 	n, err := s.Write(sent)
 	done.faults.Add(1)
+	if full {
+		require.Error(t, err, "the connection has no room, and Write took %d bytes", n)
+	}
 	if err != nil { // else the window has grown meanwhile
 		require.Less(t, n, len(sent))
 		var timeout interface{ Timeout() bool }
 		require.ErrorAs(t, err, &timeout)
 		require.True(t, timeout.Timeout())
 	}
-	t.Logf("after %d bytes by others it took %d", filling.written, n)
 	require.NoError(t, s.SetWriteDeadline(time.Time{}))
+	return sent, n
+}
+
+// goesOn writes the rest of what was to be sent when there is room, and ends the stream.
+func (l *link) goesOn(t *testing.T, s *migrate.Stream, sent []byte, n int, move bool, room func()) {
+	t.Helper()
 	moved := make(<-chan error)
 	if move {
 		moved = l.moving(opener, s, newConn) // waits until the opening can leave
 	}
-	filling.empty()
-	m, err := s.Write(sent[n:])
-	require.NoError(t, err)
-	require.Equal(t, len(sent), n+m)
-	require.NoError(t, s.CloseWrite())
+	room()
+	written := make(chan error, 1)
+	go func() {
+		m, err := s.Write(sent[n:])
+		if err == nil && n+m != len(sent) {
+			err = fmt.Errorf("Write took %d and %d of %d bytes", n, m, len(sent))
+		}
+		written <- errors.Join(err, s.CloseWrite())
+	}()
 	far := await(t, l.accepted, "the stream")
 	got, err := io.ReadAll(far)
 	require.NoError(t, err)
 	require.True(t, bytes.Equal(sent, got), "%d bytes were written, %d others came", len(sent), len(got))
+	require.NoError(t, await(t, written, "the Write to end"))
 	done.bytes.Add(int64(len(got)))
 	done.streams.Add(1)
 	if move {
@@ -215,10 +266,6 @@ func firstWriteInterrupted(t *testing.T, l *link, fill int, move bool) {
 	for _, s := range []*migrate.Stream{s, far} {
 		require.NoError(t, s.Close())
 	}
-	for _, ends := range filling.ends {
-		_, _ = ends[0].Reset(), ends[1].Reset()
-	}
-	l.nothingLeft(t)
 }
 
 // TestConcurrentWritesOnYamux: two Writes at once on one stream of yamux can overrun its
