@@ -211,7 +211,7 @@ func (h *draftHost) Migrate(ctx context.Context, ns network.Stream, to network.C
 	from := s.label
 	s.asking = u
 	s.mu.Unlock()
-	s.step(migrate.Started, u)
+	s.step(true, migrate.Started, u)
 	m := &pb.StreamMigration{Type: &pb.StreamMigration_Migrate{Migrate: &pb.Migrate{Id: &id, From: &from}}}
 	if err = sendDraft(u, draftPrelude, m, ""); err == nil {
 		if _, err = io.ReadFull(u, make([]byte, len(draftPrelude))); err == nil {
@@ -230,20 +230,20 @@ func (h *draftHost) Migrate(ctx context.Context, ns network.Stream, to network.C
 	case err != nil || superseded:
 		s.mu.Unlock()
 		_ = u.Reset()
-		s.step(migrate.Failed, u)
+		s.step(true, migrate.Failed, u)
 		return fmt.Errorf("%w: %w", migrate.ErrTryLater, errors.Join(err))
 	case ack.GetDenyMigrate():
 		s.denied = true
 		s.mu.Unlock()
 		_ = u.Close()
-		s.step(migrate.Denied, u)
+		s.step(true, migrate.Denied, u)
 		return migrate.ErrDenied
 	}
 	s.next, s.responder, s.nextLabel = u, false, id
 	aborted := s.aborted
 	s.mu.Unlock()
 	h.enter(id, s)
-	s.step(migrate.Acked, u)
+	s.step(true, migrate.Acked, u)
 	if aborted {
 		_ = u.Reset()
 		return migrate.ErrClosed
@@ -289,7 +289,8 @@ func (h *draftHost) respond(u network.Stream, id, from uint64) {
 		_ = dropped.Reset()
 	}
 	h.enter(id, s)
-	s.step(migrate.Acked, u) // it may have left whatever comes
+	s.step(false, migrate.Started, u)
+	s.step(false, migrate.Acked, u) // it may have left whatever comes
 	if err := answer(false); err != nil {
 		_ = s.Reset()
 		return
@@ -297,13 +298,13 @@ func (h *draftHost) respond(u network.Stream, id, from uint64) {
 	s.afterEnd()
 }
 
-func (s *draftStream) step(kind migrate.EventKind, to network.Stream) {
+func (s *draftStream) step(initiator bool, kind migrate.EventKind, to network.Stream) {
 	s.mu.Lock()
 	from := s.rd
 	s.mu.Unlock()
 	i, j := s.h.w.linkOf(from.Conn()), s.h.w.linkOf(to.Conn())
 	s.h.w.logf("stream %d: %s (draft) %s, %d to %d", s.st.id, sideName(s.h.side), kind, i, j)
-	s.st.step(s.h.side, kind, i, j)
+	s.st.step(s.h.side, initiator, kind, i, j)
 }
 
 // switchWriting lets Writes go to u.
@@ -359,7 +360,7 @@ func (s *draftStream) switchReading() {
 	if responder {
 		s.switchWriting(u)
 	}
-	s.step(migrate.Finished, u)
+	s.step(!responder, migrate.Finished, u)
 	s.mu.Lock()
 	s.rd, s.next, s.label, s.owed = u, nil, s.nextLabel, 0
 	s.changed.Broadcast()

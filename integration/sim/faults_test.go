@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -34,7 +35,7 @@ func (m movePlan) String() string {
 type faultPlan struct {
 	at   time.Duration
 	what faultKind
-	link int
+	link int // the path; what is hit is the newest connection over it
 	side int
 	last time.Duration // how long it lasts, or what is later is later by; 0: for ever
 	// stream whose underlying stream is reset
@@ -59,8 +60,11 @@ const (
 	faultRelay     faultKind = "relay closes"     // the relay closes its connection to one end
 	faultRestart   faultKind = "restart"          // one end's process
 	faultCrash     faultKind = "crash"            // the same, and the other end does not hear of it
-	faultRedial    faultKind = "redial"           // not a fault: a new connection in place of one that is gone
+	faultRedial    faultKind = "redial"           // not a fault: new connections, where none is left
 )
+
+// renews says whether connections are made again with it.
+func (k faultKind) renews() bool { return k == faultRestart || k == faultCrash || k == faultRedial }
 
 // harmless is the longest freeze that breaks no connection and no timeout.
 const harmless = 3 * time.Second
@@ -74,34 +78,40 @@ func (w *world) inflict(f faultPlan) {
 	from, to := w.hop(f.side, l.path)
 	switch f.what {
 	case faultClose:
-		w.hurt(f.link)
+		w.hurt(l, false)
 		_ = l.ends[f.side].Close()
 	case faultCloseBoth:
-		w.hurt(f.link)
+		w.hurt(l, false)
 		w.task("close", func() { _ = l.ends[f.side].Close() })
 		time.Sleep(f.last)
 		_ = l.ends[1-f.side].Close()
 	case faultSever:
-		w.hurt(f.link)
+		w.hurt(l, false)
 		if l.via == tcp {
+			w.hurtPath(l.path, false)
 			w.SeverEnd(from, to)
 		} else {
 			_ = l.ends[f.side].Close()
 		}
 	case faultVanish:
-		w.hurtPath(l.path)
-		defer w.thawed(l.path, f.last)
+		w.freezes(l.path)
 		w.Freeze(from, to)
 		_ = l.ends[f.side].Close()
 		if f.last > 0 {
 			time.Sleep(f.last)
 			w.Thaw(from, to)
+			w.thaws(l.path)
 		}
-	case faultFreeze, faultHiccup:
-		if f.what == faultFreeze {
-			w.hurtPath(l.path)
-			defer w.thawed(l.path, f.last)
+	case faultFreeze:
+		w.freezes(l.path)
+		w.Freeze(from, to)
+		if f.last > 0 {
+			time.Sleep(f.last)
+			w.Thaw(from, to)
+			w.thaws(l.path)
 		}
+	case faultHiccup:
+		w.slows(l.path, harmless)
 		w.Freeze(from, to)
 		if f.last > 0 {
 			time.Sleep(f.last)
@@ -113,7 +123,7 @@ func (w *world) inflict(f faultPlan) {
 		w.resetUnderlying(f, l)
 	case faultRelay:
 		if w.relay != nil {
-			w.hurtPath(0)
+			w.hurtPath(0, false)
 			_ = w.relay.Network().ClosePeer(w.node(f.side).ID())
 		}
 	case faultRestart:
@@ -121,7 +131,10 @@ func (w *world) inflict(f faultPlan) {
 	case faultCrash:
 		w.restart(f.side, true, f.last)
 	case faultRedial:
-		w.redial(f.link)
+		w.redial(f.side)
+	}
+	if f.what.renews() {
+		w.renewed()
 	}
 }
 
@@ -141,72 +154,108 @@ func (w *world) resetUnderlying(f faultPlan, l *simLink) {
 // restart ends a side's process and starts it again with the same key. Where it crashes,
 // the other end hears of it only later, by silence.
 func (w *world) restart(side int, crash bool, silence time.Duration) {
-	w.mu.Lock()
-	links := len(w.links)
-	node := w.nodes[side]
-	w.mu.Unlock()
-	for i := range links {
-		w.hurt(i)
+	paths := len(w.plan.links)
+	for path := range paths {
+		w.hurtPath(path, crash)
 	}
 	for _, st := range w.streams {
 		if st.end(0) != nil || st.end(1) != nil {
 			st.harm("a restart")
 		}
 	}
-	paths := len(w.plan.links)
 	if crash {
 		for path := range paths {
 			w.Freeze(w.hop(side, path))
 		}
 	}
-	node.Stop()
+	w.node(side).Stop()
 	if crash {
 		time.Sleep(silence)
 		for path := range paths {
 			w.Thaw(w.hop(side, path))
+			w.thaws(path)
 		}
 	}
 	w.boot(side)
-	w.redial(paths - 1)
+	w.redial(side) // the other one may not know yet that its connections are gone
 }
 
-// redial makes a connection over the path of connection i, which has died. Where another
-// direct connection stands it is that which a dial returns.
-func (w *world) redial(i int) {
-	path := w.link(i).path
-	via := w.plan.links[path].via
-	if via == relayed {
-		return
-	}
-	w.redials <- struct{}{} // two at once would be given the same connection
+// redial has a side dial the other over all direct paths. Where one of its direct
+// connections stands, it is that which a dial returns.
+func (w *world) redial(side int) {
+	w.redials <- struct{}{} // two at once would be given the same connections
 	defer func() { <-w.redials }()
-	ctx, cancel := context.WithTimeout(w.t.Context(), 10*time.Second)
-	defer cancel()
-	a, b := w.node(0), w.node(1)
-	c, err := a.Dial(ctx, b, Path{Transport: Transport(via), From: ipOf(0, path), To: ipOf(1, path)})
-	if err != nil {
-		w.logf("redial: %v", err)
-		return
-	}
-	if w.linkOf(c) >= 0 {
-		return
-	}
-	time.Sleep(500 * time.Millisecond) // the other end has it, too, and identify is done
-	for _, d := range b.Network().ConnsToPeer(a.ID()) {
-		if d.RemoteMultiaddr().Equal(c.LocalMultiaddr()) && w.linkOf(d) < 0 {
-			w.mu.Lock()
-			l := &simLink{path: path, via: via, ends: [2]network.Conn{c, d}}
-			if w.icy[path] {
-				l.hurt = time.Now()
-			}
-			w.links = append(w.links, l)
-			w.logLocked("connection %d is new, over path %d", len(w.links)-1, path)
-			w.mu.Unlock()
-			return
+	near, far := w.node(side), w.node(1-side)
+	began := time.Now()
+	var attempts []Attempt
+	for i, l := range w.plan.links {
+		if l.via != relayed {
+			path := Path{Transport: Transport(l.via), From: w.ip(side, i), To: w.ip(1-side, i)}
+			attempts = append(attempts, Attempt{From: near, To: far, Path: path})
 		}
 	}
-	w.logf("redial: the other end has no such connection")
-	_ = c.Close()
+	for i, err := range w.DialTogether(attempts...) {
+		if err != nil {
+			w.logf("redial over %s: %v", attempts[i].Path, err)
+		}
+	}
+	for _, c := range near.Network().ConnsToPeer(far.ID()) {
+		if w.linkOf(c) < 0 {
+			w.enter(side, c, began)
+		}
+	}
+}
+
+// enter enters a connection, of which c is the side's end, when both ends have identified
+// each other. What has happened to the path since it began may have hit it already.
+func (w *world) enter(side int, c network.Conn, began time.Time) {
+	var d network.Conn
+	there := w.wait(5*time.Second, func() bool {
+		for _, d = range w.node(1 - side).Network().ConnsToPeer(c.LocalPeer()) {
+			// One that a crashed process has left may have the same addresses.
+			if w.linkOf(d) < 0 && d.RemoteMultiaddr().Equal(c.LocalMultiaddr()) && d.LocalMultiaddr().Equal(c.RemoteMultiaddr()) {
+				return true
+			}
+		}
+		return false
+	})
+	if !there {
+		w.logf("redial: the other end has no such connection as %v", c)
+		_ = c.Close()
+		return
+	}
+	w.node(side).AwaitIdentify(c)
+	w.node(1 - side).AwaitIdentify(d)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for path, plan := range w.plan.links {
+		if !strings.HasPrefix(c.LocalMultiaddr().String(), "/ip4/"+w.ip(side, path)+"/") {
+			continue
+		}
+		l := &simLink{path: path, via: plan.via}
+		l.ends[side], l.ends[1-side] = c, d
+		if w.icy[path] || w.struck[path].After(began) {
+			w.hurtLocked(l, true)
+		}
+		w.links = append(w.links, l)
+		w.logLocked("connection %d is new, over path %d", len(w.links)-1, path)
+	}
+}
+
+// renewed notes that a restart or redial is over.
+func (w *world) renewed() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.renewals--; w.renewals == 0 {
+		close(w.again)
+	}
+}
+
+// awaitBirth waits until the time of a stream of the plan begins.
+func (w *world) awaitBirth(stream int) {
+	if w.plan.streams[stream].after {
+		<-w.again
+	}
 }
 
 // move tries a migration.
@@ -237,11 +286,12 @@ func (w *world) moveStream(side, id, to int, timeout time.Duration) error {
 		ctx, cancel = context.WithTimeout(ctx, timeout)
 		defer cancel()
 	}
-	w.logf("stream %d: %s calls Migrate, to %d", id, sideName(side), to)
+	h, l := w.host(side), w.link(to)
+	w.logf("stream %d: %s calls Migrate, to %d", id, sideName(side), w.linkOf(l.ends[side]))
 	began := time.Now()
 	st.tries(side, 1)
 	defer st.tries(side, -1)
-	err := w.host(side).Migrate(ctx, e.s, w.link(to).ends[side])
+	err := h.Migrate(ctx, e.s, l.ends[side])
 	w.logf("stream %d: Migrate of %s returns %v", id, sideName(side), err)
 	outcome := "other"
 	switch {
@@ -249,7 +299,7 @@ func (w *world) moveStream(side, id, to int, timeout time.Duration) error {
 		outcome = "succeeded"
 	case errors.Is(err, migrate.ErrNotLabelled):
 		outcome = "not labelled"
-		if labelled(e.s) && w.sameHost(side, e.s) {
+		if labelled(e.s) && e.host == h {
 			w.failf("live", "stream %d: %v", id, err)
 		}
 	case errors.Is(err, migrate.ErrDenied):
@@ -269,22 +319,31 @@ func (w *world) moveStream(side, id, to int, timeout time.Duration) error {
 		w.failf("live", "stream %d: Migrate returns an error of no known kind: %v", id, err)
 	}
 	w.tally.add("migrations: "+outcome, 1)
-	if errors.Is(err, migrate.ErrTryLater) && w.isCalm() && w.plan.denial == 0 && !e.ended() {
+	// The other end's Reset may overtake its ack.
+	if errors.Is(err, migrate.ErrTryLater) && st.isCalm(l) && !e.ended() && !st.end(1-side).wasReset() {
 		if st.triedSince(1-side, began) {
 			st.meets(began)
 		} else {
 			w.failf("moves", "stream %d: Migrate of %s fails without a cause: %v", id, sideName(side), err)
 		}
 	}
-	if errors.Is(err, migrate.ErrDenied) && w.isCalm() && w.plan.denial == 0 && !st.end(1-side).ended() {
+	if errors.Is(err, migrate.ErrDenied) && st.isCalm(l) && !st.end(1-side).ended() {
 		w.failf("moves", "stream %d: Migrate of %s is denied without a cause: %v", id, sideName(side), err)
 	}
 	return err
 }
 
-// isCalm says whether nothing goes wrong in the run that may keep a stream from moving.
-func (w *world) isCalm() bool {
-	return len(w.plan.faults) == 0 && w.plan.relayLimit == 0 && w.plan.draft < 0
+// isCalm says whether nothing has gone wrong that may keep the stream from moving to l.
+func (st *simStream) isCalm(l *simLink) bool {
+	p := st.w.plan
+	if p.draft >= 0 || p.denial > 0 {
+		return false
+	}
+	st.w.mu.Lock()
+	hurt := l != nil && !l.hurt.IsZero()
+	st.w.mu.Unlock()
+	last, _ := st.trouble()
+	return !hurt && last.IsZero()
 }
 
 // tries notes that a side begins, or ends, to migrate the stream.
@@ -303,11 +362,14 @@ func (st *simStream) meets(began time.Time) {
 }
 
 // triedSince says whether a side has tried to, at any time since then, or so shortly before
-// that its request may have been on its way.
+// that its request may have been on its way; or has not ended an earlier migration (M2).
 func (st *simStream) triedSince(side int, since time.Time) bool {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	return st.trying[side] > 0 || !st.triedAt[side].Before(since.Add(-time.Second)) || !st.under[side].IsZero()
+	return st.trying[side] > 0 || !st.triedAt[side].Before(since.Add(-time.Second)) ||
+		slices.ContainsFunc(st.attempts[side], func(a *attempt) bool {
+			return a.left.IsZero() && (a.initiator || a.came.Before(since))
+		})
 }
 
 // ended says whether the end has called Close or Reset, or was never there.
@@ -320,16 +382,11 @@ func (e *end) ended() bool {
 	return !e.closedAt.IsZero()
 }
 
-// sameHost says whether s is of the host that a side has now: a restart makes another.
-func (w *world) sameHost(side int, s network.Stream) bool {
-	return w.linkOf(s.Conn()) >= 0 && !w.restarted(side)
-}
-
-func (w *world) restarted(side int) bool {
-	for _, f := range w.plan.faults {
-		if (f.what == faultRestart || f.what == faultCrash) && f.side == side {
-			return true
-		}
+func (e *end) wasReset() bool {
+	if e == nil {
+		return false
 	}
-	return false
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return !e.resetAt.IsZero()
 }

@@ -80,6 +80,8 @@ type flow struct {
 	readErr   error // what ended reading, if not EOF, and if the reader had not stopped before
 	readErrAt time.Time
 	writeErr  error // the first that was not a deadline's, and that neither end's calls explain
+
+	writeErrAt time.Time
 }
 
 // end is one end of a stream, as its application has it.
@@ -87,6 +89,7 @@ type end struct {
 	st      *simStream
 	side    int
 	s       network.Stream
+	host    wrapped
 	out, in *flow
 
 	mu        sync.Mutex // guards all below
@@ -109,25 +112,49 @@ type simStream struct {
 
 	mu       sync.Mutex // guards all below
 	ends     [2]*end
-	on       [2]map[int]time.Time // connections of each side's, and when it left them; zero: it has not
-	under    [2]time.Time         // since when a migration is under way at that side
-	harmed   string               // why it is harmed already, apart from the connections
-	trying   [2]int               // calls of Migrate under way
-	triedAt  [2]time.Time         // when one of them began or ended last
-	movedAt  time.Time            // when a migration has finished last, at either side
-	met      []meeting            // attempts that failed while the other side tried, too
-	doubtful bool                 // S5: a responder with only the draft may have acked an attempt that failed
-	steps    map[string]int
+	stays    [2][]*stay    // of each side's, where it is, and was
+	attempts [2][]*attempt // migrations that a side has begun, or was asked for
+	harms    []harm        // apart from those of the connections
+	trying   [2]int        // calls of Migrate under way
+	triedAt  [2]time.Time  // when one of them began or ended last
+	movedAt  time.Time     // when a migration has finished last, at either side
+	met      []meeting     // attempts that failed while the other side tried, too
+	doubtful bool          // S5: a responder with only the draft may have acked an attempt that failed
+	steps    int           // of migrations, so far
+}
+
+// stay is a time on a connection.
+type stay struct {
+	link       int
+	came, left time.Time // left is zero: it has not
+}
+
+// sees says whether what has happened to the connection at that time, if ever, can have
+// harmed who stayed there.
+func (s *stay) sees(at time.Time) bool {
+	return !at.IsZero() && (s.left.IsZero() || !s.left.Before(at))
+}
+
+// attempt is a migration at one side. Its stay is that of the new underlying stream, for
+// which it does not matter what happened before it came.
+type attempt struct {
+	stay
+	initiator, acked bool
+}
+
+// harm is why a stream may fail, and since when.
+type harm struct {
+	why string
+	at  time.Time
 }
 
 func newSimStream(w *world, id int) *simStream {
 	st := &simStream{
 		w: w, id: id, plan: w.plan.streams[id],
-		pid: protocol.ID(fmt.Sprintf("/sim/%d", id)), steps: make(map[string]int),
+		pid: protocol.ID(fmt.Sprintf("/sim/%d", id)),
 	}
 	for side := range 2 {
 		st.flows[side] = &flow{st: st, side: side}
-		st.on[side] = make(map[int]time.Time)
 	}
 	return st
 }
@@ -142,7 +169,7 @@ func (w *world) streamOf(pid protocol.ID) *simStream {
 
 // enter makes s the side's end.
 func (st *simStream) enter(side int, s network.Stream) *end {
-	e := &end{st: st, side: side, s: s, out: st.flows[side], in: st.flows[1-side]}
+	e := &end{st: st, side: side, s: s, host: st.w.host(side), out: st.flows[side], in: st.flows[1-side]}
 	link := st.w.linkOf(s.Conn())
 	st.w.logf("stream %d: %s has it, on %d, labelled: %t", st.id, sideName(side), link, labelled(s))
 	st.mu.Lock()
@@ -151,8 +178,8 @@ func (st *simStream) enter(side int, s network.Stream) *end {
 		st.w.failf("content", "stream %d was delivered twice to %s", st.id, sideName(side))
 	}
 	st.ends[side] = e
-	if _, ok := st.on[side][link]; !ok {
-		st.on[side][link] = time.Time{}
+	if len(st.stays[side]) == 0 { // else it has moved already
+		st.stays[side] = append(st.stays[side], &stay{link: link, came: time.Now()})
 	}
 	return e
 }
@@ -172,32 +199,68 @@ func (st *simStream) end(side int) *end {
 }
 
 // step notes a step of a migration.
-func (st *simStream) step(side int, kind migrate.EventKind, from, to int) {
+func (st *simStream) step(side int, initiator bool, kind migrate.EventKind, from, to int) {
 	st.w.tally.add("step: "+kind.String(), 1)
 	now := time.Now()
 	st.mu.Lock()
 	defer st.mu.Unlock()
+	st.steps++
+	a := st.attemptLocked(side, initiator, kind, to)
 	switch kind {
 	case migrate.Started:
-		st.under[side] = now
+		st.attempts[side] = append(st.attempts[side], &attempt{stay: stay{link: to, came: now}, initiator: initiator})
+		return
 	case migrate.Acked:
-		st.on[side][to] = time.Time{}
+		st.stays[side] = append(st.stays[side], &stay{link: to, came: now})
+		if a != nil {
+			a.acked = true
+		}
+		return
 	case migrate.Finished:
 		st.movedAt = now
-		st.on[side][from] = now
-		st.under[side] = time.Time{}
+		for _, s := range st.stays[side] {
+			if s.link == from && s.left.IsZero() {
+				s.left = now
+			}
+		}
 	case migrate.Denied, migrate.Failed:
-		st.under[side] = time.Time{}
+	default:
+		return
 	}
+	if a != nil {
+		a.left = now
+	}
+	go st.agree()
+}
+
+// attemptLocked returns the attempt that a step belongs to, or nil: the newest in that
+// role to that connection that has not ended. One that is denied was not acked. mu must be
+// held.
+func (st *simStream) attemptLocked(side int, initiator bool, kind migrate.EventKind, to int) *attempt {
+	for _, a := range slices.Backward(st.attempts[side]) {
+		if a.left.IsZero() && a.initiator == initiator && a.link == to && !(a.acked && kind == migrate.Denied) {
+			return a
+		}
+	}
+	return nil
+}
+
+// underLocked returns since when a migration is under way at the side, or zero. mu must be
+// held.
+func (st *simStream) underLocked(side int) (since time.Time) {
+	for _, a := range st.attempts[side] {
+		if a.left.IsZero() && (since.IsZero() || a.came.Before(since)) {
+			since = a.came
+		}
+	}
+	return since
 }
 
 // harm notes that the stream may fail from now on.
 func (st *simStream) harm(why string) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.harmed == "" {
-		st.harmed = why
-	}
+	st.harms = append(st.harms, harm{why, time.Now()})
 }
 
 // doubt notes that an attempt has failed which a draft-only responder may have acked (S5).
@@ -214,25 +277,109 @@ func (st *simStream) isDoubtful() bool {
 }
 
 // wasHarmed says by what the stream was harmed, or nothing.
-func (st *simStream) wasHarmed() string {
+func (st *simStream) wasHarmed() string { return st.harmedBy(time.Now()) }
+
+// harmedBy says so of the time until then.
+func (st *simStream) harmedBy(at time.Time) string {
 	st.w.mu.Lock()
 	defer st.w.mu.Unlock()
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.harmed != "" {
-		return st.harmed
+	for _, h := range st.harms {
+		if !h.at.After(at) {
+			return h.why
+		}
 	}
-	for side := range st.on {
-		for i, left := range st.on[side] {
-			if i < 0 {
+	for side := range st.stays {
+		for _, s := range st.stays[side] {
+			if s.link < 0 {
 				return "a connection that is not in the list"
 			}
-			if hurt := st.w.links[i].hurt; !hurt.IsZero() && (left.IsZero() || !left.Before(hurt)) {
-				return fmt.Sprintf("connection %d", i)
+			if hurt := st.w.links[s.link].hurt; s.sees(hurt) && !hurt.After(at) && !s.came.After(at) {
+				return fmt.Sprintf("connection %d", s.link)
 			}
 		}
 	}
 	return ""
+}
+
+// trouble says when something has happened last that may concern the stream: to a
+// connection that it was on, or that it was to move to. longest is how long it may
+// take until one end hears of what the other has seen.
+func (st *simStream) trouble() (last time.Time, longest time.Duration) {
+	st.w.mu.Lock()
+	defer st.w.mu.Unlock()
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for _, h := range st.harms {
+		last = later(last, h.at)
+	}
+	longest = 5 * time.Second
+	look := func(s *stay) {
+		if s.link < 0 {
+			return
+		}
+		l := st.w.links[s.link]
+		if s.sees(l.hurt) {
+			last = later(last, l.last)
+		}
+		if longest += l.slow; s.sees(l.silent) {
+			longest += patience
+		}
+	}
+	for side := range 2 {
+		for _, s := range st.stays[side] {
+			look(s)
+		}
+		for _, a := range st.attempts[side] {
+			look(&a.stay)
+		}
+	}
+	return last, min(longest, patience)
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// agree checks that both ends know the stream by the same label, and have it on the same
+// connection, if nothing is under way, and nothing has harmed it.
+func (st *simStream) agree() {
+	steps, quiet := st.atRest()
+	if !quiet || st.wasHarmed() != "" {
+		return
+	}
+	var labels [2]uint64
+	var links [2]int
+	for side := range 2 {
+		s, ok := st.end(side).s.(*migrate.Stream)
+		if !ok {
+			return
+		}
+		labels[side], links[side] = s.Label(), st.w.linkOf(s.Conn())
+	}
+	if again, quiet := st.atRest(); !quiet || again != steps {
+		return // something has begun meanwhile
+	}
+	st.w.tally.add("agreements of both ends", 1)
+	if labels[0] != labels[1] || links[0] != links[1] {
+		st.w.failf("agree", "stream %d: label %d on connection %d at a, label %d on connection %d at b",
+			st.id, labels[0], links[0], labels[1], links[1])
+	}
+}
+
+// atRest says whether both ends are open, and no migration is under way; and how many steps
+// of migrations there have been.
+func (st *simStream) atRest() (steps int, quiet bool) {
+	if st.end(0).ended() || st.end(1).ended() {
+		return 0, false
+	}
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	return st.steps, st.underLocked(0).IsZero() && st.underLocked(1).IsZero()
 }
 
 // pattern fills p with what the flow carries from its byte off on.
@@ -290,19 +437,33 @@ func (e *end) write(p []byte, deadline bool) (int, error) {
 	case err == nil:
 	case isTimeout(err) && gaveUp:
 		e.logf("gave up a Write after %v, %d of %d", patience, n, len(p))
-		if wanted && e.st.wasHarmed() == "" {
-			e.failf("live", "a Write took more than %v, though the other end reads", patience)
-		}
+		e.judgeGivenUp(wanted)
 	case isTimeout(err) && deadline:
 		e.st.w.tally.add("deadline hit: write", 1)
 	default:
 		if f.writeErr == nil && wanted {
-			f.writeErr = err
+			f.writeErr, f.writeErrAt = err, time.Now()
 		}
 		e.logf("Write: %d of %d, %v", n, len(p), err)
 		e.tell(err)
 	}
 	return n, err
+}
+
+// judgeGivenUp judges that a Write has not returned for all of patience. wanted says that
+// the other end has not stopped reading.
+func (e *end) judgeGivenUp(wanted bool) {
+	last, _ := e.st.trouble()
+	switch since := time.Since(last); {
+	case !wanted:
+		e.st.w.tally.add("Writes given up: nobody reads", 1)
+	case e.st.w.plan.draft >= 0 && !last.IsZero():
+		e.st.w.tally.add("Writes given up: harmed, and one end has only the draft", 1)
+	case since < noticed:
+		e.st.w.tally.add("Writes given up: harmed a short time ago", 1)
+	default:
+		e.failf("live", "a Write took more than %v, though the other end reads, and nothing has happened for %v", patience, since)
+	}
 }
 
 // stopped says whether the end has stopped reading of its own accord; one that was not
@@ -382,7 +543,7 @@ func (e *end) lie() bool {
 	}
 	e.st.mu.Lock()
 	defer e.st.mu.Unlock()
-	since := e.st.under[e.side]
+	since := e.st.underLocked(e.side)
 	return since.IsZero() || since.Equal(time.Now())
 }
 
@@ -486,11 +647,26 @@ func (e *end) failf(rule, format string, args ...any) {
 func (st *simStream) judge() {
 	harmed := st.wasHarmed()
 	if st.end(st.plan.opener) == nil {
-		return // NewStream has failed, and whoever accepted it has seen a reset
+		st.judgeUnopened()
+		return
 	}
 	st.judgeMeetings()
 	for side := range 2 {
 		st.judgeFlow(st.flows[side], st.end(side), st.end(1-side), harmed)
+	}
+}
+
+// judgeUnopened looks at a stream whose opener was told that it cannot be opened: if it has
+// an acceptor, that has got nothing, and no end of it.
+func (st *simStream) judgeUnopened() {
+	f := st.flows[st.plan.opener]
+	switch {
+	case f.eof && f.lied:
+		st.w.tally.add("false EOFs of yamux outside of migrations", 1)
+	case f.eof, f.read > 0:
+		st.w.failf("end", "stream %d: NewStream has failed, and the acceptor has read %d bytes, EOF: %t", st.id, f.read, f.eof)
+	case st.end(1-st.plan.opener) != nil:
+		st.w.tally.add("streams accepted that were not opened", 1)
 	}
 }
 
@@ -505,7 +681,7 @@ func (st *simStream) judgeMeetings() {
 		for _, e := range st.ends {
 			lived = lived && e != nil && e.closedAt.Sub(m.failed) > 2*time.Second
 		}
-		if lived && st.movedAt.Before(m.began) {
+		if lived && st.isCalm(nil) && st.movedAt.Before(m.began) {
 			st.w.failf("moves", "stream %d: both ends migrate it at %v, and neither succeeds",
 				st.id, m.began.Sub(st.w.start))
 		}
@@ -525,7 +701,7 @@ func (st *simStream) judgeFlow(f *flow, writer, reader *end, harmed string) {
 	if (raw || f.st.w.plan.draft == 1-f.side) && harmed != "" {
 		return
 	}
-	if f.writeErr != nil && harmed == "" {
+	if f.writeErr != nil && st.harmedBy(f.writeErrAt) == "" {
 		fail("cause", "Write failed without a cause: %v", f.writeErr)
 	}
 	if reader == nil {
@@ -556,36 +732,23 @@ func (st *simStream) judgeFlow(f *flow, writer, reader *end, harmed string) {
 		st.w.tally.add("directions whose reader stopped", 1)
 	default:
 		st.w.tally.add("directions that ended with an error", 1)
-		if harmed == "" && writer != nil && writer.resetAt.IsZero() && st.w.plan.draft != 1-f.side {
+		reset := writer != nil && !writer.resetAt.IsZero() && !writer.resetAt.After(f.readErrAt)
+		if st.harmedBy(f.readErrAt) == "" && writer != nil && !reset && st.w.plan.draft != 1-f.side {
 			fail("cause", "Read failed after %d of %d bytes without a cause: %v", f.read, f.wrote, f.readErr)
 		}
 		if writer == nil || writer.told != nil || st.w.plan.draft == f.side {
 			break
 		}
+		_, news := st.trouble()
 		finished := writer.noWrite
 		if writer.noRead.After(finished) {
 			finished = writer.noRead
 		}
-		if late := finished.Sub(f.readErrAt); late > st.w.news() {
+		if late := finished.Sub(f.readErrAt); late > news {
 			fail("both", "the reader saw an error after %d of %d bytes, and the writer, who finished %v later, none: %v",
 				f.read, f.wrote, late, f.readErr)
 		}
 	}
-}
-
-// news is how long it may take until one end of a stream hears of what the other has
-// seen.
-func (w *world) news() time.Duration {
-	longest := 5 * time.Second
-	for _, f := range w.plan.faults {
-		switch f.what {
-		case faultVanish, faultFreeze, faultCrash:
-			return patience
-		case faultHiccup:
-			longest += harmless
-		}
-	}
-	return longest
 }
 
 // remains checks that nothing is left while the hosts are still there.

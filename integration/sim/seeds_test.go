@@ -44,6 +44,7 @@ const (
 type plan struct {
 	name       string // of a run without a seed
 	seed       uint64
+	swapped    bool // the sides have each other's IPs, and keys
 	links      []linkPlan
 	relayLimit int64 // what the relay lets through each way, in bytes; 0: everything
 	bandwidth  int   // bits per second; 0: no bound
@@ -80,7 +81,7 @@ func (p plan) String() string {
 		}
 		b.WriteByte('\n')
 	}
-	fmt.Fprintf(&b, "bandwidth %d, buffer %d, denial %.2f\n", p.bandwidth, p.buffer, p.denial)
+	fmt.Fprintf(&b, "swapped %t, bandwidth %d, buffer %d, denial %.2f\n", p.swapped, p.bandwidth, p.buffer, p.denial)
 	if p.draft >= 0 {
 		fmt.Fprintf(&b, "%s has only the draft; the other insists on more: %t\n", sideName(p.draft), p.strict)
 	}
@@ -147,6 +148,8 @@ func planOf(seed uint64) plan {
 	}
 	p.planMoves(r, horizon)
 	p.planFaults(r, horizon)
+	p.planAfter(horizon)
+	p.swapped = chance(p.rand("swapped"), 0.5)
 	if len(p.faults) > 0 || p.bandwidth > 0 || p.buffer > 0 {
 		// A relayed connection that is closed resets its stream at the relay. On a yamux
 		// connection that is clogged this waits, under a lock; see boot.
@@ -270,7 +273,27 @@ func (p *plan) planFaults(r *rand.Rand, horizon time.Duration) {
 		})
 	}
 	if len(p.faults) > 0 && chance(r, 0.3) {
-		p.faults = append(p.faults, faultPlan{at: upTo(r, 2*horizon), what: faultRedial, link: r.IntN(len(p.links))})
+		p.faults = append(p.faults, faultPlan{at: upTo(r, 2*horizon), what: faultRedial, side: r.IntN(2)})
+	}
+}
+
+// planAfter plans streams for the time after all restarts and redials. The labels of a
+// process that was restarted may meet those that its peer still holds (L2).
+func (p *plan) planAfter(horizon time.Duration) {
+	if !slices.ContainsFunc(p.faults, func(f faultPlan) bool { return f.what.renews() }) {
+		return
+	}
+	r := p.rand("after")
+	for range 2 + r.IntN(3) {
+		s := p.planStream(r, horizon)
+		s.after = true
+		p.streams = append(p.streams, s)
+		for range r.IntN(4) {
+			p.moves = append(p.moves, movePlan{
+				at: s.at + upTo(r, horizon), side: r.IntN(3), stream: len(p.streams) - 1,
+				to: r.IntN(len(p.links)), other: r.IntN(len(p.links)),
+			})
+		}
 	}
 }
 
@@ -283,7 +306,7 @@ func (p plan) run(t *testing.T, tally *tally) {
 			w.task(fmt.Sprintf("stream %d: opener", i), st.open)
 		}
 		for _, m := range p.moves {
-			w.task(m.String(), func() { time.Sleep(m.at); w.move(m) })
+			w.task(m.String(), func() { w.awaitBirth(m.stream); time.Sleep(m.at); w.move(m) })
 		}
 		for _, f := range p.faults {
 			w.task(f.String(), func() { time.Sleep(f.at); w.inflict(f) })
@@ -380,10 +403,10 @@ func TestSeeds(t *testing.T) {
 			one(1 + i)
 		}
 		fresh := uint64(time.Now().UnixNano())
-		t.Logf("fresh seeds: %d from %d on", freshSeeds, fresh)
+		fmt.Printf("fresh seeds: %d from %d on\n", freshSeeds, fresh)
 		for i := range uint64(freshSeeds) {
 			one(fresh + i)
 		}
 	}
-	t.Logf("\n%s", tally)
+	fmt.Printf("seeds:\n%s", tally)
 }

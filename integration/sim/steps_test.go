@@ -126,6 +126,7 @@ type stepCase struct {
 	workload  streamPlan
 	opener    int
 	initiator int
+	swapped   bool
 	draft     string // the role that has only the draft, or neither
 }
 
@@ -169,7 +170,7 @@ func (c stepCase) run(t *testing.T, tally *tally, mayMiss bool) {
 		draft:   draft,
 		links:   c.links[:],
 		streams: []streamPlan{stream},
-		faults:  []faultPlan{{at: time.Hour, what: faultFreeze}}, // for news: nobody need hear of it soon
+		swapped: c.swapped,
 		onStep: func(_ *world, _ int, _ *simStream, e migrate.Event) {
 			if c.onStep != nil {
 				c.onStep(m, strike, e.Initiator, e.Kind)
@@ -233,7 +234,7 @@ func eachStep(t *testing.T, moments []stepCase, faults []stepFault, mayMiss bool
 			}
 			for _, v := range chosen {
 				c := moment.variant(v)
-				c.fault = fault
+				c.fault, c.swapped = fault, (i+j)%2 == 1
 				t.Run(c.String(), func(t *testing.T) { c.run(t, tally, mayMiss) })
 			}
 		}

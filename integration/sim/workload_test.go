@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -41,6 +42,7 @@ type streamPlan struct {
 	kind      kind
 	opener    int
 	at        time.Duration
+	after     bool // at, and the times of its migrations, count from the last restart or redial on
 	link      int
 	labelled  bool
 	known     bool   // the opener knows from identify that the acceptor speaks its protocol
@@ -57,6 +59,9 @@ type streamPlan struct {
 func (p streamPlan) String() string {
 	s := fmt.Sprintf("%s, %s opens at %v on %d, %d and %d bytes, Write %d, Read %d, pause %v (%.2f), deadlines %.2f",
 		p.kind, sideName(p.opener), p.at, p.link, p.size[0], p.size[1], p.chunk, p.buffer, p.pause, p.pauses, p.deadlines)
+	if p.after {
+		s += ", after the last restart or redial"
+	}
 	if !p.labelled {
 		s += ", without label"
 	}
@@ -74,17 +79,25 @@ const (
 	// the stream: longer than any transport takes to find out that its path is dead.
 	patience = 100 * time.Second
 
+	// noticed is how long after the last that has happened to its connections both ends
+	// of a stream know what has become of it: the longest of the transports' own timeouts
+	// is some 45 s (QUIC's idle timeout and a keep-alive before it; yamux's keep-alive and
+	// write timeout), and the stall timeout of a handover is 30 s.
+	noticed = 80 * time.Second
+
 	maxRecord = 4 << 10
 )
 
 // open opens the stream and runs the opener's application.
 func (st *simStream) open() {
 	w, opener := st.w, st.plan.opener
+	w.awaitBirth(st.id)
 	time.Sleep(st.plan.at)
+	l := w.link(st.plan.link)
 	h, far := w.host(opener), w.node(1-opener).ID()
 	ctx := network.WithAllowLimitedConn(w.t.Context(), "test")
 	ctx = network.WithNoDial(ctx, "the run makes its connections")
-	ctx = context.WithValue(ctx, onLink{}, w.link(st.plan.link).ends[opener])
+	ctx = context.WithValue(ctx, onLink{}, l.ends[opener])
 	if !st.plan.labelled {
 		ctx = migrate.WithoutLabel(ctx)
 	}
@@ -95,7 +108,8 @@ func (st *simStream) open() {
 	if err != nil {
 		w.logf("stream %d: not opened: %v", st.id, err)
 		w.tally.add("streams not opened", 1)
-		if !w.anyHurt() && st.end(1-opener) == nil { // else the acceptor may have reset it
+		// The acceptor may have reset it. One without a label goes where go-libp2p likes.
+		if st.end(1-opener) == nil && st.wasHarmed() == "" && !w.anyHurt(l, !st.plan.labelled) {
 			w.failf("cause", "stream %d cannot be opened: %v", st.id, err)
 		}
 		return
@@ -104,15 +118,11 @@ func (st *simStream) open() {
 	st.run(st.enter(opener, s))
 }
 
-func (w *world) anyHurt() bool {
+// anyHurt says whether l may harm its streams, or any connection may.
+func (w *world) anyHurt(l *simLink, any bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, l := range w.links {
-		if !l.hurt.IsZero() {
-			return true
-		}
-	}
-	return false
+	return !l.hurt.IsZero() || any && slices.ContainsFunc(w.links, func(l *simLink) bool { return !l.hurt.IsZero() })
 }
 
 // accept is the acceptor's handler.
@@ -179,6 +189,7 @@ func (st *simStream) run(e *end) {
 	e.mu.Lock()
 	gaveUp := e.impatient
 	e.mu.Unlock()
+	st.agree()
 	if gaveUp {
 		e.abort()
 	}

@@ -26,9 +26,12 @@ import (
 // world is one run: two hosts, connections between them, streams, and what goes wrong.
 // plan says what happens in it, and when; oracle_test.go says what must come of it.
 //
-//	1.0.0.1 ---- [1.0.2.1] ---- 1.0.1.1     connection 0, relayed or not
-//	1.0.0.2 ------------------- 1.0.1.2
-//	1.0.0.3 ------------------- 1.0.1.3
+//	1.0.0.1 ---- [1.0.2.1] ---- 1.0.1.1     path 0, relayed or not
+//	1.0.0.2 ------------------- 1.0.1.2     path 1
+//	1.0.0.3 ------------------- 1.0.1.3     path 2
+//
+// A key follows from the IPs: where plan.swapped, a is on the right, and has the other peer
+// ID, so that either side may be the one whose ID is lower (M1).
 //
 // Everything that acts has a source of random numbers of its own, which follows from the
 // seed and its name: what it decides does not depend on who runs first.
@@ -41,17 +44,20 @@ type world struct {
 
 	relay   *Node
 	streams []*simStream
-	redials chan struct{} // holds a token while a connection is made again
+	redials chan struct{} // holds a token while connections are made again
+	again   chan struct{} // closed when the last restart or redial of the plan is over
 
 	mu       sync.Mutex // guards all below
 	nodes    [2]*Node
 	hosts    [2]wrapped
 	stopped  []wrapped // hosts of processes that have been restarted
 	links    []*simLink
-	icy      [maxLinks]bool // paths that are frozen
+	icy      [maxLinks]bool      // paths that are frozen
+	struck   [maxLinks]time.Time // when something has happened to connections over the path last
 	log      []string
 	failures []string
 	running  map[string]int // what has begun and not ended
+	renewals int            // restarts and redials that are not over
 }
 
 // wrapped is a host whose streams migrate: Portage's, or one that has only the draft.
@@ -60,17 +66,29 @@ type wrapped interface {
 	Migrate(context.Context, network.Stream, network.Conn) error
 }
 
-// simLink is one connection.
+// simLink is one connection. world.mu guards its times.
 type simLink struct {
 	path int
 	via  string
 	ends [2]network.Conn
-	hurt time.Time // since then it may harm the streams on it; zero: it does not
+
+	hurt   time.Time     // since then it may harm the streams on it; zero: it does not
+	silent time.Time     // and its ends may not hear of each other
+	last   time.Time     // when something has happened to it, or ended, last
+	slow   time.Duration // how long it was held up without harm
 }
+
+// lives says whether neither end has closed it, or heard that it is gone.
+func (l *simLink) lives() bool { return !l.ends[0].IsClosed() && !l.ends[1].IsClosed() }
 
 const maxLinks = 3
 
-func ipOf(side, path int) string { return fmt.Sprintf("1.0.%d.%d", side, path+1) }
+func (w *world) ip(side, path int) string {
+	if w.plan.swapped {
+		side = 1 - side
+	}
+	return fmt.Sprintf("1.0.%d.%d", side, path+1)
+}
 
 // rand returns the source of random numbers of the actor that is so named.
 func (p *plan) rand(format string, args ...any) *rand.Rand {
@@ -87,14 +105,20 @@ func nameHash(name string) uint64 {
 
 // newWorld makes what the plan says: nodes, connections, handlers.
 func newWorld(t *testing.T, n *Net, p plan, tally *tally) *world {
-	w := &world{Net: n, t: t, plan: p, tally: tally, running: make(map[string]int), start: time.Now(), redials: make(chan struct{}, 1)}
+	w := &world{Net: n, t: t, plan: p, tally: tally, running: make(map[string]int), start: time.Now(),
+		redials: make(chan struct{}, 1), again: make(chan struct{})}
+	for _, f := range p.faults {
+		if f.what.renews() {
+			w.renewals++
+		}
+	}
 	for i := range p.streams {
 		w.streams = append(w.streams, newSimStream(w, i))
 	}
 	if p.bandwidth > 0 {
 		for side := range 2 {
 			for path := range maxLinks {
-				w.SetBandwidth(ipOf(side, path), p.bandwidth)
+				w.SetBandwidth(w.ip(side, path), p.bandwidth)
 			}
 		}
 	}
@@ -117,7 +141,7 @@ func newWorld(t *testing.T, n *Net, p plan, tally *tally) *world {
 		direct = direct[1:]
 	}
 	path := func(i, from int) Path {
-		return Path{Transport: Transport(p.links[i].via), From: ipOf(from, i), To: ipOf(1-from, i)}
+		return Path{Transport: Transport(p.links[i].via), From: w.ip(from, i), To: w.ip(1-from, i)}
 	}
 	first := len(conns)
 	if len(direct) == 2 {
@@ -127,11 +151,10 @@ func newWorld(t *testing.T, n *Net, p plan, tally *tally) *world {
 		conns = append(conns, n.Dial(a, b, path(first, 0)))
 	}
 	for i, c := range conns {
-		l := &simLink{path: i, via: p.links[i].via, ends: [2]network.Conn{c, n.Far(b, c)}}
-		if l.via == relayed && p.relayLimit > 0 {
-			l.hurt = time.Now() // the relay cuts it, and nobody knows when
-		}
-		w.links = append(w.links, l)
+		w.links = append(w.links, &simLink{path: i, via: p.links[i].via, ends: [2]network.Conn{c, n.Far(b, c)}})
+	}
+	if p.relayLimit > 0 {
+		w.watchRelay()
 	}
 	for i, l := range p.links {
 		w.setOneWay(i, l.oneWay)
@@ -140,11 +163,31 @@ func newWorld(t *testing.T, n *Net, p plan, tally *tally) *world {
 	return w
 }
 
+// watchRelay notes when a side has sent the relay as much as that lets through. It counts
+// headers, too, so that the relay does not cut the connection before that.
+func (w *world) watchRelay() {
+	look := func(from, to string) {
+		if to == ipRelay && int64(w.Sent(from, to).Bytes) >= w.plan.relayLimit {
+			w.hurt(w.first(), false)
+		}
+	}
+	w.Watch(look)
+	for side := range 2 {
+		look(w.ip(side, 0), ipRelay)
+	}
+}
+
+func (w *world) first() *simLink {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.links[0]
+}
+
 // boot starts the node of a side, as at the beginning, or again after a stop.
 func (w *world) boot(side int) {
 	var ips []string
 	for path := range maxLinks {
-		ips = append(ips, ipOf(side, path))
+		ips = append(ips, w.ip(side, path))
 	}
 	limiter, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(rcmgr.InfiniteLimits))
 	require.NoError(w.t, err)
@@ -204,12 +247,17 @@ func (w *world) node(side int) *Node {
 	return w.nodes[side]
 }
 
-// link returns connection i; there may be more of them than the plan has, since some are
-// made again.
-func (w *world) link(i int) *simLink {
+// link returns the connection over a path: the newest that lives, or the newest, since some
+// are made again.
+func (w *world) link(path int) (newest *simLink) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.links[i%len(w.links)]
+	for _, l := range w.links {
+		if l.path == path%len(w.plan.links) && (newest == nil || l.lives() || !newest.lives()) {
+			newest = l
+		}
+	}
+	return newest
 }
 
 // linkOf returns the number of the connection that c is an end of, or -1.
@@ -219,52 +267,86 @@ func (w *world) linkOf(c network.Conn) int {
 	return slices.IndexFunc(w.links, func(l *simLink) bool { return l.ends[0] == c || l.ends[1] == c })
 }
 
-// hurt notes that from now on connection i may harm the streams that are on it.
-func (w *world) hurt(i int) {
+// hurt notes that from now on a connection may harm the streams that are on it. silent
+// says that its ends may not hear of it.
+func (w *world) hurt(l *simLink, silent bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if l := w.links[i%len(w.links)]; l.hurt.IsZero() {
-		l.hurt = time.Now()
+	w.hurtLocked(l, silent)
+}
+
+func (w *world) hurtLocked(l *simLink, silent bool) {
+	now := time.Now()
+	if l.hurt.IsZero() {
+		l.hurt = now
 	}
+	if silent && l.silent.IsZero() {
+		l.silent = now
+	}
+	l.last, w.struck[l.path] = now, now
 }
 
 // hurtPath does so for all connections over a path.
-func (w *world) hurtPath(path int) {
+func (w *world) hurtPath(path int, silent bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.icy[path] = true
 	for _, l := range w.links {
-		if l.path == path && l.hurt.IsZero() {
-			l.hurt = time.Now()
+		if l.path == path {
+			w.hurtLocked(l, silent)
 		}
 	}
 }
 
-// thawed notes that a path which was frozen for that long, 0 being for ever, is not any
-// more: connections that are made over it from now on come to no harm.
-func (w *world) thawed(path int, after time.Duration) {
+// freezes does so where the path carries nothing from now on: it harms connections that are
+// made meanwhile, too.
+func (w *world) freezes(path int) {
+	w.hurtPath(path, true)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.icy[path] = after == 0
+	w.icy[path] = true
+}
+
+// thaws notes that the path carries something again: connections that are made over it from
+// now on come to no harm.
+func (w *world) thaws(path int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.icy[path] = false
+	for _, l := range w.links {
+		if l.path == path && !l.hurt.IsZero() {
+			l.last = time.Now()
+		}
+	}
+}
+
+// slows notes that connections over the path are held up for so long, without harm.
+func (w *world) slows(path int, d time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, l := range w.links {
+		if l.path == path {
+			l.slow += d
+		}
+	}
 }
 
 func (w *world) isRelayed(path int) bool { return path == 0 && w.plan.links[0].via == relayed }
 
 func (w *world) setOneWay(path int, oneWay time.Duration) {
 	if w.isRelayed(path) {
-		w.SetLatency(ipOf(0, 0), ipRelay, oneWay/2)
-		w.SetLatency(ipRelay, ipOf(1, 0), oneWay-oneWay/2)
+		w.SetLatency(w.ip(0, 0), ipRelay, oneWay/2)
+		w.SetLatency(ipRelay, w.ip(1, 0), oneWay-oneWay/2)
 		return
 	}
-	w.SetLatency(ipOf(0, path), ipOf(1, path), oneWay)
+	w.SetLatency(w.ip(0, path), w.ip(1, path), oneWay)
 }
 
 // hops are the two ends of what a side of a path can be frozen at.
 func (w *world) hop(side, path int) (string, string) {
 	if w.isRelayed(path) {
-		return ipOf(side, 0), ipRelay
+		return w.ip(side, 0), ipRelay
 	}
-	return ipOf(side, path), ipOf(1-side, path)
+	return w.ip(side, path), w.ip(1-side, path)
 }
 
 func (w *world) logf(format string, args ...any) {
@@ -333,7 +415,7 @@ func (w *world) trace(side int, e migrate.Event) {
 	}
 	st := w.streamOf(e.Stream.Protocol())
 	w.logf("stream %d: %s (%s) %s, %d to %d%s", st.id, sideName(side), role, e.Kind, from, to, note)
-	st.step(side, e.Kind, from, to)
+	st.step(side, e.Initiator, e.Kind, from, to)
 	if e.Kind == migrate.Failed && e.Initiator && w.plan.draft >= 0 {
 		st.doubt()
 	}

@@ -402,11 +402,16 @@ func identified(a, b *Node) {
 	time.Sleep(settled)
 	for _, pair := range [][2]*Node{{a, b}, {b, a}} {
 		for _, c := range pair[0].Network().ConnsToPeer(pair[1].ID()) {
-			<-pair[0].Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c)
+			pair[0].AwaitIdentify(c)
 		}
 	}
 	time.Sleep(settled)
 	synctest.Wait()
+}
+
+// AwaitIdentify waits until d knows what its peer on c speaks, or does not answer.
+func (d *Node) AwaitIdentify(c network.Conn) {
+	<-d.Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c)
 }
 
 // settled is enough for a handshake and for identify over any latency below 100 ms.
