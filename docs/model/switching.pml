@@ -64,6 +64,14 @@
 #define CHECK_DRAFT 1		/* demand of draft-only peers, too, that they lose nothing silently */
 #endif
 
+#ifndef DOUBT_EXCUSED
+#define DOUBT_EXCUSED 1		/* an end that cannot be told from a migration's may become an error (S5) */
+#endif
+
+#ifndef CLOSING_EXCUSED
+#define CLOSING_EXCUSED 1	/* a promise to a draft-only peer (M1) ends when the application closes its reading */
+#endif
+
 /* A change to the rules that README.md discusses. */
 #ifndef PROOF_ON_NEW
 #define PROOF_ON_NEW 0		/* S3: only what comes on the new stream proves the ack to have arrived */
@@ -72,7 +80,8 @@
 /*
  * Variants with a rule broken, to be defined: NO_S1 NO_S2 NO_S3 NO_S4 NO_S5
  * NO_S5_EXCEPTION NO_S6 NO_S10_INITIATOR NO_S10_RESPONDER NO_S12 NO_S12_PROOF NO_M1
- * NO_M1_DENIAL NO_M2. Those with a bug that shows in the outcome alone: BUG_STAYS BUG_HALF.
+ * NO_M1_DENIAL NO_M2. Those with a bug that shows in the outcome alone: BUG_STAYS BUG_HALF
+ * BUG_DEAF.
  */
 #ifdef NO_M1
 #define BOTH_ACK	true
@@ -177,6 +186,24 @@ byte wrote[2];		/* bytes written */
 bool wclosed[2];	/* the end of writing */
 byte seen[2];		/* how reading ended: NONE, END, ERROR, or CLOSED by the reader */
 byte outcome[2];	/* after the run: FAILED, or 1 + the stream that the logical one is on */
+bool whole[2];		/* and it has failed, or has read all that the other wrote, or did not want it */
+
+/*
+ * A failure reaches whoever still reads: else that one is stuck. Where the other has read
+ * the end before, or does not read, and has ended its writing, only its muxer may know. But
+ * the stream that it writes to must not be left open.
+ */
+#define ONE_FAILED	((outcome[0] == FAILED) != (outcome[1] == FAILED))
+#define SURVIVOR	(outcome[0] == FAILED)
+#define UNREAD		(flow[2 * (outcome[SURVIVOR] - 1) + SURVIVOR] != FLOWS)
+
+/*
+ * With a draft-only peer, a responder may move although its ack is lost: the draft-only one
+ * if it has read the end before, the other if an end crosses the ack. It is alone then on a
+ * stream that has failed. Where all has been said both ways, and ended, neither needs to know.
+ */
+#define GONE(s)		(flow[2 * (s)] != FLOWS && flow[2 * (s) + 1] != FLOWS)
+#define FINISHED	(!VERIFIED && broken && whole[0] && whole[1] && (GONE(outcome[0] - 1) || GONE(outcome[1] - 1)))
 
 /* ---- the peers ---- */
 
@@ -186,6 +213,7 @@ mtype = { idle, asked, unready, acked, proof, handing };	/* the states of an exc
 #define MINE		(!DRAFT(p))	/* this peer follows all rules */
 #define VERIFIED	(!DRAFT_A && !DRAFT_B)
 #define CHECKED		(CHECK_DRAFT || MINE)
+#define TRUE_END	(wclosed[1 - p] && got == wrote[1 - p])
 
 #define HAS(s, message)	q[IN(s)]?[message,v]
 #define CURRENT(s)	q[IN(s)]?[MIGRATE,eval(on)]	/* its from is the present label */
@@ -198,7 +226,7 @@ mtype = { idle, asked, unready, acked, proof, handing };	/* the states of an exc
 #define PLAIN		(ex == idle || ex == unready || ex == asked && (BELIEVES_EARLY || !MINE && !DRAFT_HOLDS))
 
 /* S5, the exception: what an EOF means cannot be told. */
-#define DOUBTFUL	(untrusted && wclosed[p])
+#define DOUBTFUL	(untrusted && MINE && wclosed[p])
 
 /* S3: without a final size there is no proof to be had. */
 #define PROOFLESS	(MINE && !VERIFIED && seen[p] == CLOSED)
@@ -223,7 +251,9 @@ inline reset(s) {
 	:: flow[OUT(s)] == FLOWS -> flow[OUT(s)] = CUT
 	:: else
 	fi;
+#ifndef BUG_DEAF
 	letGo(s)
+#endif
 }
 
 /* The exchange is over. */
@@ -240,14 +270,14 @@ inline fallBack() {
 /* The same for an attempt of which the peer may believe that it was acked. */
 inline giveUp() {
 	reset(x);
-	untrusted = (untrusted || DOUBTS && MINE && DRAFT(1 - p));
+	untrusted = (untrusted || DOUBTS && !VERIFIED);
 	fallBack()
 }
 
 /* S8, and what an application does that is told of an error. */
 inline abort() {
 	printf("   %c: the stream is reset\n", NAME(p));
-	assert(CAUSE || !VERIFIED);	/* VIOLATED: a stream was lost although nothing had failed */
+	assert(CAUSE);	/* VIOLATED: a stream was lost although nothing had failed */
 	NOTE_LOST;
 	reset(from);
 	if
@@ -266,10 +296,17 @@ inline abort() {
 	rest()
 }
 
+/* S5, the exception: the stream is lost, maybe for nothing. */
+inline doubt() {
+	broken = broken || DOUBT_EXCUSED;
+	abort()
+}
+
 /* excused: a muxer has lied, and no migration was under way on this side. */
 inline giveEnd(excused) {
 	printf("   %c: application: EOF\n", NAME(p));
-	assert(excused || !CHECKED || wclosed[1 - p] && got == wrote[1 - p]);	/* VIOLATED: EOF before all that was written */
+	assert(excused || !CHECKED || TRUE_END);	/* VIOLATED: EOF before all that was written */
+	broken = broken || !CHECKED && !TRUE_END;
 	seen[p] = END
 }
 
@@ -376,7 +413,7 @@ proctype peer(bit p) {
 		q[IN(from)]?FIN,v; v = 0;
 		printf("%c: %e: reads EOF\n", NAME(p), STREAM(from));
 		if
-		:: PLAIN && DOUBTFUL -> abort()
+		:: PLAIN && DOUBTFUL -> doubt()
 		:: PLAIN && !DOUBTFUL -> giveEnd(false)
 		:: else -> ended = END
 		fi }
@@ -384,7 +421,7 @@ proctype peer(bit p) {
 		lied = true;
 		printf("%c: %e: reads a false EOF\n", NAME(p), STREAM(from));
 		if
-		:: PLAIN && DOUBTFUL -> abort()
+		:: PLAIN && DOUBTFUL -> doubt()
 		:: PLAIN && !DOUBTFUL -> giveEnd(ex == idle || !MINE)
 		:: else -> ended = FALSE_END
 		fi }
@@ -397,7 +434,8 @@ proctype peer(bit p) {
 	/* what was kept back turned out to be the application's */
 	:: d_step { !failed && ex == idle && ended != NONE ->
 		if
-		:: ended == ERROR || DOUBTFUL -> abort()
+		:: ended == ERROR -> abort()
+		:: ended != ERROR && DOUBTFUL -> doubt()
 		:: else -> giveEnd(ended == FALSE_END); ended = NONE
 		fi }
 	/* S11; it is an EOF that was false which shows here */
@@ -422,7 +460,7 @@ proctype peer(bit p) {
 		fi }
 	:: d_step { ex == asked && HAS(x, DENY) ->
 		q[IN(x)]?DENY,v;
-		assert(v == 0 || !VERIFIED);	/* VIOLATED: denied for good without a reason */
+		assert(v == 0 || broken && (untrusted || GONE(on)));	/* VIOLATED: denied for good without a reason */
 		v = 0;
 		printf("%c: %e: reads the denial\n", NAME(p), STREAM(x));
 		denied = true; reset(x); fallBack() }
@@ -454,7 +492,7 @@ proctype peer(bit p) {
 		:: d_step { failed || ex == idle && (DENIALS && !bound || PROOFLESS || !CURRENT(k)) ->
 			printf("%c: %e: reads Migrate, denies\n", NAME(p), STREAM(k));
 			if
-			:: failed || CURRENT(k)
+			:: failed || CURRENT(k) -> broken = broken || bound && PROOFLESS && CLOSING_EXCUSED
 			:: else -> v = 1
 			fi;
 			send(k, DENY, v); letGo(k); v = 0 }
@@ -479,10 +517,10 @@ proctype peer(bit p) {
 		:: d_step { ex == asked && (p == 0 || !MINE || !CURRENT(k)) && !BOTH_ACK ->
 			printf("%c: %e: reads Migrate, resets it: its own goes first\n", NAME(p), STREAM(k));
 			reset(k) }
-		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && !BOTH_ACK ->
+		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && !BOTH_ACK && !PROOFLESS ->
 			printf("%c: %e: reads Migrate; its own attempt gives way\n", NAME(p), STREAM(k));
 			giveUp(); bound = DENIES_FIRST; NOTE_GAVE_WAY }
-		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && DENIALS && DENIES_FIRST && !bound ->
+		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && (DENIALS && DENIES_FIRST && !bound || PROOFLESS) ->
 			printf("%c: %e: reads Migrate, denies, goes on asking\n", NAME(p), STREAM(k));
 			send(k, DENY, 0); letGo(k) }
 		:: d_step { ex == asked && BOTH_ACK ->
@@ -579,7 +617,9 @@ proctype peer(bit p) {
 	:: atomic { calm && seen[p] != NONE && (failed || wclosed[p]) && ex == idle ->
 		outcome[p] = (failed -> FAILED : 1 + on);
 		assert(failed || on == from);	/* VIOLATED: reads from one stream and writes to another */
-		assert(outcome[0] == outcome[1] || outcome[1 - p] == 0 || outcome[0] == FAILED || outcome[1] == FAILED || !VERIFIED);	/* VIOLATED: one is on the old stream, one on the new */
+		whole[p] = (failed || seen[p] == CLOSED || TRUE_END || lied || !CHECKED);
+		assert(outcome[0] == outcome[1] || outcome[1 - p] == 0 || outcome[0] == FAILED || outcome[1] == FAILED || FINISHED);	/* VIOLATED: one is on the old stream, one on the new */
+		assert(outcome[1 - p] == 0 || !ONE_FAILED || whole[0] && whole[1] && UNREAD);	/* VIOLATED: one has failed, and the other cannot tell */
 		assert(REACH != 1 || !(dead[0] && outcome[0] == 2 && outcome[1] == 2 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: the stream outlives its old connection */
 		assert(REACH != 2 || !(dead[1] && outcome[0] == 3 && outcome[1] == 3 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: the second attempt succeeds */
 		assert(REACH != 3 || !(gaveWay && outcome[0] == 3 && outcome[1] == 3 && wrote[0] == K && wrote[1] == K && seen[0] == END && seen[1] == END));	/* REACHED: one of two attempts at once succeeds */
