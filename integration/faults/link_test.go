@@ -1,10 +1,10 @@
 package faults
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -394,13 +394,14 @@ func ownStreams(c network.Conn) (own []network.Stream) {
 	return own
 }
 
-// goroutinesOf returns the stacks of all goroutines that have what in them.
-func goroutinesOf(what string) string {
+// goroutinesOf returns the stacks of all goroutines that have all of that in them, each with
+// an empty line behind it.
+func goroutinesOf(what ...string) string {
 	buf := make([]byte, 16<<20)
 	var stacks strings.Builder
-	for g := range bytes.SplitSeq(buf[:runtime.Stack(buf, true)], []byte("\n\n")) {
-		if bytes.Contains(g, []byte(what)) {
-			stacks.Write(append(g, "\n\n"...))
+	for g := range strings.SplitSeq(string(buf[:runtime.Stack(buf, true)]), "\n\n") {
+		if !slices.ContainsFunc(what, func(w string) bool { return !strings.Contains(g, w) }) {
+			stacks.WriteString(strings.TrimSpace(g) + "\n\n")
 		}
 	}
 	return stacks.String()

@@ -60,7 +60,7 @@ var done tally
 
 type tally struct {
 	faults, streams, moves, bytes atomic.Int64
-	rescued                       atomic.Int64 // ends of streams on WebRTC that were reset since they were stuck
+	onWebRTC, rescued             atomic.Int64 // random streams on WebRTC, and those of them that were reset since they were stuck
 
 	mu    sync.Mutex // guards all below
 	pairs map[way]bool
@@ -88,7 +88,7 @@ func (d *tally) step(s step) {
 func (d *tally) String() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return fmt.Sprintf("%d pairs of transports, %d steps, %d faults, %d streams, %d migrations, %d bytes checked, %d ends stuck on WebRTC",
+	return fmt.Sprintf("%d pairs of transports, %d steps, %d faults, %d streams, %d migrations, %d bytes checked, %d streams stuck on WebRTC",
 		len(d.pairs), len(d.steps), d.faults.Load(), d.streams.Load(), d.moves.Load(), d.bytes.Load(), d.rescued.Load())
 }
 

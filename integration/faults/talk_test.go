@@ -187,6 +187,28 @@ func (t *talk) over() bool {
 	})
 }
 
+// progress grows with everything that is written or read.
+func (t *talk) progress() (n int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, f := range t.flows {
+		n += f.written + f.got
+	}
+	return n
+}
+
+// writesBehindEOF says whether an end that has read EOF is inside of a Write.
+func (t *talk) writesBehindEOF() bool {
+	return t.is(func() bool {
+		for side, f := range t.flows {
+			if t.flows[1-side].eof && !f.wrote && f.written < f.attempted {
+				return true
+			}
+		}
+		return false
+	})
+}
+
 // survived says whether both ends have read everything, and EOF.
 func (t *talk) survived() bool {
 	return t.is(func() bool { return t.flows[0].eof && t.flows[1].eof && !t.broken() })
