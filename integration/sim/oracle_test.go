@@ -33,17 +33,24 @@ import (
 //	          the writer sees an error from one of its calls. Only an application that has
 //	          finished cannot be told: one that has ended its writing (CloseWrite, Close,
 //	          Reset), and its reading (EOF, CloseRead, Close, Reset). Nor can one that
-//	          finishes before the news could reach it, see news.
+//	          finishes before the news could reach it: 5 s, and longer only where a connection
+//	          of the stream, or one that it was to move to, was held up or fell silent.
 //	cause     Nothing fails without a cause. A Read fails only where the other end, or this
 //	          one, called Reset, or this one stopped reading, or the stream was harmed. A
 //	          Write also where the other end stopped reading. A stream is harmed by what
 //	          happens to a connection that it was on then or came to later, not by what
 //	          happens to one that it has left, and not by that of a migration that was not
-//	          acked (S9).
-//	moves     Where nothing goes wrong, Migrate succeeds, but for the meetings of both ends'
+//	          acked (S9). The cause comes before the failure: what happens later is none. A
+//	          relay that limits what it carries is one from when it has been sent so much.
+//	moves     Where nothing has gone wrong with the connections of the stream, or those that
+//	          it was to move to, Migrate succeeds, but for the meetings of both ends'
 //	          migrations (M1, M2) and the end of the stream.
+//	agree     Where both ends are open, no migration is under way at either, and nothing has
+//	          harmed the stream, both know it by the same label and on the same connection.
 //	live      Every call returns, at the latest when all timeouts of the transports and of
-//	          the library have passed.
+//	          the library have passed. A Write that waits for patience, though the other end
+//	          has not stopped reading, hangs, unless something has happened to the stream's
+//	          connections a short time before, see noticed.
 //	remains   When the applications are done, no label, stream, goroutine or reserved
 //	          memory is left.
 //
@@ -51,12 +58,14 @@ import (
 //
 //   - yamux reports a clean EOF now and then where its connection has gone down
 //     (docs/reliability.md, "What transports do", 3). It passes, and is counted, where the EOF came from a yamux
-//     connection that is closed, while no migration was under way at that end.
+//     connection that is closed, while no migration was under way at that end. Only the
+//     end of a migration itself ends that, not of another one that was refused meanwhile.
 //   - An application on a host that has only the draft may read a clean end behind a gap
 //     where its stream was harmed: docs/protocol.md says how. What that host sends is held
 //     to the rules.
 //   - What that host reads, resets and leaves behind is the test's own implementation's:
 //     where both ends migrate at once it may give up a stream that it has moved already.
+//     A Write that waits there, or for it, on a stream that was harmed is counted only.
 //   - Where an attempt to migrate failed before its ack, and the responder has only the
 //     draft, the EOF that follows our own is an error (S5).
 //   - A stream without a label is go-libp2p's own. Where it was harmed, only its content

@@ -150,12 +150,23 @@ func planOf(seed uint64) plan {
 	p.planFaults(r, horizon)
 	p.planAfter(horizon)
 	p.swapped = chance(p.rand("swapped"), 0.5)
-	if len(p.faults) > 0 || p.bandwidth > 0 || p.buffer > 0 {
+	if p.mayClog() {
 		// A relayed connection that is closed resets its stream at the relay. On a yamux
 		// connection that is clogged this waits, under a lock; see boot.
 		p.links[0].over = QUIC
 	}
 	return p
+}
+
+// mayClog says whether a TCP connection may come to take nothing any more: where it takes
+// little by itself, or would have to hold much while its path is frozen.
+func (p *plan) mayClog() bool {
+	const room = 3 << 20 // of the 4 MiB that it takes: headers, and what go-libp2p sends itself
+	total := 0
+	for _, s := range p.streams {
+		total += s.size[0] + s.size[1]
+	}
+	return p.buffer > 0 || total > room
 }
 
 func (p *plan) planStream(r *rand.Rand, horizon time.Duration) streamPlan {

@@ -1,0 +1,151 @@
+package sim
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/migrate"
+)
+
+// The oracle itself: what it must not excuse.
+
+// judged is a run without hosts: one stream, from a to b, that stays on connection 0 of two.
+func judged() (*world, *simStream) {
+	w := &world{
+		plan:    plan{draft: -1, streams: []streamPlan{{labelled: true}}},
+		tally:   newTally(),
+		running: make(map[string]int),
+		links:   []*simLink{{}, {path: 1}},
+		start:   time.Now().Add(-time.Hour),
+	}
+	st := newSimStream(w, 0)
+	w.streams = append(w.streams, st)
+	for side := range 2 {
+		st.ends[side] = &end{st: st, side: side, s: new(migrate.Stream), out: st.flows[side], in: st.flows[1-side]}
+		st.stays[side] = []*stay{{came: w.start}}
+	}
+	return w, st
+}
+
+// rules are those that the run breaks.
+func (w *world) rules() (rules []string) {
+	for _, f := range w.failures {
+		rule, _, _ := strings.Cut(f, ":")
+		rules = append(rules, rule)
+	}
+	return rules
+}
+
+func (w *world) after(d time.Duration) time.Time { return w.start.Add(d) }
+
+func TestOracleWantsTheCauseFirst(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		hurt time.Duration
+		link int
+		want []string
+	}{
+		{"harm before", 9 * time.Second, 0, nil},
+		{"harm at that instant", 10 * time.Second, 0, nil},
+		{"harm after", 11 * time.Second, 0, []string{"cause", "cause"}},
+		{"harm elsewhere", 9 * time.Second, 1, []string{"cause", "cause"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, st := judged()
+			w.links[tc.link].hurt = w.after(tc.hurt)
+			f := st.flows[0]
+			f.writeErr, f.writeErrAt = errors.New("test"), w.after(10*time.Second)
+			f.readErr, f.readErrAt = f.writeErr, f.writeErrAt
+			st.ends[0].told = f.writeErr
+			st.judgeFlow(f, st.ends[0], st.ends[1], st.wasHarmed())
+			require.Equal(t, tc.want, w.rules())
+		})
+	}
+}
+
+func TestOracleWantsTheNewsInTime(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		silent int // the connection that falls silent, or -1
+		left   time.Duration
+		want   []string
+	}{
+		{"closed", -1, 0, []string{"both"}},
+		{"silent", 0, 0, nil},
+		{"another is silent", 1, 0, []string{"both"}},
+		{"silent when the stream had left", 0, 5 * time.Second, []string{"both"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, st := judged()
+			st.harm("test")
+			st.harms[0].at = w.after(6 * time.Second)
+			if tc.silent >= 0 {
+				w.links[tc.silent].silent = w.after(9 * time.Second)
+			}
+			if tc.left > 0 {
+				for side := range 2 {
+					st.stays[side][0].left = w.after(tc.left)
+				}
+			}
+			f := st.flows[0]
+			f.readErr, f.readErrAt = errors.New("test"), w.after(10*time.Second)
+			st.ends[0].noRead, st.ends[0].noWrite = w.after(20*time.Second), w.after(20*time.Second)
+			st.judgeFlow(f, st.ends[0], st.ends[1], st.wasHarmed())
+			require.Equal(t, tc.want, w.rules())
+		})
+	}
+}
+
+func TestOracleWantsWritesToReturn(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		ago  time.Duration
+		want []string
+	}{
+		{"harmed a short time ago", noticed / 2, nil},
+		{"harmed long ago", noticed + time.Minute, []string{"live"}},
+		{"never harmed", 0, []string{"live"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, st := judged()
+			if tc.ago > 0 {
+				w.links[0].hurt = time.Now().Add(-tc.ago)
+				w.links[0].last = w.links[0].hurt
+			}
+			st.ends[0].judgeGivenUp(true)
+			require.Equal(t, tc.want, w.rules())
+		})
+	}
+}
+
+// A side that asks and denies meanwhile is still migrating.
+func TestOracleTellsMigrationsApart(t *testing.T) {
+	_, st := judged()
+	under := func() bool {
+		st.mu.Lock()
+		defer st.mu.Unlock()
+		return !st.underLocked(0).IsZero()
+	}
+	st.step(0, true, migrate.Started, 0, 1)
+	st.step(0, false, migrate.Started, 0, 1)
+	st.step(0, false, migrate.Denied, 0, 1)
+	require.True(t, under(), "what was denied is the peer's")
+	st.step(0, true, migrate.Acked, 0, 1)
+	require.True(t, under())
+	st.step(0, true, migrate.Finished, 0, 1)
+	require.False(t, under())
+}
+
+func TestOracleWantsNoEndOfWhatWasNotOpened(t *testing.T) {
+	w, st := judged()
+	st.ends[0] = nil
+	st.judge()
+	require.Empty(t, w.rules())
+	st.flows[0].eof = true
+	st.judge()
+	require.Equal(t, []string{"end"}, w.rules())
+}
