@@ -87,7 +87,7 @@ type pipe struct {
 
 // pipe implements nettest.MakePipe.
 func (n *netPair) pipe() (c1, c2 net.Conn, stop func(), err error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	n.now.Store(new(pipe))
 	moved := n.mover.moved.Load()
