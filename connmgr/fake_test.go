@@ -24,16 +24,16 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
-	"go.uber.org/goleak"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/go-portage/portage/internal/hosttest"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/pb"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { hosttest.Main(m) }
 
 // inVirtualTime runs f where time passes only when nothing else can happen.
 func inVirtualTime(t *testing.T, f func(t *testing.T)) {

@@ -17,6 +17,8 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/internal/hosttest"
 )
 
 const echo = "/test/echo"
@@ -31,7 +33,7 @@ func newNode(t *testing.T, opts ...libp2p.Option) *node {
 	g := &dialGate{}
 	h, err := libp2p.New(append(opts,
 		libp2p.ListenAddrStrings("/ip4/127.0.0.1/udp/0/quic-v1", "/ip4/127.0.0.1/tcp/0"),
-		libp2p.ConnectionGater(g), libp2p.DisableMetrics())...)
+		libp2p.ConnectionGater(g), libp2p.DisableMetrics(), hosttest.PatientDials())...)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = h.Close() })
 	h.SetStreamHandler(echo, func(s network.Stream) {
@@ -91,11 +93,14 @@ func (n *node) address(t *testing.T, protocol int) ma.Multiaddr {
 
 // join connects a to b over QUIC while b connects to a over TCP, and returns a's side
 // of both connections. Otherwise the second dial would be given the connection of the
-// first.
-func join(t *testing.T, a, b *node) (quic, tcp network.Conn) {
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+// first. What has to be on the TCP connection before a manager sees two onTCP puts there;
+// it may be nil.
+func join(t *testing.T, a, b *node, onTCP func(tcp network.Conn)) (quic, tcp network.Conn) {
+	ctx, cancel := context.WithTimeout(network.WithDialPeerTimeout(t.Context(), hosttest.Patience), hosttest.Patience)
 	defer cancel()
 	hold, held := make(chan struct{}), make(chan struct{})
+	release := sync.OnceFunc(func() { close(hold) })
+	defer release() // else a host whose dial waits would not close
 	a.gate.mu.Lock()
 	a.gate.hold, a.gate.held = hold, held
 	a.gate.mu.Unlock()
@@ -107,12 +112,19 @@ func join(t *testing.T, a, b *node) (quic, tcp network.Conn) {
 		quic = c
 		dialled <- err
 	}()
-	<-held
+	select {
+	case <-held:
+	case <-ctx.Done():
+		t.Fatal("the dial does not begin")
+	}
 	_, err := b.Network().DialPeer(ctx, a.ID())
 	require.NoError(t, err)
 	waitFor(t, "a's side of the TCP connection", func() bool { return len(a.Network().ConnsToPeer(b.ID())) == 1 })
 	tcp = a.Network().ConnsToPeer(b.ID())[0]
-	close(hold)
+	if onTCP != nil {
+		onTCP(tcp)
+	}
+	release()
 	require.NoError(t, <-dialled)
 	require.NotSame(t, quic, tcp)
 	return quic, tcp
@@ -120,7 +132,7 @@ func join(t *testing.T, a, b *node) (quic, tcp network.Conn) {
 
 func waitFor(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	require.Eventually(t, condition, 30*time.Second, 2*time.Millisecond, what)
+	require.Eventually(t, condition, hosttest.Patience, 2*time.Millisecond, what)
 }
 
 // plainStream opens a stream on a connection of one's choice.
@@ -145,8 +157,10 @@ func TestBareManagerOnRealHosts(t *testing.T) {
 	a, m := newBareNode(t, WithTakeover(1))
 	b := newNode(t)
 	m.Protect(b.ID(), "test")
-	quic, tcp := join(t, a, b)
-	onQUIC, onTCP := plainStream(t, quic), plainStream(t, tcp)
+	var onTCP network.Stream
+	// The stream is there first: a loser without one would be closed.
+	quic, tcp := join(t, a, b, func(tcp network.Conn) { onTCP = plainStream(t, tcp) })
+	onQUIC := plainStream(t, quic)
 	waitFor(t, "the stream on the loser to be waited for", func() bool {
 		e := m.Explain(b.ID())
 		return len(e.Conns) == 2 && e.Conns[0].Conn.Kind == "quic direct" &&
@@ -172,7 +186,7 @@ func TestBareManagerOnRealHosts(t *testing.T) {
 func TestTwoBareManagersOnRealHosts(t *testing.T) {
 	a, am := newBareNode(t)
 	b, bm := newBareNode(t)
-	join(t, a, b)
+	join(t, a, b, nil)
 	waitFor(t, "one connection", func() bool {
 		return len(a.Network().ConnsToPeer(b.ID())) == 1 && len(b.Network().ConnsToPeer(a.ID())) == 1
 	})

@@ -12,6 +12,8 @@ import (
 	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/internal/hosttest"
 )
 
 // comeAndGo has a peer's only connection open and close.
@@ -23,6 +25,9 @@ func comeAndGo(n network.Notifiee, net network.Network, c network.Conn) func() {
 }
 
 func TestCallbacksDoNotAllocate(t *testing.T) {
+	if !hosttest.Alone(t) {
+		return
+	}
 	inner, err := basic.NewConnManager(160, 192)
 	require.NoError(t, err)
 	defer inner.Close()
@@ -43,6 +48,9 @@ func TestCallbacksDoNotAllocate(t *testing.T) {
 }
 
 func TestNothingIsKeptForPeersWithOneConnection(t *testing.T) {
+	if !hosttest.Alone(t) {
+		return
+	}
 	m, err := New(connmgr.NullConnMgr{})
 	require.NoError(t, err)
 	defer m.Close()

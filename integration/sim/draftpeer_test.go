@@ -229,12 +229,14 @@ func (h *draftHost) Migrate(ctx context.Context, ns network.Stream, to network.C
 	switch {
 	case err != nil || superseded:
 		s.mu.Unlock()
+		s.stays(superseded)
 		_ = u.Reset()
 		s.step(true, migrate.Failed, u)
 		return fmt.Errorf("%w: %w", migrate.ErrTryLater, errors.Join(err))
 	case ack.GetDenyMigrate():
 		s.denied = true
 		s.mu.Unlock()
+		s.stays(false)
 		_ = u.Close()
 		s.step(true, migrate.Denied, u)
 		return migrate.ErrDenied
@@ -251,6 +253,17 @@ func (h *draftHost) Migrate(ctx context.Context, ns network.Stream, to network.C
 	s.switchWriting(u)
 	s.afterEnd()
 	return nil
+}
+
+// stays calls out settle, where an attempt has come to nothing and the application has
+// closed its reading meanwhile, unless another one goes on.
+func (s *draftStream) stays(goesOn bool) {
+	s.mu.Lock()
+	rd, closed := s.rd, s.closedR
+	s.mu.Unlock()
+	if closed && !goesOn {
+		go rd.CloseRead()
+	}
 }
 
 // respond is the responder's.
