@@ -86,7 +86,7 @@ configurations() {
 	hole-draft-initiator-old-lies|q|bfs|$truncated|-DDRAFT_A=1 -DPROOF_ON_NEW=1 -DNEW_FAILS=0
 	hole-draft-responder-old-lies|q|bfs|$truncated|-DDRAFT_B=1 -DNEW_FAILS=0
 
-	# And this, with nothing failing: both applications see an error.
+	# And this, with nothing failing: the application sees an error.
 	hole-doubt|q|bfs|$lost|-DDRAFT_B=1 -DMIGRATIONS=2 -DDOUBT_EXCUSED=0 $quiet
 	hole-closing|q|bfs|$lost|-DDRAFT_A=1 -DDRAFT_HOLDS=1 $both -DCLOSE_READ=1 -DCLOSING_EXCUSED=0 $quiet
 
