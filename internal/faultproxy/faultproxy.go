@@ -45,6 +45,7 @@ type Proxy struct {
 
 	passed [2]atomic.Int64
 	dials  atomic.Int64
+	lost   atomic.Int64
 
 	mu     sync.Mutex    // guards all below
 	frozen chan struct{} // closed by Thaw; nil: not frozen
@@ -88,6 +89,9 @@ func (p *Proxy) Datagrams() bool { return !p.stream }
 
 // Passed is how many bytes the path has delivered in one direction.
 func (p *Proxy) Passed(d Direction) int64 { return p.passed[d].Load() }
+
+// Lost is how many datagrams the path has taken and will not deliver.
+func (p *Proxy) Lost() int { return int(p.lost.Load()) }
 
 // Dialled is how many TCP connections or UDP sockets have come to the path, let through
 // or not. A path that is frozen holds a dial back: it can be seen here.

@@ -10,14 +10,15 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/stretchr/testify/require"
-	"go.uber.org/goleak"
+
+	"github.com/go-portage/portage/internal/hosttest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { hosttest.Main(m) }
 
 // patience is how long a test waits for what must happen, and brief for what must not.
 const (
-	patience = 20 * time.Second
+	patience = hosttest.Patience
 	brief    = 50 * time.Millisecond
 )
 
@@ -190,6 +191,8 @@ func TestUDPLosesWhatIsSentIntoAFreeze(t *testing.T) {
 	_, _, err = a.ReadFrom(b)
 	require.ErrorContains(t, err, "timeout")
 	require.NoError(t, a.SetReadDeadline(time.Now().Add(patience)))
+	// Until the proxy has taken it, it waits in a socket, and would pass after a thaw.
+	hosttest.WaitFor(t, "the datagram to be lost", func() bool { return p.Lost() == 1 })
 	p.Thaw()
 	send("after")
 	receive("after")
@@ -207,6 +210,7 @@ func TestDialIsHeldBackByAFreeze(t *testing.T) {
 	require.NoError(t, l.(*net.TCPListener).SetDeadline(time.Now().Add(brief)))
 	_, err = l.Accept()
 	require.ErrorContains(t, err, "timeout")
+	hosttest.WaitFor(t, "the proxy to see the dial", func() bool { return p.Dialled() > 0 })
 	require.Equal(t, 1, p.Dialled())
 	p.Thaw()
 	require.NoError(t, l.(*net.TCPListener).SetDeadline(time.Now().Add(patience)))

@@ -89,11 +89,13 @@ func (f *udpForwarder) fromTarget(r *route) {
 // queue takes a datagram, if the path is not frozen and not full.
 func (f *udpForwarder) queue(to chan packet, b []byte, busy *time.Time) {
 	if f.p.isFrozen() {
+		f.p.lost.Add(1)
 		return
 	}
 	select {
 	case to <- packet{append([]byte(nil), b...), f.p.due(busy, len(b))}:
 	default:
+		f.p.lost.Add(1)
 	}
 }
 
@@ -106,6 +108,7 @@ func (f *udpForwarder) deliver(d Direction, queue <-chan packet, write func([]by
 				return
 			}
 			if f.p.isFrozen() {
+				f.p.lost.Add(1)
 				continue
 			}
 			f.p.passed[d].Add(int64(len(pkt.b)))
