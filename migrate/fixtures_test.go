@@ -24,10 +24,6 @@ import (
 
 const testID protocol.ID = "/test/stream/1.0.0"
 
-// patience is how long a test waits for what must happen. It never decides how a test
-// ends that passes.
-const patience = 5 * time.Second
-
 // The ends of a stream, as indices of pair's arrays.
 const (
 	opener   = 0
@@ -356,7 +352,7 @@ func within(t testing.TB, what string, f func()) {
 // await waits for something that must happen.
 func await(t testing.TB, ch <-chan struct{}, what string) {
 	t.Helper()
-	timer := time.NewTimer(patience)
+	timer := time.NewTimer(Patience)
 	defer timer.Stop()
 	select {
 	case <-ch:

@@ -119,6 +119,9 @@ func echoes(t testing.TB, s io.ReadWriter) {
 // TestAllocations: between migrations, a Read and a Write allocate what the underlying
 // stream's do. The halves are measured on a stream that allocates nothing.
 func TestAllocations(t *testing.T) {
+	if !Alone(t) {
+		return
+	}
 	s := &Stream{}
 	var u still
 	s.send.cur, s.recv.cur = &u, &u

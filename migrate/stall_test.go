@@ -108,13 +108,15 @@ func TestStall(t *testing.T) {
 			if role == "initiator" {
 				_, next = p.asked(s)
 				next.acks(ackVerified)
+				next.wants(finalSizeBytes(1))
 			} else {
 				next = p.migrates(old)
 			}
-			next.sends(finalSizeBytes(1 + 5))
-			next.wants(finalSizeBytes(1))
+			// Before the final size, from which on the time counts.
 			old.sends("abc")
-			require.Equal(t, "abc", p.readsEnd(s, network.ErrReset))
+			p.reads(s, "abc")
+			next.sends(finalSizeBytes(1 + 5))
+			require.Empty(t, p.readsEnd(s, network.ErrReset))
 			next.wantsReset(network.StreamNoError)
 			p.failed(s)
 			p.talk(other, otherEnd)
@@ -129,11 +131,21 @@ func TestStall(t *testing.T) {
 // window that all streams of a QUIC connection share, and then lets it wait; other
 // streams of that connection go on, and the data come in order in the end (M4, S4).
 func TestStallFillsNothing(t *testing.T) {
+	const debt = readChunk // what the Read on the old stream reserves at once
 	p := meet(t, verified)
 	s, old := p.hostOpens()
 	next := p.migrates(old)
-	next.sends(finalSizeBytes(1 + 5))
+	next.sends(finalSizeBytes(1 + debt))
 	next.wants(finalSizeBytes(1))
+	// The path may be quiet for maxHold at most, and the test takes as long as it takes: a
+	// byte of what is owed comes now and then.
+	paid := 0
+	pays := func() {
+		if paid < debt-1 {
+			old.sends("o")
+			paid++
+		}
+	}
 	data := strings.Repeat("0123456789abcdef", 5<<16) // 5 MiB
 	written := make(chan error, 1)
 	go func() {
@@ -141,6 +153,7 @@ func TestStallFillsNothing(t *testing.T) {
 		written <- err
 	}()
 	WaitFor(t, "the new stream to be read ahead", func() bool {
+		pays()
 		ahead, _ := p.kept(s)
 		return ahead == maxAhead
 	})
@@ -148,20 +161,24 @@ func TestStallFillsNothing(t *testing.T) {
 	p.host.cfg.selector = func(context.Context, peerID) network.Conn { return p.ends[1] }
 	ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
 	require.NoError(t, err)
+	pays()
 	p.writes(ns.(*Stream), "hello")
 	u := p.arrives()
+	pays()
 	u.wants(tMultistream, tMigration, labelBytes(ns.(*Stream).Label()), tMultistream, tEcho, "hello")
+	pays()
 	u.sends(tMultistream, tMigration, tMultistream, tEcho, strings.Repeat("x", 100<<10))
 	p.reads(ns.(*Stream), strings.Repeat("x", 100<<10))
+	pays()
 
 	ahead, ready := p.kept(s)
 	require.Equal(t, maxAhead, ahead, "read ahead without a bound")
-	require.Zero(t, ready)
-	require.Equal(t, int64(maxAhead+5), s.Scope().Stat().Memory,
-		"what is read ahead has to be reserved, and what the Read on the old stream will bring")
+	require.LessOrEqual(t, ready, paid)
+	require.Equal(t, int64(maxAhead+debt), s.Scope().Stat().Memory,
+		"what is read ahead has to be reserved, and what the old stream has brought and will bring")
 
-	old.sends("first")
-	p.reads(s, "first"+data)
+	old.sends(strings.Repeat("o", debt-paid))
+	p.reads(s, strings.Repeat("o", debt)+data)
 	require.NoError(t, take(t, written, "the peer to write"))
 	require.Zero(t, s.Scope().Stat().Memory)
 	p.talk(s, next)
@@ -232,9 +249,10 @@ func TestDraftResponderInNoHurry(t *testing.T) {
 	})
 	old.sends("old")
 	old.closesWrite()
+	moved.is(nil)
+	// Only now: what comes ahead of the old stream's end makes that end due.
 	next.sends("new")
 	p.reads(s, "oldnew")
-	moved.is(nil)
 	p.talk(s, next)
 }
 
