@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	relayv2 "github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	ma "github.com/multiformats/go-multiaddr"
@@ -80,7 +81,7 @@ func (bed *testbed) start(who side, rec *recorder, con *console, opts ...libp2p.
 	if err != nil {
 		return nil, err
 	}
-	opts = append(opts, libp2p.ResourceManager(resources), libp2p.DisableMetrics())
+	opts = append(opts, libp2p.ResourceManager(resources), libp2p.DisableMetrics(), bed.dials())
 	var port *portage
 	if !bed.cfg.without {
 		if port, err = newPortage(bed.cfg, who, rec, con.logger(who, bed.cfg.verbose)); err != nil {
@@ -102,6 +103,12 @@ func (bed *testbed) start(who side, rec *recorder, con *console, opts ...libp2p.
 	return h, nil
 }
 
+// dials has -timeout alone bound the dials. By themselves they end after 5 s on loopback,
+// which a machine that is busy can take for a handshake.
+func (bed *testbed) dials() libp2p.Option {
+	return libp2p.SwarmOpts(swarm.WithDialTimeout(bed.cfg.timeout), swarm.WithDialTimeoutLocal(bed.cfg.timeout))
+}
+
 func (bed *testbed) startRelay() error {
 	resources := relayv2.DefaultResources()
 	resources.Limit = &relayv2.RelayLimit{Duration: bed.cfg.relay.time, Data: bed.cfg.relay.data}
@@ -109,6 +116,7 @@ func (bed *testbed) startRelay() error {
 		libp2p.ListenAddrStrings(tcp.listenAddr()),
 		libp2p.ForceReachabilityPublic(), // else it would say that it has no address of use
 		libp2p.DisableMetrics(),
+		bed.dials(),
 	)
 	if err != nil {
 		return fmt.Errorf("relay: %w", err)
