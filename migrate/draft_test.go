@@ -396,7 +396,7 @@ func TestDraftClosesWhileTheAckLeaves(t *testing.T) {
 	h.hold()
 	require.NoError(t, h.closeRead())
 	require.False(t, old.readClosed)
-	h.release(false)
+	h.release()
 	WaitFor(t, "the old stream to be closed for reading", func() bool {
 		old.mu.Lock()
 		defer old.mu.Unlock()
@@ -406,19 +406,21 @@ func TestDraftClosesWhileTheAckLeaves(t *testing.T) {
 }
 
 // TestDraftAsksWhileAnErrorIsHeld: the old stream fails while an attempt of ours is under
-// way, which gives way to the peer's (M1). No EOF will come that proves the ack (S3), so the
-// peer is denied, and the application gets the error that was kept back.
+// way, and the peer, which goes first (M1), asks. No EOF will come that proves the ack (S3),
+// so it is denied, and ours does not give way: the peer resets it, and the application gets
+// the error that was kept back.
 func TestDraftAsksWhileAnErrorIsHeld(t *testing.T) {
 	p := meeting{kind: draftOnly, hostHigher: true}.meet(t)
 	s, old := p.hostOpens()
 	got := reading(s)
-	moved, _ := p.asked(s)
+	moved, ours := p.asked(s)
 	require.NoError(t, old.Reset())
 	p.holds(s)
 	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
 	next.wants(tMultistream, tMigration, ackDenied)
-	moved.is(ErrTryLater)
+	require.NoError(t, ours.Reset())
 	require.Contains(t, take(t, got, "the Read"), "error: ")
+	require.Error(t, take(t, moved.done, "Migrate to return"))
 	require.NoError(t, s.Reset())
 	p.nothingLeft()
 }

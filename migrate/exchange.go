@@ -75,7 +75,11 @@ func (s *Stream) enter(x *exchange) {
 // under way is dropped. With oursFirst it goes first instead, as soon as it has a stream
 // to ask on: until then the peer does not know of it. x has begun when it is the stream's
 // exchange after x.turn was closed.
-func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
+//
+// Once ours has given way x owes the ack (M1): else the peer, having read a denial, could
+// answer ours while its reset is on its way. So a draft-only peer's x has to have its proof
+// (S3) in sight before that, and keeps it though the application closes its reading.
+func (s *Stream) beginNext(x *exchange, oursFirst, verified bool) error {
 	s.mu.Lock()
 	x.turn = make(chan struct{})
 	ours := s.ex
@@ -96,6 +100,10 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
 			s.mu.Unlock()
 			return errOursFirst
 		}
+		if dropped != nil && !verified && !s.recv.awaitProof() {
+			s.mu.Unlock()
+			return errNoProof
+		}
 		ours.drop = true
 		ours.interrupt()
 		x.promised = dropped != nil
@@ -108,7 +116,12 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) error {
 	return nil
 }
 
-var errOursFirst = errors.New("our own migration of the stream goes first")
+var (
+	errOursFirst = errors.New("our own migration of the stream goes first")
+
+	// errNoProof is why a draft-only peer is denied whom nobody listens to (S3).
+	errNoProof = errors.New("without a final size there is no proof of the ack once reading is closed, or has failed")
+)
 
 // giveTurn lets the next responder that waits begin. Where the stream is over, only one
 // does that was promised it, and none after a reset: closing the stream in between does
@@ -190,14 +203,24 @@ func breakOff(u network.Stream, code network.StreamErrorCode) error {
 	return u.ResetWithError(code)
 }
 
-// end lets the next exchange begin. Where there is none and the application has closed
-// the stream in the meantime, its last underlying stream is closed now (S7).
-func (x *exchange) end(moved bool) {
+// ending is what became of an exchange.
+type ending uint8
+
+const (
+	moved  ending = iota
+	stays         // on the old stream (S9)
+	broken        // both streams are reset (S8)
+)
+
+// end lets the next exchange begin. Where there is none, what was kept back is the
+// application's; and if that has closed the stream in the meantime, its last underlying
+// stream is closed now (S7).
+func (x *exchange) end(how ending) {
 	s := x.s
 	s.mu.Lock()
 	s.ex = nil
 	gone, remove := x.id, x.entered
-	if moved {
+	if how == moved {
 		gone = x.from
 		s.label = x.id
 		s.migrations++
@@ -207,6 +230,10 @@ func (x *exchange) end(moved bool) {
 		}
 	}
 	s.giveTurn()
+	if how == stays && s.ex == nil {
+		s.send.hold(false)
+		s.recv.release()
+	}
 	over, aborted := s.over && s.ex == nil, s.aborted
 	s.mu.Unlock()
 	if remove {
@@ -218,16 +245,28 @@ func (x *exchange) end(moved bool) {
 			_ = s.send.stream().Close()
 		}
 		s.forget()
+		s.host.payOwed()
 	}
 	close(x.done)
+}
+
+// hold keeps back from here on how the old stream ends (S5), with a peer that verifies the
+// errors of Writes, too. It says false where the application has been told since the
+// exchange began, so that the stream has to stay where it failed and the other end is told;
+// or where the application has reset it, which did not reach the new stream (S7).
+func (x *exchange) hold(verifies bool) bool {
+	x.s.recv.hold()
+	x.s.send.hold(verifies)
+	return !x.s.told()
 }
 
 // fallBack ends an exchange that was not acked: the stream stays where it was (S9).
 // untrusted says that the peer may think otherwise (S5).
 func (x *exchange) fallBack(untrusted bool) {
-	x.s.send.hold(false)
-	x.s.recv.release(untrusted)
-	x.end(false)
+	if untrusted {
+		x.s.recv.distrust()
+	}
+	x.end(stays)
 }
 
 // fail ends an exchange that was acked: both streams are reset (S8). It returns what the
@@ -239,7 +278,7 @@ func (x *exchange) fail(cause error) error {
 	}
 	err := reset(cause)
 	_ = x.s.abort(err, codeFor(cause))
-	x.end(false)
+	x.end(broken)
 	return err
 }
 
@@ -280,7 +319,7 @@ func (x *exchange) moveScope(u network.Stream) {
 	sc, unpaid := x.s.scopeLocked(), x.unpaid
 	x.s.mu.Unlock()
 	if err := sc.follow(u.Scope(), !unpaid); err != nil {
-		x.warnUnaccounted(err)
+		x.s.warnUnaccounted(err)
 	}
 }
 
@@ -289,30 +328,42 @@ func (x *exchange) moveScope(u network.Stream) {
 // may go to a stream that begins to migrate, and the next one is for who has waited.
 func (x *exchange) payLate() {
 	h := x.s.host
-	h.charging.Lock()
-	defer h.charging.Unlock()
 	if x.unpaid {
+		h.charging.Lock()
 		if h.owing == nil {
 			h.owing = make(map[peer.ID]struct{})
 		}
 		h.owing[x.s.peer] = struct{}{}
+		h.owes.Store(true)
+		h.charging.Unlock()
 	}
+	h.payOwed()
+}
+
+// payOwed is called when a stream has ended, or an old one is gone.
+func (h *Host) payOwed() {
+	if !h.owes.Load() {
+		return
+	}
+	h.charging.Lock()
+	defer h.charging.Unlock()
 	for p := range h.owing {
-		if x.payAll(p) {
+		if h.payAll(p) {
 			delete(h.owing, p)
 		}
 	}
+	h.owes.Store(len(h.owing) > 0)
 }
 
 // payAll charges those streams of p that there is room for, and says whether it was for
 // all that wait. charging must be held.
-func (x *exchange) payAll(p peer.ID) bool {
+func (h *Host) payAll(p peer.ID) bool {
 	all := true
-	for _, s := range x.s.host.labels.all(p) {
+	for _, s := range h.labels.all(p) {
 		s.mu.Lock()
 		u, sc := s.unpaid, s.scope
 		s.mu.Unlock()
-		if u == nil {
+		if u == nil || u.Conn().IsClosed() { // a scope that has ended may not be charged
 			continue
 		}
 		if u.SetProtocol(s.proto) != nil {
@@ -326,16 +377,16 @@ func (x *exchange) payAll(p peer.ID) bool {
 		s.mu.Unlock()
 		if sc != nil {
 			if err := sc.attached(u.Scope()); err != nil {
-				x.warnUnaccounted(err)
+				s.warnUnaccounted(err)
 			}
 		}
 	}
 	return all
 }
 
-func (x *exchange) warnUnaccounted(err error) {
-	x.s.host.log.Warn("resource manager refused a part of what a migrated stream holds; the stream goes on",
-		zap.Stringer("peer", x.s.peer), zap.String("protocol", string(x.s.proto)), zap.Error(err))
+func (s *Stream) warnUnaccounted(err error) {
+	s.host.log.Warn("resource manager refused a part of what a migrated stream holds; the stream goes on",
+		zap.Stringer("peer", s.peer), zap.String("protocol", string(s.proto)), zap.Error(err))
 }
 
 // budget is what the receive half reserves its buffers in.
@@ -414,7 +465,7 @@ func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 	if closed {
 		_ = u.CloseRead() // S6
 	}
-	x.end(true)
+	x.end(moved)
 	<-oldClosed
 	_ = x.old.Close()
 	x.payLate()

@@ -406,6 +406,7 @@ func wantReset(t testing.TB, s network.Stream, what string) {
 	_, err := readAll(t, s)
 	require.Error(t, err, "%s: a reset must never read as a clean EOF", what)
 	require.ErrorIs(t, err, network.ErrReset, "%s: Read", what)
+	require.NotErrorIs(t, err, io.EOF, "%s: a reset must not pass for a clean EOF with errors.Is", what)
 	within(t, what+": Write to fail", func() {
 		for err = nil; err == nil; {
 			_, err = s.Write([]byte{1})

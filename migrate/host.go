@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -28,6 +29,7 @@ type Host struct {
 
 	charging sync.Mutex           // guards owing; held while unpaid streams are counted; before Stream.mu
 	owing    map[peer.ID]struct{} // peers of which streams may be unpaid that have migrated
+	owes     atomic.Bool          // owing is not empty; to be read without charging
 }
 
 var _ host.Host = (*Host)(nil)
@@ -203,7 +205,7 @@ func (h *Host) identify() identify.IDService {
 }
 
 // awaitIdentify waits until it is known whether p supports the protocol: until identify
-// has ended on one of the connections with the answer yes, or on all of them.
+// has ended with an answer on one of the connections, or without one on all of them.
 func (h *Host) awaitIdentify(ctx context.Context, p peer.ID) error {
 	ids := h.identify()
 	if ids == nil || h.Supports(p) {
@@ -217,6 +219,9 @@ func (h *Host) awaitIdentify(ctx context.Context, p peer.ID) error {
 		i, _, _ := reflect.Select(cases)
 		if i == 0 {
 			return fmt.Errorf("identify failed to complete: %w", ctx.Err())
+		}
+		if known, err := h.Peerstore().GetProtocols(p); err == nil && len(known) > 0 {
+			return nil
 		}
 		cases = slices.Delete(cases, i, i+1)
 	}

@@ -120,10 +120,12 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
 		return tryLater(err)
 	}
-	x.trace(Started, nil)
 	verifiable := h.verifies(s.peer)
-	s.recv.hold()
-	s.send.hold(verifiable)
+	if !x.hold(verifiable) {
+		_ = u.Reset()
+		return tryLater(ErrClosed)
+	}
+	x.trace(Started, nil)
 
 	ack, err := x.request(u)
 	if err == nil && !x.commit() {
@@ -161,7 +163,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 func (x *exchange) unmoved(err error) error {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
-	if x.s.aborted {
+	if x.s.aborted || x.s.told() {
 		return fmt.Errorf("%w: %w", ErrClosed, err)
 	}
 	return fmt.Errorf("%w: %w", ErrTryLater, err)

@@ -394,7 +394,7 @@ func TestAckThatCrossesTheirs(t *testing.T) {
 	require.Nil(t, busy)
 	require.NoError(t, err)
 	require.True(t, ours.attach(next))
-	require.NoError(t, s.beginNext(theirs, false))
+	require.NoError(t, s.beginNext(theirs, false, true))
 	require.NotNil(t, next.resetWith)
 	require.False(t, ours.commit(), "ours has given way")
 	ours.fallBack(false)

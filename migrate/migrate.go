@@ -27,6 +27,7 @@ package migrate
 import (
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -67,15 +68,34 @@ var (
 // a network.ErrReset.
 func reset(cause error) error {
 	if errors.Is(cause, network.ErrReset) {
-		return cause
+		return forGood(cause)
 	}
-	if t := (interface{ Timeout() bool })(nil); errors.As(cause, &t) && t.Timeout() {
-		// A connection that was silent for too long reports a timeout. What ends the
-		// stream must not be taken for a deadline, after which one may try again.
+	if mistakable(cause) {
 		cause = errors.New(cause.Error())
 	}
 	return &network.StreamError{
 		ErrorCode:      network.StreamNoError,
 		TransportError: fmt.Errorf("migration failed: %w", cause),
 	}
+}
+
+// mistakable says whether err, with which a stream has ended for good, may pass for
+// something else with those who look with errors.Is and errors.As: for a deadline, after
+// which one may try again, since a connection that was silent for too long reports a timeout;
+// or for a clean end, since yamux wraps io.EOF in what it reports of a lost connection.
+func mistakable(err error) bool {
+	var t interface{ Timeout() bool }
+	return errors.Is(err, io.EOF) || errors.As(err, &t) && t.Timeout()
+}
+
+// forGood is err as the application may see it.
+func forGood(err error) error {
+	if !mistakable(err) {
+		return err
+	}
+	plain := &network.StreamError{TransportError: errors.New(err.Error())}
+	if of := (*network.StreamError)(nil); errors.As(err, &of) {
+		plain.ErrorCode, plain.Remote = of.ErrorCode, of.Remote
+	}
+	return plain
 }

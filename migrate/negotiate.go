@@ -135,8 +135,12 @@ func (h *Host) handleStream(u network.Stream) {
 			return
 		}
 	}
-	// The peer need not wait for our header, but it may.
-	_, _ = io.WriteString(u, header) // its error shows when we read
+	// The peer need not wait for our header, but it may. An error of it shows when we read,
+	// but for a deadline: what it has lost would be missing from the answer for good.
+	if _, err := io.WriteString(u, header); err != nil && isDeadline(err, u) {
+		h.refuse(u, err)
+		return
+	}
 
 	// Nothing of an ordinary stream may be read ahead, since the application gets
 	// the raw stream: the first two tokens are read to the byte.
@@ -160,6 +164,9 @@ func (h *Host) handleStream(u network.Stream) {
 	}
 	in := &replay{Stream: u, in: first[:n], drop: len(header)}
 	proto, handle, err := h.Mux().Negotiate(in)
+	if err == nil {
+		err = in.late
+	}
 	if err != nil {
 		h.refuse(u, err)
 		return
@@ -200,6 +207,7 @@ type replay struct {
 	network.Stream
 	in   []byte
 	drop int
+	late error // a Write met the deadline: a part of the answer is missing
 }
 
 func (r *replay) Read(p []byte) (int, error) {
@@ -218,6 +226,9 @@ func (r *replay) Write(p []byte) (int, error) {
 		return k, nil
 	}
 	n, err := r.Stream.Write(p[k:])
+	if err != nil && isDeadline(err, r.Stream) {
+		r.late = err
+	}
 	return k + n, err
 }
 
@@ -273,7 +284,12 @@ func (h *Host) acceptStream(n *negotiator, label uint64) error {
 	if proto == ID {
 		return fmt.Errorf("%w: nested %s", errViolation, ID) // W5
 	}
-	_ = n.flush() // the opener may have closed for reading already
+	// The opener may have closed for reading already. But where the answer met the deadline a
+	// part of it is missing, and the application's bytes would follow in its place.
+	if err := n.flush(); err != nil && isDeadline(err, u) {
+		h.refuse(u, err)
+		return nil
+	}
 	if !h.accept(u, proto) {
 		return nil
 	}
@@ -299,8 +315,9 @@ type negotiator struct {
 	in     [negotiationBuffer]byte
 	r, w   int // in[r:w] is unread
 
-	mu  sync.Mutex // guards out, and is held while it is written
-	out []byte
+	mu     sync.Mutex // guards both below, and is held while out is written
+	out    []byte
+	failed error // of the first Write that failed: what follows would not be understood
 }
 
 var negotiators = sync.Pool{New: func() any { return new(negotiator) }}
@@ -308,7 +325,7 @@ var negotiators = sync.Pool{New: func() any { return new(negotiator) }}
 func (n *negotiator) free() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.stream, n.r, n.w, n.out = nil, 0, 0, n.out[:0]
+	n.stream, n.r, n.w, n.out, n.failed = nil, 0, 0, n.out[:0], nil
 	negotiators.Put(n)
 }
 
@@ -379,12 +396,11 @@ func (n *negotiator) flush() error {
 
 // flushLocked is flush. mu must be held.
 func (n *negotiator) flushLocked() error {
-	if len(n.out) == 0 {
-		return nil
+	if len(n.out) > 0 && n.failed == nil {
+		_, n.failed = n.stream.Write(n.out)
 	}
-	_, err := n.stream.Write(n.out)
 	n.out = n.out[:0]
-	return err
+	return n.failed
 }
 
 func (n *negotiator) owes() bool {
@@ -403,6 +419,9 @@ func (n *negotiator) finish(m *pb.StreamMigration, timeout time.Duration) (whole
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if n.failed != nil {
+		return false, n.failed
+	}
 	n.out = appendMessage(n.out, m)
 	sent, err := n.stream.Write(n.out)
 	whole = sent == len(n.out)

@@ -377,6 +377,9 @@ func (p *rawPeer) readsEnd(s *Stream, err error) string {
 			if !errors.Is(e, err) {
 				return fmt.Errorf("Read ended with %w", e)
 			}
+			if e != io.EOF && errors.Is(e, io.EOF) {
+				return fmt.Errorf("an error that passes for a clean end with errors.Is: %w", e)
+			}
 			return nil
 		}
 	})

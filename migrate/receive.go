@@ -256,13 +256,8 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 // hear of what this one was told, unless the stream stays where it failed. mu must be held.
 func (h *receiveHalf) end(err error) error {
 	if err != io.EOF {
-		if t := (interface{ Timeout() bool })(nil); errors.As(err, &t) && t.Timeout() {
-			// A connection that was silent for too long, for good: who tries again after
-			// a timeout would do so for ever.
-			err = &network.StreamError{TransportError: errors.New(err.Error())}
-		}
-		h.failLocked(err)
-		return err
+		h.failLocked(forGood(err))
+		return h.err
 	}
 	if h.untrusted && h.ownEnd {
 		h.failLocked(reset(errUntrustedEnd))
@@ -318,7 +313,8 @@ func (h *receiveHalf) switchOver() {
 	h.changed.broadcast()
 }
 
-// hold keeps back how cur ends, until release or handover.
+// hold keeps back how cur ends, until release or handover. An exchange that follows right
+// upon another finds it kept back already.
 func (h *receiveHalf) hold() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -328,29 +324,44 @@ func (h *receiveHalf) hold() {
 }
 
 // release ends hold without a migration: an end that was kept back is the
-// application's (S5). untrusted says that the peer may take this for a migration.
-func (h *receiveHalf) release(untrusted bool) {
+// application's (S5).
+func (h *receiveHalf) release() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.untrusted = h.untrusted || untrusted
+	h.dropProof()
 	if h.state == receiveHeld {
 		h.state = receiveOpen
 		h.changed.broadcast()
 	}
+}
+
+// dropProof undoes awaitProof. mu must be held.
+func (h *receiveHalf) dropProof() {
 	if h.proof && h.closed {
 		go h.cur.CloseRead() // which closeRead has left out
 	}
 	h.proof = false
 }
 
+// distrust notes that the peer may take an attempt that has failed for a migration (S5).
+func (h *receiveHalf) distrust() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.untrusted = true
+}
+
 // awaitProof has the end of cur read from here on, whether the application reads or not:
 // it proves to a responder that its ack has arrived (S3). It says false where there is no
-// such end to come: the application has closed its reading, or cur has failed already,
-// which was kept back during an attempt of ours.
+// such end to come: the application has closed its reading before, or cur has failed
+// already, which was kept back during an attempt of ours.
 func (h *receiveHalf) awaitProof() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.proof = !h.closed && (h.ended == nil || h.ended == io.EOF)
+	if h.state == receiveFailed || h.ended != nil && h.ended != io.EOF {
+		h.dropProof()
+		return false
+	}
+	h.proof = h.proof || !h.closed
 	return h.proof
 }
 
@@ -458,6 +469,10 @@ func (h *receiveHalf) drain() {
 			size = int(left)
 		}
 		if h.reading || h.ended != nil || h.ready.len+size > maxDrained {
+			if h.starved { // it is the path that is waited for again
+				h.starved = false
+				h.changed.broadcast()
+			}
 			h.changed.wait(&h.mu, time.Time{})
 			continue
 		}
@@ -472,7 +487,7 @@ func (h *receiveHalf) drain() {
 			continue
 		}
 		h.reading, h.ours = true, true
-		if !h.deadline.IsZero() {
+		if !h.deadline.IsZero() || h.closed { // one that was set before it closed may be there still
 			_ = h.cur.SetReadDeadline(time.Time{})
 		}
 		cur, expect := h.cur, h.expect

@@ -163,7 +163,7 @@ func TestReadOfHeldHalf(t *testing.T) {
 			got := r.reads(10)
 			later(t, got, "the end")
 			require.True(t, r.hasEnded())
-			r.release(false)
+			r.release()
 			require.Equal(t, readResult{"", end}, now(t, got, "the end"))
 		}
 	})
@@ -341,7 +341,8 @@ func TestEndsThatAreNotBelieved(t *testing.T) {
 	bubble(t, "untrusted", func(t *testing.T) {
 		r := newReceiver(t)
 		r.hold()
-		r.release(true)
+		r.distrust()
+		r.release()
 		r.noteOwnEnd()
 		r.old.feeds("abc", io.EOF)
 		v := now(t, r.reads(10), "Read")
@@ -486,6 +487,54 @@ func TestDrainWithoutMemory(t *testing.T) {
 		r.next.feeds("new", nil)
 		r.wants(t, "new") // whoever reads it, nothing is reserved for it any more
 		require.Zero(t, r.scope.reserved())
+	})
+}
+
+// TestStallBehindAWantOfMemory: memory is refused for a while, and then the application
+// reads itself. From then on it is the path that is waited for, and no longer than it may
+// stall (M4).
+func TestStallBehindAWantOfMemory(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.scope.limit = 1
+		r.hands(5, 10*time.Second)
+		require.True(t, r.starved)
+		r.reads(10)
+		time.Sleep(time.Minute)
+		require.ErrorIs(t, now(t, r.awaited, "the handover"), errStalled)
+	})
+}
+
+// TestReadAheadWithoutMemory: what waits unread because memory is refused holds the window
+// that others share as well, and for as long as if it were too much (M4).
+func TestReadAheadWithoutMemory(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Minute)
+		r.next.feeds(strings.Repeat("x", 10), nil)
+		time.Sleep(stallNotice)
+		synctest.Wait()
+		require.True(t, r.aheadOn)
+		r.scope.limitTo(1)
+		r.next.feeds(strings.Repeat("x", 10), nil)
+		time.Sleep(maxHold)
+		require.ErrorIs(t, now(t, r.awaited, "the handover"), errStalled)
+	})
+}
+
+// TestDeadlineFromBeforeCloseRead: a deadline that the application has set and could not
+// lift any more, having closed its reading, is not the exchange's, which reads on (S3).
+func TestDeadlineFromBeforeCloseRead(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		require.True(t, r.awaitProof())
+		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
+		require.NoError(t, r.closeRead())
+		require.NoError(t, r.setDeadline(time.Time{}))
+		r.hands(-1, time.Minute)
+		time.Sleep(2 * time.Second)
+		r.old.ends(io.EOF)
+		require.NoError(t, now(t, r.awaited, "the handover"))
 	})
 }
 

@@ -66,9 +66,11 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 		x.trace(Started, nil)
 		return h.deny(n, x, why, from)
 	}
-	switch err := h.enterResponder(s, x); {
+	switch err := h.enterResponder(s, x, verified); {
 	case errors.Is(err, ErrClosed):
 		return h.deny(n, x, "the stream is closed", from)
+	case errors.Is(err, errNoProof):
+		return h.deny(n, x, err.Error(), from)
 	case err != nil:
 		return later(network.StreamNoError, err)
 	}
@@ -82,9 +84,16 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	}
 	x.trace(Started, nil)
 
-	if !verified && !s.recv.awaitProof() { // no more, since it waited for its turn
+	why := ""
+	switch {
+	case !x.hold(verified): // S1
+		why = "the stream was reset, or its application told that the connection has failed"
+	case !verified && !s.recv.awaitProof(): // no more, since it waited for its turn
+		why = errNoProof.Error()
+	}
+	if why != "" {
 		defer x.fallBack(false)
-		return h.deny(n, x, noProof, from)
+		return h.deny(n, x, why, from)
 	}
 	if err := x.charge(u); err != nil {
 		x.fallBack(false)
@@ -93,9 +102,6 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	x.answer(n, verified)
 	return nil
 }
-
-// noProof is why a draft-only peer is denied whom nobody listens to (S3).
-const noProof = "without a final size there is no proof of the ack once reading is closed, or has failed"
 
 // refuses says why s must not migrate to u, if so.
 func (h *Host) refuses(s *Stream, u network.Stream, verified bool) (why string) {
@@ -106,15 +112,15 @@ func (h *Host) refuses(s *Stream, u network.Stream, verified bool) (why string) 
 	case !verified && h.cfg.verified:
 		return "the handover would not be verified"
 	case !verified && closed:
-		return noProof
+		return errNoProof.Error()
 	}
 	return ""
 }
 
 // enterResponder begins x on s, if an exchange of our own does not go first (M1) and
 // the last one ends in time (M2).
-func (h *Host) enterResponder(s *Stream, x *exchange) error {
-	if err := s.beginNext(x, h.ID() < s.peer); err != nil {
+func (h *Host) enterResponder(s *Stream, x *exchange, verified bool) error {
+	if err := s.beginNext(x, h.ID() < s.peer, verified); err != nil {
 		return err
 	}
 	timer := time.NewTimer(h.cfg.busyWait)
@@ -149,11 +155,9 @@ func (h *Host) deny(n *negotiator, x *exchange, why string, from uint64) error {
 	return nil
 }
 
-// answer sends the ack and carries the stream over.
+// answer sends the ack and carries the stream over. hold was called (S1).
 func (x *exchange) answer(n *negotiator, verified bool) {
 	s, u := x.s, n.stream
-	s.recv.hold() // S1
-	s.send.hold(verified)
 	ended := s.recv.hasEnded()
 	x.commit()
 	if whole, err := n.finish(ackMessage(verified), s.host.cfg.negotiation); !whole {

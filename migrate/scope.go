@@ -13,8 +13,9 @@ type scope struct {
 	mu       sync.Mutex // guards all below
 	cur      network.StreamScope
 	service  string
-	reserved int // bytes reserved here and in the spans of this scope
-	charged  int // how many of them cur knows of: all, or none where it refused them
+	serves   network.StreamScope // the one that knows of service
+	reserved int                 // bytes reserved here and in the spans of this scope
+	charged  int                 // how many of them cur knows of: all, or none where it refused them
 }
 
 var _ network.StreamScope = (*scope)(nil)
@@ -61,7 +62,7 @@ func (c *scope) SetService(service string) error {
 	if err := c.cur.SetService(service); err != nil {
 		return err
 	}
-	c.service = service
+	c.service, c.serves = service, c.cur
 	return nil
 }
 
@@ -88,8 +89,10 @@ func (c *scope) follow(next network.StreamScope, attached bool) error {
 // followLocked is follow. mu must be held.
 func (c *scope) followLocked(next network.StreamScope, attached bool) error {
 	var err error
-	if attached && c.service != "" {
-		err = next.SetService(c.service)
+	if attached && c.service != "" && c.serves != next {
+		if err = next.SetService(c.service); err == nil {
+			c.serves = next
+		}
 	}
 	if c.cur == next && c.charged == c.reserved {
 		return err

@@ -24,6 +24,7 @@ func TestScopeFollows(t *testing.T) {
 	require.Equal(t, 70, b.reserved())
 	require.Equal(t, "svc", b.service)
 	require.Equal(t, network.ReservationPriorityAlways, b.prio, "the memory is in use already")
+	b.refuses = network.ErrResourceLimitExceeded // as a scope that has one already
 	require.NoError(t, s.follow(b, true), "twice is not too often")
 	require.Equal(t, 70, b.reserved())
 

@@ -115,7 +115,9 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		saved := h.state == sendPaused || h.held && err != nil && !isDeadline(err, on)
 		switch {
 		case err != nil && !saved && !(h.closed && isDeadline(err, on)):
-			if on.Conn().IsClosed() {
+			// Of a stream that was closed meanwhile WebRTC reports that, and in no type of
+			// its own.
+			if on.Conn().IsClosed() || !h.closed && lostWith(err, on) {
 				h.lost, h.err = true, err
 			}
 			return n, err
@@ -134,6 +136,14 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		m, err = h.enter(p[n:])
 		n += m
 	}
+}
+
+// lostWith says whether err, which a Write of u reported, means that its connection is gone:
+// QUIC wakes the streams before it says so of the connection itself. What else ends a
+// stream is a deadline, or the other end, by a reset or for having closed its reading (S13).
+func lostWith(err error, u network.Stream) bool {
+	var by *network.StreamError
+	return !isDeadline(err, u) && !(errors.As(err, &by) && by.Remote)
 }
 
 // enter writes p to cur, behind the opening where that has not been sent. mu must be

@@ -350,6 +350,44 @@ func TestWriteErrorWhileHeld(t *testing.T) {
 	})
 }
 
+// TestWriteLosesItsConnection: an application that was told that its connection is gone was
+// told so whatever the connection itself says at that moment; QUIC's streams fail first. A
+// Write that the other end has refused says nothing of the connection (S13).
+func TestWriteLosesItsConnection(t *testing.T) {
+	for name, test := range map[string]struct {
+		err    error
+		closed bool // the application ends its writing meanwhile
+		lost   bool
+	}{
+		"connection closed by the peer": {&network.ConnError{Remote: true}, false, true},
+		"untyped":                       {errors.New("session is gone"), false, true},
+		"reset locally":                 {&network.StreamError{}, false, true},
+		"other end reads no more":       {&network.StreamError{Remote: true}, false, false},
+		"deadline":                      {os.ErrDeadlineExceeded, false, false},
+		"closed meanwhile":              {errors.New("write after close"), true, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			u := newFake()
+			h := &sendHalf{cur: u}
+			u.grants(3, nil)
+			done := make(chan error, 1)
+			go func() {
+				_, err := h.write([]byte("hello"))
+				done <- err
+			}()
+			u.awaitWriter()
+			if test.closed {
+				h.mu.Lock()
+				h.closed = true
+				h.mu.Unlock()
+			}
+			u.grants(0, test.err)
+			require.Error(t, take(t, done, "the Write"))
+			require.Equal(t, test.lost, h.hasLost())
+		})
+	}
+}
+
 // TestWriteDeadlineWhilePaused holds, is not mistaken for a kick, and is set on the next
 // stream.
 func TestWriteDeadlineWhilePaused(t *testing.T) {

@@ -24,7 +24,8 @@ type Stream struct {
 	send sendHalf
 	recv receiveHalf
 
-	unsent atomic.Bool // the opening has not been sent (W1)
+	unsent  atomic.Bool // the opening has not been sent (W1)
+	sending atomic.Bool // a Read has it sent
 
 	mu         sync.Mutex  // guards all below; taken before the halves'
 	scope      *scope      // nil until somebody asks for it
@@ -72,10 +73,13 @@ func (s *Stream) Migrations() int {
 
 // Read implements network.MuxedStream.
 func (s *Stream) Read(p []byte) (int, error) {
-	if s.unsent.Load() {
+	if s.unsent.Load() && s.sending.CompareAndSwap(false, true) {
 		// An opener that reads first: the acceptor has to learn of the stream. The
 		// read deadline shall hold although the opening may block.
-		go s.sendOpening()
+		go func() {
+			defer s.sending.Store(false)
+			s.sendOpening()
+		}()
 	}
 	return s.recv.read(p)
 }
@@ -137,6 +141,7 @@ func (s *Stream) Close() error {
 		err = e
 	}
 	s.forget()
+	s.host.payOwed()
 	return err
 }
 
@@ -186,6 +191,7 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 	s.send.fail(err)
 	s.recv.fail(err)
 	s.forget()
+	defer s.host.payOwed()
 	if ex == nil {
 		return breakOff(s.send.stream(), code)
 	}
