@@ -76,6 +76,7 @@ func TestFloods(t *testing.T) {
 				e := s.newHostile(t, n == f.n)
 				f.do(e, n)
 				s.progress(f.name, !f.crowds)
+				s.rests(e.ID())
 				u := s.measure(e.ID())
 				t.Logf("before:  %v", e.base)
 				t.Logf("%-7d  %v", n, u)
@@ -106,7 +107,7 @@ func violations(e *hostile, n int) {
 		if k%10 == 0 {
 			in = tMultistream + token(migrate.FinalSizeID)
 		}
-		if u, err := e.tries(k%2, in); err == nil {
+		if u, err := e.floods(k%2, in); err == nil {
 			_, _ = io.Copy(io.Discard, u)
 			_ = u.Reset()
 		}
@@ -122,20 +123,20 @@ func halfOpen(e *hostile, n int) {
 		if full.Load() {
 			i = 0
 		}
-		if _, err := e.tries(i, in[:k%len(in)]); err != nil && i == 1 {
+		if _, err := e.floods(i, in[:k%len(in)]); err != nil && i == 1 {
 			full.Store(true)
 		}
 	})
 }
 
 func unknownLabels(e *hostile, n int) {
-	each(n, func(k int) { _, _ = e.tries(k%2, prelude+asks(e.fresh(), e.fresh())) })
+	each(n, func(k int) { _, _ = e.floods(k%2, prelude+asks(e.fresh(), e.fresh())) })
 }
 
 func sameLabel(e *hostile, n int) {
 	label := e.fresh()
 	each(n, func(k int) {
-		if u, err := e.tries(k%2, opening(label, echoID)); err == nil {
+		if u, err := e.floods(k%2, opening(label, echoID)); err == nil {
 			_ = u.CloseWrite()
 			_, _ = io.Copy(io.Discard, u)
 			_ = u.Reset()
@@ -147,7 +148,7 @@ func sameLabel(e *hostile, n int) {
 func proposals(e *hostile, n int) {
 	in := prelude + labelled(e.fresh()) + tMultistream + strings.Repeat("\x02x\n", n)
 	for i := range 2 {
-		u, err := e.opens(i, "")
+		u, err := e.opens(i, "", Patience)
 		require.NoError(e.t, err)
 		_ = u.SetDeadline(time.Now().Add(2 * time.Second))
 		_, _ = io.WriteString(u, in)
@@ -161,12 +162,12 @@ func askedAndLeft(e *hostile, n int) {
 	var acked atomic.Int64
 	each(n, func(k int) {
 		app := []protocol.ID{echoID, holdID}[k%2]
-		_, label, err := e.stream(0, app)
+		_, label, err := e.stream(0, app, refusal)
 		if err != nil {
 			return
 		}
 		for range 2 {
-			u, err := e.tries(1, prelude+asks(e.fresh(), label))
+			u, err := e.floods(1, prelude+asks(e.fresh(), label))
 			if err != nil {
 				return
 			}
@@ -280,7 +281,7 @@ func ahead(e *hostile, n int) {
 // stream that is not negotiated for no longer than a negotiation may take; once a
 // migration is acked it may go on (S10), at the cost of its own streams.
 func TestDripsForEver(t *testing.T) {
-	s := newScene(t, migrate.WithNegotiationTimeout(3*time.Second))
+	s := newScene(t)
 	e := s.newHostile(t, true)
 	long := lengthy("\x0a" + lengthy("\x08"+uvarint(e.fresh())) + "\xaa\x06" + lengthy(strings.Repeat("x", 990)))
 	forEver := func() string { return strings.Repeat("\x02x\n", 1000) }
@@ -336,9 +337,10 @@ func TestDripsForEver(t *testing.T) {
 	}
 	s.progress("drips", true)
 	WaitFor(t, "the negotiations that drip to be ended", func() bool { return open.Load() == 0 })
-	u := s.measure(e.ID())
-	t.Logf("held: %v", u)
-	require.LessOrEqual(t, u.peer.NumStreamsInbound, 4)
+	WaitFor(t, "the victim to hold the two streams that move, and what they move to, only", func() bool {
+		return s.stat().Peers[e.ID()].NumStreamsInbound <= 4 // identify pushes over one more now and then
+	})
+	t.Logf("held: %v", s.measure(e.ID()))
 	close(stop)
 	running.Wait()
 	e.goes()
@@ -347,7 +349,7 @@ func TestDripsForEver(t *testing.T) {
 // TestPeerThatReadsNothing: all that the victim's applications write to it fills the
 // windows, its answers to Migrates included. It takes no place for ever that others need.
 func TestPeerThatReadsNothing(t *testing.T) {
-	s := newScene(t, migrate.WithNegotiationTimeout(3*time.Second))
+	s := newScene(t)
 	e := s.newHostile(t, true)
 	data := make([]byte, 1<<20)
 	for i := range 2 {
@@ -360,7 +362,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 	}
 	s.progress("windows that are full", true)
 	for k := range 40 {
-		_, _ = e.tries(k%2, prelude+asks(e.fresh(), e.fresh()))
+		_, _ = e.floods(k%2, prelude+asks(e.fresh(), e.fresh()))
 	}
 	u := s.measure(e.ID())
 	t.Logf("held: %v", u)
@@ -368,6 +370,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 		return s.stat().Transient.NumStreamsInbound == 0
 	})
 	s.progress("denials that nobody takes", true)
+	s.rests(e.ID())
 	u = s.measure(e.ID())
 	t.Logf("held: %v", u)
 	require.LessOrEqual(t, u.heap-e.base.heap, slack+perStream*int64(u.peer.NumStreamsInbound)+u.peer.Memory)
@@ -409,7 +412,7 @@ func TestBothAsk(t *testing.T) {
 					_, _ = io.WriteString(theirs, replies[k%len(replies)])
 					_ = theirs.Reset()
 				}
-				deadline := time.After(patience)
+				deadline := time.After(Patience)
 				returned := false
 				select {
 				case theirs := <-e.came:

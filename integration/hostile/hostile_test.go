@@ -80,8 +80,9 @@ func opening(label uint64, app protocol.ID) string {
 // answer is what answers it.
 func answer(app protocol.ID) string { return prelude + tMultistream + token(app) }
 
-// patience is how long a test waits for what has to happen. It decides nothing else.
-const patience = 40 * time.Second
+// refusal is how long a flood waits for a stream that the victim may not let it have: where
+// QUIC has no more of them, it waits for ever.
+const refusal = 2 * time.Second
 
 // scene is a victim, with an honest peer that uses it.
 type scene struct {
@@ -163,7 +164,9 @@ func (s *scene) newHonest() *honest {
 	})
 	for i, opener := range []*migrate.Host{h.host, s.victim} {
 		other := []peer.ID{s.victim.ID(), h.host.ID()}[i]
-		ns, err := opener.NewStream(h.ctx, other, echoID)
+		ctx, cancel := context.WithTimeout(h.ctx, Patience) // else that of negotiations holds
+		ns, err := opener.NewStream(ctx, other, echoID)
+		cancel()
 		require.NoError(t, err)
 		h.streams[i] = ns.(*migrate.Stream)
 		running.Go(func() { h.playsPingPong(i) })
@@ -277,6 +280,22 @@ func (s *scene) stat() rcmgr.ResourceManagerStat {
 	return s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
 }
 
+// rests waits until the victim's resource manager counts nothing more for that peer, and
+// nothing less. Time alone does not tell: a machine that stalls keeps it from changing.
+func (s *scene) rests(p peer.ID) {
+	s.t.Helper()
+	const looks = 100
+	var last network.ScopeStat
+	same := 0
+	WaitFor(s.t, "what the hostile peer holds to stay as it is", func() bool {
+		if now := s.stat().Peers[p]; now != last {
+			last, same = now, 0
+		}
+		same++
+		return same > looks
+	})
+}
+
 // inMigrate counts the goroutines that are inside of package migrate.
 func inMigrate() (n int) {
 	buf := make([]byte, 1<<20)
@@ -382,21 +401,28 @@ func (a *again) Read(p []byte) (int, error) {
 // fresh returns a label that the hostile peer may give.
 func (e *hostile) fresh() uint64 { return atomic.AddUint64(&e.label, 2) }
 
-// tries opens a stream on connection i and sends it bytes, as one bad input. What fails
-// of it fails because the victim has had enough.
+// tries opens a stream on connection i, for which there is room, and sends it bytes, as one
+// bad input.
 func (e *hostile) tries(i int, bytes string) (network.Stream, error) {
 	tried.Add(1)
-	return e.opens(i, bytes)
+	return e.opens(i, bytes, Patience)
 }
 
-func (e *hostile) opens(i int, bytes string) (network.Stream, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+// floods is tries, where the victim may have had enough: that is what fails of it then.
+func (e *hostile) floods(i int, bytes string) (network.Stream, error) {
+	tried.Add(1)
+	return e.opens(i, bytes, refusal)
+}
+
+// opens opens a stream on connection i, within that time, and sends it bytes.
+func (e *hostile) opens(i int, bytes string, within time.Duration) (network.Stream, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), within)
 	defer cancel()
 	u, err := e.conns[i].NewStream(ctx)
 	if err != nil {
 		return nil, err
 	}
-	_ = u.SetDeadline(time.Now().Add(patience))
+	_ = u.SetDeadline(time.Now().Add(Patience))
 	if _, err := io.WriteString(u, bytes); err != nil {
 		_ = u.Reset()
 		return nil, err
@@ -404,10 +430,10 @@ func (e *hostile) opens(i int, bytes string) (network.Stream, error) {
 	return u, nil
 }
 
-// stream opens a labelled stream on connection i, and has its answer.
-func (e *hostile) stream(i int, app protocol.ID) (network.Stream, uint64, error) {
+// stream opens a labelled stream on connection i, within that time, and has its answer.
+func (e *hostile) stream(i int, app protocol.ID, within time.Duration) (network.Stream, uint64, error) {
 	label := e.fresh()
-	u, err := e.opens(i, opening(label, app))
+	u, err := e.opens(i, opening(label, app), within)
 	if err == nil {
 		if err = wants(u, answer(app)); err != nil {
 			_ = u.Reset()
@@ -419,7 +445,7 @@ func (e *hostile) stream(i int, app protocol.ID) (network.Stream, uint64, error)
 // mustStream is stream, of a peer that has room for it.
 func (e *hostile) mustStream(i int, app protocol.ID) (network.Stream, uint64) {
 	e.t.Helper()
-	u, label, err := e.stream(i, app)
+	u, label, err := e.stream(i, app, Patience)
 	require.NoError(e.t, err)
 	return u, label
 }

@@ -196,7 +196,7 @@ func (e *hostile) opened() (*migrate.Stream, network.Stream) {
 
 func (e *hostile) openedIfRoom() (*migrate.Stream, network.Stream, error) {
 	e.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	ns, err := e.s.victim.NewStream(ctx, e.ID(), echoID)
 	if err != nil {
@@ -222,9 +222,9 @@ func (e *hostile) arrives() network.Stream {
 	e.t.Helper()
 	select {
 	case u := <-e.came:
-		_ = u.SetDeadline(time.Now().Add(patience))
+		_ = u.SetDeadline(time.Now().Add(Patience))
 		return u
-	case <-time.After(patience):
+	case <-time.After(Patience):
 		e.t.Fatal("the victim opens no stream")
 		panic("unreachable")
 	}
@@ -246,7 +246,7 @@ func TestBadAnswers(t *testing.T) {
 				st, u := e.opened()
 				_, _ = io.WriteString(u, in)
 				_ = end(u)
-				_ = st.SetReadDeadline(time.Now().Add(patience))
+				_ = st.SetReadDeadline(time.Now().Add(Patience))
 				got, err := io.ReadAll(st)
 				require.Error(t, err, "answer %q", in)
 				require.False(t, timedOut(err), "answer %q: the stream does not end: %v", in, err)
@@ -316,7 +316,7 @@ func (e *hostile) answersMigrate(in, opening string, readBefore, whole bool) {
 	}
 	// The final size may have been taken for true: then the old stream has to end.
 	_ = u.CloseWrite()
-	_ = st.SetReadDeadline(time.Now().Add(patience))
+	_ = st.SetReadDeadline(time.Now().Add(Patience))
 	rest, readErr := io.ReadAll(st)
 	got := string(rest)
 	if readBefore {
@@ -325,7 +325,7 @@ func (e *hostile) answersMigrate(in, opening string, readBefore, whole bool) {
 	var migrateErr error
 	select {
 	case migrateErr = <-moved:
-	case <-time.After(patience):
+	case <-time.After(Patience):
 		t.Fatalf("answer %q: Migrate does not return", in)
 	}
 	what := fmt.Sprintf("answer %q, read before: %v, whole: %v: the application got %q and %v, Migrate returned %v",
@@ -393,7 +393,7 @@ func TestAfterTheAck(t *testing.T) {
 	for i, tr := range []Transport{TCP, QUIC} {
 		eachOf(16, 2*len(names), func(k int) {
 			name, eof := names[k/2], k%2 == 0
-			old, label, err := e.stream(i, echoID)
+			old, label, err := e.stream(i, echoID, Patience)
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 				return
