@@ -179,7 +179,7 @@ func (l *link) echoing(t *testing.T, i int) (trip func(n int), forget func()) {
 	forget = func() { _, _ = ends[opener].Reset(), ends[acceptor].Reset() }
 	t.Cleanup(forget)
 	return func(n int) {
-		_ = ends[opener].SetDeadline(time.Now().Add(patience))
+		_ = ends[opener].SetDeadline(time.Now().Add(Patience))
 		_, err := ends[opener].Write(make([]byte, n))
 		require.NoError(t, err)
 		_, err = io.ReadFull(ends[opener], make([]byte, n))

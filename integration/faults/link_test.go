@@ -2,6 +2,7 @@ package faults
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
@@ -40,9 +42,9 @@ import (
 // testID is the protocol of the streams that migrate.
 const testID protocol.ID = "/test/fault/1.0.0"
 
-// patience is how long a test waits for what must happen. It never decides how a test
-// ends that passes.
-const patience = 30 * time.Second
+// attempt is how long join waits for its connections before it begins again. What got
+// lost does not come any more.
+const attempt = 30 * time.Second
 
 // The ends of a stream, and the connections of a link, as indices.
 const (
@@ -73,15 +75,15 @@ type link struct {
 // newLink wraps two hosts. They are not connected yet.
 func newLink(t testing.TB, from, to Transport, opts ...migrate.Option) *link {
 	t.Helper()
-	l := newNodes(t, from, to)
+	l := newNodes(t, from, to, libp2p.Muxer(yamux.ID, patientYamux()))
 	for side := range l.nodes {
 		l.wrap(t, side, opts...)
 	}
 	return l
 }
 
-// newNodes is newLink without the wrapping.
-func newNodes(t testing.TB, from, to Transport, opts ...libp2p.Option) *link {
+// newNodes is newLink without the wrapping, and with a muxer.
+func newNodes(t testing.TB, from, to Transport, muxer libp2p.Option) *link {
 	t.Helper()
 	l := &link{over: [2]Transport{from, to}, accepted: make(chan *migrate.Stream, 100)}
 	listen := []Transport{from}
@@ -89,14 +91,33 @@ func newNodes(t testing.TB, from, to Transport, opts ...libp2p.Option) *link {
 		listen = append(listen, to)
 	}
 	for side := range l.nodes {
-		l.nodes[side] = New(t, listen, append([]libp2p.Option{libp2p.DisableMetrics()}, opts...)...)
+		l.nodes[side] = New(t, listen, libp2p.DisableMetrics(), muxer)
 	}
 	for _, tr := range l.over {
 		if tr == Relay {
-			l.relay = NewRelay(t, relay.WithInfiniteLimits())
+			l.relay = newRelay(t)
 		}
 	}
 	return l
+}
+
+// patientYamux does not close a connection whose path takes nothing for 10 s, as yamux does
+// otherwise: on a busy machine a path stays frozen for longer while a test goes on beside
+// it. What has to be given up the tests give up themselves.
+func patientYamux() *yamux.Transport {
+	cfg := *yamux.DefaultTransport.Config()
+	cfg.ConnectionWriteTimeout = time.Hour
+	return (*yamux.Transport)(&cfg)
+}
+
+// newRelay returns a relay that has no limits, and is as patient as the hosts.
+func newRelay(t testing.TB) *Node {
+	t.Helper()
+	n := New(t, []Transport{TCP}, libp2p.ForceReachabilityPublic(), libp2p.Muxer(yamux.ID, patientYamux()))
+	r, err := relay.New(n.Host, relay.WithInfiniteLimits())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = r.Close() })
+	return n
 }
 
 func (l *link) wrap(t testing.TB, side int, opts ...migrate.Option) {
@@ -139,7 +160,7 @@ func (l *link) join(t testing.TB) {
 
 func (l *link) tryJoin(t testing.TB) bool {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), attempt)
 	defer cancel()
 	a, b := l.nodes[opener], l.nodes[acceptor]
 	switch {
@@ -161,7 +182,7 @@ func (l *link) tryJoin(t testing.TB) bool {
 		}
 		for side, n := range l.nodes {
 			for i, tr := range l.over {
-				l.conns[side][i] = find(n, l.nodes[1-side], func(c network.Conn) bool {
+				l.conns[side][i] = find(ctx, n, l.nodes[1-side], func(c network.Conn) bool {
 					return (Of(c.RemoteMultiaddr()) == Relay) == (tr == Relay)
 				})
 			}
@@ -178,7 +199,7 @@ func (l *link) tryJoin(t testing.TB) bool {
 				if side == acceptor {
 					dir = network.DirOutbound + network.DirInbound - dir
 				}
-				l.conns[side][i] = find(n, l.nodes[1-side], func(c network.Conn) bool {
+				l.conns[side][i] = find(ctx, n, l.nodes[1-side], func(c network.Conn) bool {
 					return c.Stat().Direction == dir
 				})
 			}
@@ -196,8 +217,16 @@ func (l *link) tryJoin(t testing.TB) bool {
 				return false
 			}
 		}
-		if h := l.hosts[side]; h != nil {
-			WaitFor(t, "the other host to be known to migrate streams", func() bool { return h.Supports(l.nodes[1-side].ID()) })
+		// Identify may tell what a host supported before it was wrapped, and then push
+		// the rest.
+		other := l.nodes[1-side]
+		if !soon(ctx, func() bool {
+			handled := other.Mux().Protocols()
+			known, err := n.Peerstore().SupportsProtocols(other.ID(), handled...)
+			return err == nil && len(known) == len(handled)
+		}) {
+			t.Log("the hosts do not learn of each other's protocols")
+			return false
 		}
 	}
 	return true
@@ -229,7 +258,11 @@ func (l *link) dialBoth(t testing.TB, ctx context.Context) error {
 		return err
 	}
 	for side, n := range l.nodes {
-		WaitFor(t, "the first connection", func() bool { return len(n.Network().ConnsToPeer(l.nodes[1-side].ID())) == 1 })
+		if !soon(ctx, func() bool { return len(n.Network().ConnsToPeer(l.nodes[1-side].ID())) == 1 }) {
+			l.paths[held].Cut()
+			<-result
+			return errors.New("the first connection has one end only")
+		}
 	}
 	l.paths[held].Thaw()
 	return <-result
@@ -241,12 +274,15 @@ func (l *link) dialRelayed(t testing.TB, ctx context.Context, i int) error {
 	info := peer.AddrInfo{ID: l.relay.ID(), Addrs: []ma.Multiaddr{l.paths[i].Addr()}}
 	for _, n := range l.nodes {
 		n.Peerstore().ClearAddrs(l.relay.ID())
-		require.NoError(t, n.Connect(ctx, info))
+		if err := n.Connect(ctx, info); err != nil {
+			return err
+		}
 	}
-	_, err := client.Reserve(ctx, l.nodes[acceptor].Host, info)
-	require.NoError(t, err)
+	if _, err := client.Reserve(ctx, l.nodes[acceptor].Host, info); err != nil {
+		return err
+	}
 	know(l.nodes[opener], l.nodes[acceptor], ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", info.Addrs[0], info.ID)))
-	_, err = l.nodes[opener].Network().DialPeer(ctx, l.nodes[acceptor].ID())
+	_, err := l.nodes[opener].Network().DialPeer(ctx, l.nodes[acceptor].ID())
 	return err
 }
 
@@ -257,16 +293,30 @@ func know(n, other *Node, addr ma.Multiaddr) {
 }
 
 // find waits for a connection. It returns nil where none comes.
-func find(n, other *Node, is func(network.Conn) bool) network.Conn {
-	for range 500 {
+func find(ctx context.Context, n, other *Node, is func(network.Conn) bool) (found network.Conn) {
+	soon(ctx, func() bool {
 		for _, c := range n.Network().ConnsToPeer(other.ID()) {
 			if is(c) {
-				return c
+				found = c
 			}
 		}
-		<-time.After(10 * time.Millisecond)
+		return found != nil
+	})
+	return found
+}
+
+// soon waits until cond holds, and says whether that comes to pass.
+func soon(ctx context.Context, cond func() bool) bool {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for !cond() {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return false
+		}
 	}
-	return nil
+	return true
 }
 
 // giveUp closes connection i at both ends, as a transport does once it has noticed that
@@ -324,7 +374,7 @@ func (l *link) open(t testing.TB, i int) (ends [2]*migrate.Stream) {
 	select {
 	case far := <-l.accepted:
 		ends = [2]*migrate.Stream{s, far}
-	case <-time.After(patience):
+	case <-time.After(Patience):
 		t.Fatal("the stream does not arrive")
 	}
 	n, err := ends[acceptor].Read(make([]byte, 1))
@@ -338,7 +388,7 @@ func (l *link) open(t testing.TB, i int) (ends [2]*migrate.Stream) {
 func (l *link) newStream(t testing.TB, i int) *migrate.Stream {
 	t.Helper()
 	l.opensOn.Store(int32(i))
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	s, err := l.hosts[opener].NewStream(ctx, l.nodes[acceptor].ID(), testID)
 	require.NoError(t, err)
@@ -354,7 +404,7 @@ func (l *link) raw(t testing.TB, i int) (ends [2]network.Stream) {
 	t.Helper()
 	accepted := make(chan network.Stream, 1)
 	l.nodes[acceptor].SetStreamHandler(rawID, func(s network.Stream) { accepted <- s })
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	u, err := l.conns[opener][i].NewStream(ctx)
 	require.NoError(t, err)
@@ -486,7 +536,7 @@ func (st *steps) forget() {
 // await waits for what must happen.
 func await[T any](t testing.TB, ch <-chan T, what string) (v T) {
 	t.Helper()
-	timer := time.NewTimer(patience)
+	timer := time.NewTimer(Patience)
 	defer timer.Stop()
 	select {
 	case v = <-ch:

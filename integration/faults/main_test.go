@@ -5,12 +5,13 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
+	"github.com/go-portage/portage/internal/hosttest"
 )
 
 var (
@@ -18,35 +19,30 @@ var (
 	firstSeed = flag.Uint64("seed", 0, "where the seeds of random faults begin")
 )
 
-// inTime has t run beside others, but not under the race detector, where they would take
-// longer together than a transport keeps a connection whose path is frozen: 10 s, or 30.
+// frozenAtOnce has room for as many tests as have a processor each.
+var frozenAtOnce = make(chan struct{}, runtime.GOMAXPROCS(0))
+
+// inTime has t run beside others, but not so many that they take longer together than QUIC
+// keeps a connection whose path is frozen, which are 30 s that cannot be set. Under the
+// race detector it runs alone.
 func inTime(t *testing.T) {
-	if !raceEnabled {
-		t.Parallel()
+	if raceEnabled {
+		return
 	}
+	t.Parallel()
+	frozenAtOnce <- struct{}{}
+	t.Cleanup(func() { <-frozenAtOnce })
 }
 
-// TestMain looks for goroutines that are left. With hosts that live, connections that
-// live, and no stream, there is nothing for one of the package migrate to do; and none of
-// anybody's outlives its host.
+// TestMain looks for goroutines that are left: none of anybody's outlives its host.
 func TestMain(m *testing.M) {
 	flag.Parse()
 	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue {
 		_ = f.Value.Set("8") // tests wait for their paths more than they compute
 	}
 	code := m.Run()
-	for range 500 {
-		if goroutinesOf("portage/migrate.") == "" {
-			break
-		}
-		<-time.After(10 * time.Millisecond)
-	}
-	if left := goroutinesOf("portage/migrate."); left != "" {
-		fmt.Printf("goroutines are left:\n%s", left)
-		code = 1
-	}
 	if code == 0 {
-		if err := goleak.Find(); err != nil {
+		if err := hosttest.FindLeaks(); err != nil {
 			fmt.Println("goroutines outlive the hosts:", err)
 			code = 1
 		}

@@ -149,7 +149,7 @@ func (t *talk) caughtUpLocked() bool {
 func (t *talk) awaitCaughtUp(tb testing.TB) {
 	tb.Helper()
 	late := false
-	defer time.AfterFunc(patience, func() { t.set(func() { late = true }) }).Stop()
+	defer time.AfterFunc(Patience, func() { t.set(func() { late = true }) }).Stop()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for !t.caughtUpLocked() {
