@@ -105,5 +105,9 @@ func TestMain(m *testing.M) {
 // was not there before.
 func noLeaks(t *testing.T, ignore ...goleak.Option) {
 	ignore = append(ignore, goleak.IgnoreCurrent())
-	t.Cleanup(func() { goleak.VerifyNone(t, ignore...) })
+	t.Cleanup(func() {
+		if err := FindLeaks(ignore...); err != nil {
+			t.Error(err)
+		}
+	})
 }

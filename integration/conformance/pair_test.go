@@ -13,6 +13,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
+	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	msmux "github.com/multiformats/go-multistream"
 
 	. "github.com/go-portage/portage/internal/hosttest"
@@ -47,17 +48,21 @@ func newPair(t testing.TB, s setup) *pair {
 		if err != nil {
 			t.Fatal(err)
 		}
-		nodes[side] = New(t, transports, libp2p.ResourceManager(rm))
+		nodes[side] = New(t, transports, libp2p.ResourceManager(rm), patientYamux())
 		p.hosts[side] = nodes[side].Host
-		if s.moved {
-			onFirst := func(context.Context, peer.ID) network.Conn { return p.conns[side][0] }
-			h, err := migrate.Wrap(nodes[side], migrate.WithConnSelector(onFirst), migrate.WithTracer(p.mover.trace))
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { _ = h.Close() })
-			p.hosts[side] = h
+		if !s.moved {
+			negotiatePatiently(nodes[side])
+			continue
 		}
+		h, err := migrate.Wrap(nodes[side],
+			migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return p.conns[side][0] }),
+			migrate.WithNegotiationTimeout(patience),
+			migrate.WithTracer(p.mover.trace))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = h.Close() })
+		p.hosts[side] = h
 	}
 	first, other := Join(t, nodes[0], nodes[1], s.first, s.other)
 	p.conns[0] = [2]network.Conn{first, other}
@@ -88,6 +93,31 @@ func newPair(t testing.TB, s setup) *pair {
 		}
 	}
 	return p
+}
+
+// patientYamux does not close a connection that has a write waiting for the 10 s that are
+// usual: a suite on a busy machine keeps them waiting for longer.
+func patientYamux() libp2p.Option {
+	cfg := *yamux.DefaultTransport.Config()
+	cfg.ConnectionWriteTimeout = patience
+	return libp2p.Muxer(yamux.ID, (*yamux.Transport)(&cfg))
+}
+
+// negotiatePatiently does what a host does with inbound streams, without its limit of 10 s,
+// for which there is no option.
+func negotiatePatiently(h host.Host) {
+	h.Network().SetStreamHandler(func(s network.Stream) {
+		id, handle, err := h.Mux().Negotiate(s)
+		if err != nil {
+			_ = s.ResetWithError(network.StreamProtocolNegotiationFailed)
+			return
+		}
+		if err := s.SetProtocol(id); err != nil {
+			_ = s.ResetWithError(network.StreamResourceLimitExceeded)
+			return
+		}
+		_ = handle(id, s)
+	})
 }
 
 // open opens a stream. It waits for nothing but a connection that is congested: a thousand
