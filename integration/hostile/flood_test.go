@@ -25,6 +25,10 @@ import (
 // host's state of it. Half of it is one buffer of io.Copy.
 const perStream = 64 << 10
 
+// perEnd is the most that an end at the hostile peer costs, which is in this process, too,
+// and holds a stream that was refused until it resets it.
+const perEnd = 2 << 10
+
 // slack is what the heap of the process may differ by without any attack: connections, the
 // honest peer, the test itself.
 const slack = 4 << 20
@@ -76,12 +80,15 @@ func TestFloods(t *testing.T) {
 				e := s.newHostile(t, n == f.n)
 				f.do(e, n)
 				s.progress(f.name, !f.crowds)
-				s.rests(e.ID())
+				s.rests(e)
 				u := s.measure(e.ID())
 				t.Logf("before:  %v", e.base)
 				t.Logf("%-7d  %v", n, u)
 
 				bound := int64(slack) + perStream*int64(u.peer.NumStreamsInbound+u.peer.NumStreamsOutbound)
+				for _, c := range e.conns {
+					bound += perEnd * int64(len(c.GetStreams()))
+				}
 				if f.reserves {
 					bound += u.peer.Memory
 				}
@@ -144,15 +151,22 @@ func sameLabel(e *hostile, n int) {
 	})
 }
 
-// proposals never reads the answers, until the muxer has room for no more.
+// proposals does not read the answers, until the muxer has room for no more. Then it does:
+// they wait in this process, and would be taken for something that the victim keeps.
 func proposals(e *hostile, n int) {
 	in := prelude + labelled(e.fresh()) + tMultistream + strings.Repeat("\x02x\n", n)
+	var all []network.Stream
 	for i := range 2 {
 		u, err := e.opens(i, "", Patience)
 		require.NoError(e.t, err)
-		_ = u.SetDeadline(time.Now().Add(2 * time.Second))
+		_ = u.SetWriteDeadline(time.Now().Add(2 * time.Second))
 		_, _ = io.WriteString(u, in)
 		tried.Add(int64(n))
+		all = append(all, u)
+	}
+	e.s.progress("answers that nobody reads", true)
+	for _, u := range all {
+		go func() { _, _ = io.Copy(&e.taken, u) }()
 	}
 }
 
@@ -370,7 +384,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 		return s.stat().Transient.NumStreamsInbound == 0
 	})
 	s.progress("denials that nobody takes", true)
-	s.rests(e.ID())
+	s.rests(e)
 	u = s.measure(e.ID())
 	t.Logf("held: %v", u)
 	require.LessOrEqual(t, u.heap-e.base.heap, slack+perStream*int64(u.peer.NumStreamsInbound)+u.peer.Memory)

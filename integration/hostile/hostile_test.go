@@ -280,20 +280,33 @@ func (s *scene) stat() rcmgr.ResourceManagerStat {
 	return s.node.Network().ResourceManager().(rcmgr.ResourceManagerState).Stat()
 }
 
-// rests waits until the victim's resource manager counts nothing more for that peer, and
-// nothing less. Time alone does not tell: a machine that stalls keeps it from changing.
-func (s *scene) rests(p peer.ID) {
+// rests waits until the victim's resource manager counts nothing more for the hostile peer,
+// and nothing less, and that takes no more answers. Time alone does not tell: a machine that
+// stalls keeps it from changing.
+func (s *scene) rests(e *hostile) {
 	s.t.Helper()
 	const looks = 100
-	var last network.ScopeStat
+	type state struct {
+		held  network.ScopeStat
+		taken int64
+	}
+	var last state
 	same := 0
 	WaitFor(s.t, "what the hostile peer holds to stay as it is", func() bool {
-		if now := s.stat().Peers[p]; now != last {
+		if now := (state{s.stat().Peers[e.ID()], e.taken.Load()}); now != last {
 			last, same = now, 0
 		}
 		same++
 		return same > looks
 	})
+}
+
+// sink counts what is written to it.
+type sink struct{ atomic.Int64 }
+
+func (s *sink) Write(p []byte) (int, error) {
+	s.Add(int64(len(p)))
+	return len(p), nil
 }
 
 // inMigrate counts the goroutines that are inside of package migrate.
@@ -324,6 +337,7 @@ type hostile struct {
 	ends  [2]network.Conn     // the victim's
 	came  chan network.Stream // what the victim opens, unread
 	label uint64
+	taken sink // answers, of streams that only flood
 	base  usage
 }
 
