@@ -9,7 +9,7 @@ import (
 	"testing"
 )
 
-// TestModel runs the quick part of check.sh, which takes less than a minute on one core.
+// TestModel runs the quick part of check.sh, which takes a minute or two on one core.
 // It needs Spin and gcc, and is skipped where they are not. Continuous integration runs
 // the rest.
 func TestModel(t *testing.T) {

@@ -68,10 +68,6 @@
 #define DOUBT_EXCUSED 1		/* an end that cannot be told from a migration's may become an error (S5) */
 #endif
 
-#ifndef CLOSING_EXCUSED
-#define CLOSING_EXCUSED 1	/* a promise to a draft-only peer (M1) ends when the application closes its reading */
-#endif
-
 /* A change to the rules that README.md discusses. */
 #ifndef PROOF_ON_NEW
 #define PROOF_ON_NEW 0		/* S3: only what comes on the new stream proves the ack to have arrived */
@@ -80,8 +76,8 @@
 /*
  * Variants with a rule broken, to be defined: NO_S1 NO_S2 NO_S3 NO_S4 NO_S5
  * NO_S5_EXCEPTION NO_S6 NO_S10_INITIATOR NO_S10_RESPONDER NO_S12 NO_S12_PROOF NO_M1
- * NO_M1_DENIAL NO_M2. Those with a bug that shows in the outcome alone: BUG_STAYS BUG_HALF
- * BUG_DEAF.
+ * NO_M1_DENIAL NO_M1_PROOF NO_M1_HELD NO_M2. Those with a bug that shows in the outcome
+ * alone: BUG_STAYS BUG_HALF BUG_DEAF.
  */
 #ifdef NO_M1
 #define BOTH_ACK	true
@@ -94,6 +90,16 @@
 #define DENIES_FIRST	false
 #else
 #define DENIES_FIRST	true
+#endif
+#ifdef NO_M1_PROOF
+#define PROMISED	false
+#else
+#define PROMISED	bound
+#endif
+#ifdef NO_M1_HELD
+#define HELD		false
+#else
+#define HELD		bound
 #endif
 #ifdef NO_S1
 #define READY		unready
@@ -220,16 +226,19 @@ mtype = { idle, asked, unready, acked, proof, handing };	/* the states of an exc
 #define BROKEN(s)	(flow[IN(s)] == CUT)
 
 #define COMPLETE	(ex == handing && VERIFIED && count == final)
-#define READS		(!failed && seen[p] == NONE && ended == NONE && !COMPLETE)
+#define READS		(!failed && (seen[p] == NONE || seen[p] == CLOSED && HEEDED) && ended == NONE && !COMPLETE)
 
 /* An end of the present stream is the application's; else it is kept back (S1, S5). */
-#define PLAIN		(ex == idle || ex == unready || ex == asked && (BELIEVES_EARLY || !MINE && !DRAFT_HOLDS))
+#define PLAIN		(ex == idle && !HELD || ex == unready || ex == asked && (BELIEVES_EARLY || !MINE && !DRAFT_HOLDS))
 
 /* S5, the exception: what an EOF means cannot be told. */
 #define DOUBTFUL	(untrusted && MINE && wclosed[p])
 
+/* S3: the old stream is read to its end for the proof's sake, whatever the application does. */
+#define HEEDED		(MINE && !VERIFIED && !PROOF_ON_NEW && (PROMISED || ex == proof || ex == handing && on != x))
+
 /* S3: without a final size there is no proof to be had. */
-#define PROOFLESS	(MINE && !VERIFIED && seen[p] == CLOSED)
+#define PROOFLESS	(MINE && !VERIFIED && (seen[p] == CLOSED && !PROMISED || ended == ERROR))
 
 inline send(s, message, value) {
 	if
@@ -274,6 +283,15 @@ inline giveUp() {
 	fallBack()
 }
 
+/* M1: the Migrate that the promise was for will not be acked. */
+inline redeem() {
+	if
+	:: bound && seen[p] == CLOSED -> ended = NONE; letGo(from)
+	:: else
+	fi;
+	bound = false
+}
+
 /* S8, and what an application does that is told of an error. */
 inline abort() {
 	printf("   %c: the stream is reset\n", NAME(p));
@@ -292,13 +310,13 @@ inline abort() {
 	:: seen[p] == NONE -> seen[p] = ERROR; printf("   %c: application: error\n", NAME(p))
 	:: else
 	fi;
-	failed = true; ended = NONE; got = 0; count = 0; base = 0;
+	failed = true; bound = false; ended = NONE; got = 0; count = 0; base = 0;
 	rest()
 }
 
-/* S5, the exception: the stream is lost, maybe for nothing. */
+/* S5, the exception: the stream is lost, maybe for nothing; not if the next exchange will tell. */
 inline doubt() {
-	broken = broken || DOUBT_EXCUSED;
+	broken = broken || DOUBT_EXCUSED && !bound;
 	abort()
 }
 
@@ -393,7 +411,11 @@ proctype peer(bit p) {
 #if CLOSE_READ
 	:: d_step { MINE && !failed && seen[p] == NONE ->
 		printf("%c: application: closes its reading\n", NAME(p));
-		seen[p] = CLOSED; ended = NONE; letGo(from) }
+		seen[p] = CLOSED;
+		if
+		:: HEEDED
+		:: else -> ended = NONE; letGo(from)
+		fi }
 #endif
 #if RESETS
 	:: d_step { !failed && !calm && (seen[p] == NONE || !wclosed[p]) ->
@@ -432,7 +454,7 @@ proctype peer(bit p) {
 		:: else -> ended = ERROR; letGo(from)
 		fi }
 	/* what was kept back turned out to be the application's */
-	:: d_step { !failed && ex == idle && ended != NONE ->
+	:: d_step { !failed && ex == idle && !HELD && ended != NONE ->
 		if
 		:: ended == ERROR -> abort()
 		:: ended != ERROR && DOUBTFUL -> doubt()
@@ -445,7 +467,7 @@ proctype peer(bit p) {
 
 	/* ---- the initiator ---- */
 
-	:: d_step { ex == idle && !failed && !denied && !calm && (p == 0 -> INIT_A : INIT_B) && opened < MIGRATIONS ->
+	:: d_step { ex == idle && !bound && !failed && !denied && !calm && (p == 0 -> INIT_A : INIT_B) && opened < MIGRATIONS ->
 		opened++; x = opened; ex = asked;
 		printf("%c: %e: Migrate\n", NAME(p), STREAM(x));
 		send(x, MIGRATE, on) }
@@ -488,14 +510,14 @@ proctype peer(bit p) {
 		if
 		:: d_step { BROKEN(k) ->
 			printf("%c: %e: error instead of Migrate, or the ack cannot leave\n", NAME(p), STREAM(k));
-			reset(k); bound = false }
+			reset(k); redeem() }
 		:: d_step { failed || ex == idle && (DENIALS && !bound || PROOFLESS || !CURRENT(k)) ->
 			printf("%c: %e: reads Migrate, denies\n", NAME(p), STREAM(k));
 			if
-			:: failed || CURRENT(k) -> broken = broken || bound && PROOFLESS && CLOSING_EXCUSED
+			:: failed || CURRENT(k)
 			:: else -> v = 1
 			fi;
-			send(k, DENY, v); letGo(k); v = 0 }
+			send(k, DENY, v); letGo(k); redeem(); v = 0 }
 		:: d_step { ex == idle && !failed && CURRENT(k) && !PROOFLESS ->
 			printf("%c: %e: reads Migrate, sends the ack\n", NAME(p), STREAM(k));
 			q[IN(k)]?MIGRATE,v; v = 0;
@@ -503,8 +525,8 @@ proctype peer(bit p) {
 			if
 			:: VERIFIED -> ex = READY
 			/* S3: EOF on the old stream is the proof, unless it has come before */
-			:: MINE && !VERIFIED && (PROOF_ON_NEW || ended != NONE || seen[p] != NONE) -> ex = proof
-			:: MINE && !VERIFIED && !PROOF_ON_NEW && ended == NONE && seen[p] == NONE -> ex = handing
+			:: MINE && !VERIFIED && (PROOF_ON_NEW || ended != NONE || seen[p] == END) -> ex = proof
+			:: MINE && !VERIFIED && !PROOF_ON_NEW && ended == NONE && seen[p] != END -> ex = handing
 			/* the draft: it is the sign to switch; here it has come before */
 			:: !MINE && seen[p] == NONE -> ex = handing
 			:: !MINE && seen[p] != NONE -> switchSending(); switchReceiving()
@@ -520,7 +542,7 @@ proctype peer(bit p) {
 		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && !BOTH_ACK && !PROOFLESS ->
 			printf("%c: %e: reads Migrate; its own attempt gives way\n", NAME(p), STREAM(k));
 			giveUp(); bound = DENIES_FIRST; NOTE_GAVE_WAY }
-		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && (DENIALS && DENIES_FIRST && !bound || PROOFLESS) ->
+		:: d_step { ex == asked && MINE && CURRENT(k) && (DENIALS && DENIES_FIRST || PROOFLESS) ->
 			printf("%c: %e: reads Migrate, denies, goes on asking\n", NAME(p), STREAM(k));
 			send(k, DENY, 0); letGo(k) }
 		:: d_step { ex == asked && BOTH_ACK ->
@@ -556,11 +578,11 @@ proctype peer(bit p) {
 		:: else ->
 			ex = handing;
 			if
-			:: PROOF_ON_NEW || seen[p] != NONE -> switchSending()
+			:: PROOF_ON_NEW || seen[p] == END -> switchSending()
 			:: else
 			fi;
 			if
-			:: seen[p] != NONE -> switchReceiving()
+			:: seen[p] == END || PROOF_ON_NEW && seen[p] == CLOSED -> switchReceiving()
 			:: else
 			fi
 		fi }
@@ -609,8 +631,7 @@ proctype peer(bit p) {
 	:: d_step { ex == handing && !VERIFIED && (ended == ERROR || MINE && ended != NONE && dead[from]) ->
 		printf("   %c: the end of %e is not believed\n", NAME(p), STREAM(from));
 		abort() }
-	:: d_step { ex == handing && !VERIFIED && seen[p] == CLOSED && (on == x || nempty(q[IN(x)]) || FALSE_PROOF) ->
-		switchSendingOnce(); switchReceiving() }
+	:: d_step { ex == handing && !VERIFIED && seen[p] == CLOSED && on == x -> switchReceiving() }
 
 	/* ---- after the run. Who cannot get here is stuck: an invalid end state ---- */
 
