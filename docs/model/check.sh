@@ -4,11 +4,12 @@
 #
 #   check.sh            everything but the long searches: some minutes on two cores
 #   check.sh quick      only what takes seconds
+#   check.sh rest       what quick leaves out of that
 #   check.sh all        everything; one search takes 3.5 GB
 #   check.sh NAME...    those configurations
 #   check.sh trail NAME the shortest way to the error of a configuration, step by step
 #   check.sh assertions takes each assertion out in turn, and wants that noticed; so do
-#                       the runs without arguments, and with all
+#                       the runs without arguments, with rest, and with all
 #
 # It needs spin, gcc, and 2 GB of memory (4 for all), and writes only to a temporary
 # directory. It fails when a verdict is not the expected one. JOBS is how many searches
@@ -37,7 +38,7 @@ configurations() {
 	cat <<-END
 	# Two peers with the verified handover. Everything may fail, unless it says otherwise.
 	one|q|dfs|no error|-DK=2
-	one-3-bytes|n|dfs|no error|-DK=3
+	one-3-bytes|l|dfs|no error|-DK=3
 	one-close-reset|n|dfs|no error|-DK=2 -DCLOSE_READ=1 -DRESETS=1
 	two-attempts|n|dfs|no error|-DK=2 -DMIGRATIONS=2
 	both-migrate|n|dfs|no error|-DK=1 $both -DCLOSE_READ=1
@@ -47,7 +48,7 @@ configurations() {
 	both-nothing-fails|q|dfs|no error|-DK=2 -DINIT_B=1 -DMIGRATIONS=3 $quiet
 	causes|q|dfs|no error|-DK=1 -DMIGRATIONS=2 -DOLD_LIES=0 -DCAUSES=1
 	every-run-ends|q|ltl|no error|-DK=1 -DENDS -DCLOSE_READ=1
-	both-every-run-ends|n|ltl|no error|-DK=1 -DENDS $both
+	both-every-run-ends|l|ltl|no error|-DK=1 -DENDS $both
 
 	# One of them has only the draft.
 	draft-responder|n|dfs|no error|-DK=2 -DDRAFT_B=1 -DMIGRATIONS=2 -DOLD_LIES=0 -DCLOSE_READ=1 -DRESETS=1
@@ -251,6 +252,7 @@ assertions)
 	exit
 	;;
 quick) when=q ;;
+rest) when=n ;;
 all) when=qnl ;;
 '') when=qn ;;
 *) when= ;;
