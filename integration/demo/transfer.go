@@ -252,6 +252,16 @@ func (t *transfer) handle(s network.Stream) {
 	if err == nil && !bytes.Equal(sum, claimed[:]) {
 		err = errors.New("the SHA-256 is another than the sender's")
 	}
+	if err == nil {
+		// On QUIC a receiver that closes before it has read the end makes that fail.
+		switch _, end := in.ReadByte(); end {
+		case io.EOF:
+		case nil:
+			err = errors.New("more arrived than was announced")
+		default:
+			err = end
+		}
+	}
 	if err != nil {
 		s.Reset()
 		t.fail(arrived, fmt.Errorf("after %s of %s: %w", formatSize(arrived), formatSize(head.Size), unexpected(err)))

@@ -2,10 +2,14 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/libp2p/go-libp2p/core/network"
 )
 
 func TestPartsMakeUpTheFile(t *testing.T) {
@@ -47,5 +51,50 @@ func TestGeneratedPartsAreRepeatableAndDiffer(t *testing.T) {
 	}
 	if bytes.Equal(read(0), read(1)) {
 		t.Error("two parts are the same, so a mix-up would not be seen")
+	}
+}
+
+// received is a stream of the receiver's. It notes what of it was read when it was closed.
+type received struct {
+	network.Stream
+	io.Reader
+	ended, answered, reset bool
+}
+
+func (s *received) Read(p []byte) (int, error) {
+	n, err := s.Reader.Read(p)
+	s.ended = s.ended || err == io.EOF
+	return n, err
+}
+
+func (s *received) Write(p []byte) (int, error) {
+	s.answered = s.ended
+	return len(p), nil
+}
+
+func (s *received) Close() error { return nil }
+func (s *received) Reset() error { s.reset = true; return nil }
+
+func TestReceiverReadsToTheEnd(t *testing.T) {
+	content := "to carry a boat from one stream to another"
+	sum := sha256.Sum256([]byte(content))
+	whole := fmt.Sprintf("{\"Name\":\"boat\",\"Part\":0,\"Size\":%d}\n%s%s", len(content), content, sum[:])
+	for name, test := range map[string]struct {
+		sent  string
+		whole bool
+	}{
+		"whole":     {whole, true},
+		"more":      {whole + "!", false},
+		"cut short": {whole[:len(whole)-1], false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cfg := config{streams: 1, size: int64(len(content))}
+			tr := &transfer{cfg: cfg, rec: newRecorder(cfg), sums: make(map[int]string)}
+			s := &received{Reader: bytes.NewReader([]byte(test.sent))}
+			tr.handle(s)
+			if s.answered != test.whole || s.reset == test.whole || (tr.lost == nil) != test.whole {
+				t.Errorf("answered behind the end: %v, reset: %v, lost: %v", s.answered, s.reset, tr.lost)
+			}
+		})
 	}
 }
