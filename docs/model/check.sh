@@ -4,12 +4,11 @@
 #
 #   check.sh            everything but the long searches: some minutes on two cores
 #   check.sh quick      only what takes seconds
-#   check.sh rest       what quick leaves out of that
 #   check.sh all        everything; one search takes 3.5 GB
 #   check.sh NAME...    those configurations
 #   check.sh trail NAME the shortest way to the error of a configuration, step by step
 #   check.sh assertions takes each assertion out in turn, and wants that noticed; so do
-#                       the runs without arguments, with rest, and with all
+#                       the runs without arguments, and with all
 #
 # It needs spin, gcc, and 2 GB of memory (4 for all), and writes only to a temporary
 # directory. It fails when a verdict is not the expected one. JOBS is how many searches
@@ -252,7 +251,6 @@ assertions)
 	exit
 	;;
 quick) when=q ;;
-rest) when=n ;;
 all) when=qnl ;;
 '') when=qn ;;
 *) when= ;;
