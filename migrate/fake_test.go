@@ -378,6 +378,23 @@ func bareHost(self peer.ID, speaks func(protocol.ID) bool, opts ...Option) *Host
 	return h
 }
 
+// acceptedOn has h accept a labelled stream on the fake old.
+func acceptedOn(t *testing.T, h *Host, old *fakeStream) *Stream {
+	t.Helper()
+	old.conn.remote = playerLow
+	accepted := make(chan network.Stream, 1)
+	h.SetStreamHandler(echoID, func(s network.Stream) { accepted <- s })
+	label := 600 + h.labels.parity(playerLow, false)
+	old.feeds(tMultistream+tMigration+labelBytes(label)+tMultistream+tEcho, nil)
+	h.handleStream(old)
+	return (<-accepted).(*Stream)
+}
+
+// verifyingHost is a bare host whose peers have the verified handover.
+func verifyingHost(opts ...Option) *Host {
+	return bareHost(playHost, func(protocol.ID) bool { return true }, opts...)
+}
+
 type bare struct {
 	host.Host
 	id    peer.ID

@@ -6,8 +6,6 @@ import (
 	"testing"
 	"testing/synctest"
 
-	"github.com/libp2p/go-libp2p/core/network"
-	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
 )
 
@@ -40,15 +38,9 @@ func TestReadyBeforeTheAckLeaves(t *testing.T) {
 		"draft-only": {migrateDraftBytes, ackDraft, ""},
 	} {
 		bubble(t, name, func(t *testing.T) {
-			h := bareHost(playHost, func(protocol.ID) bool { return true })
-			accepted := make(chan network.Stream, 1)
-			h.SetStreamHandler(echoID, func(s network.Stream) { accepted <- s })
-			label := 600 + h.labels.parity(playerLow, false)
-			old := newFake()
-			old.conn.remote = playerLow
-			old.feeds(tMultistream+tMigration+labelBytes(label)+tMultistream+tEcho, nil)
-			h.handleStream(old)
-			s := (<-accepted).(*Stream)
+			h, old := verifyingHost(), newFake()
+			s := acceptedOn(t, h, old)
+			label := s.Label()
 			got := reading(s)
 			old.awaitReader()
 

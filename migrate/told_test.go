@@ -54,22 +54,6 @@ func TestErrorsThatPassForSomethingElse(t *testing.T) {
 	require.NotErrorIs(t, err, io.EOF, "outside of a migration, too")
 }
 
-// acceptedOn has h accept a labelled stream on the fake old.
-func acceptedOn(t *testing.T, h *Host, old *fakeStream) *Stream {
-	t.Helper()
-	old.conn.remote = playerLow
-	accepted := make(chan network.Stream, 1)
-	h.SetStreamHandler(echoID, func(s network.Stream) { accepted <- s })
-	label := 600 + h.labels.parity(playerLow, false)
-	old.feeds(tMultistream+tMigration+labelBytes(label)+tMultistream+tEcho, nil)
-	h.handleStream(old)
-	return (<-accepted).(*Stream)
-}
-
-func verifyingHost(opts ...Option) *Host {
-	return bareHost(playHost, func(protocol.ID) bool { return true }, opts...)
-}
-
 // TestToldWhileTheNewStreamOpens: the old connection fails while the new stream is being
 // opened, which may take long, and the application is told. The stream stays where it
 // failed: nothing is asked of the peer (S8).
