@@ -9,7 +9,6 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 
-	. "github.com/go-portage/portage/internal/hosttest"
 )
 
 // untouched checks that the host's stream s, which the peer has on u, is as it was.
@@ -18,10 +17,7 @@ func (p *rawPeer) untouched(s *Stream, u *rawStream) {
 	p.talk(s, u)
 	require.Equal(p.t, u.label, s.Label())
 	require.Equal(p.t, 0, s.Migrations())
-	WaitFor(p.t, "the host to hold the label of the living stream and no other", func() bool {
-		labels := p.labelled()
-		return len(labels) == 1 && labels[0] == u.label
-	})
+	p.hasLabel(u.label)
 	p.host.labels.mu.Lock()
 	defer p.host.labels.mu.Unlock()
 	pl := p.host.labels.peers[p.ID()]
