@@ -19,7 +19,7 @@ type exchange struct {
 	s         *Stream
 	initiator bool
 	old       network.Stream
-	from, id  uint64        // the label before, and after; id is set before begin
+	from, id  uint64        // the label before, and after; id is set before begin, and a responder's from
 	done      chan struct{} // closed when another exchange may begin
 	turn      chan struct{} // responder that waits: closed when it has begun, or never will
 	promised  bool          // responder that waits: an attempt of ours gave way to it (M1)
@@ -79,6 +79,11 @@ func (s *Stream) enter(x *exchange) {
 // Once ours has given way x owes the ack (M1): else the peer, having read a denial, could
 // answer ours while its reset is on its way. So a draft-only peer's x has to have its proof
 // (S3) in sight before that, and keeps it though the application closes its reading.
+//
+// Only migrations of the same label meet. A peer that names another one can have that from
+// our Migrate only: it has acked ours, and x overtook the ack. A draft-only peer, which needs
+// no FinalSize, may have moved by then. Were ours dropped, the stream would be lost although
+// nothing had failed (S8); x waits for it instead (M2).
 func (s *Stream) beginNext(x *exchange, oursFirst, verified bool) error {
 	s.mu.Lock()
 	x.turn = make(chan struct{})
@@ -94,7 +99,7 @@ func (s *Stream) beginNext(x *exchange, oursFirst, verified bool) error {
 		return nil
 	}
 	var dropped network.Stream
-	if ours.initiator && !ours.acked {
+	if ours.initiator && !ours.acked && ours.from == x.from {
 		dropped = ours.new
 		if dropped != nil && oursFirst {
 			s.mu.Unlock()

@@ -390,7 +390,7 @@ func TestAckThatCrossesTheirs(t *testing.T) {
 	old, next := newFake(), newFake()
 	old.conn.remote, next.conn.remote = "b", "b"
 	s := newStream(h, old, echoID, 7)
-	ours, theirs := &exchange{initiator: true, id: 8}, &exchange{id: 9}
+	ours, theirs := &exchange{initiator: true, id: 8}, &exchange{id: 9, from: 7}
 	busy, err := s.begin(ours)
 	require.Nil(t, busy)
 	require.NoError(t, err)

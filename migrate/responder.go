@@ -54,7 +54,7 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	if err != nil {
 		return later(network.StreamRateLimited, err)
 	}
-	x := &exchange{id: id}
+	x := &exchange{id: id, from: from}
 	if s == nil {
 		return h.deny(n, x, "unknown label", from)
 	}
@@ -62,7 +62,7 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	// could answer it, having read the denial, while our reset is on its way: S8.
 	verified := m.GetFinalSize()
 	if why := h.refuses(s, u, verified); why != "" {
-		x.s, x.old, x.from, x.new = s, s.send.stream(), from, u
+		x.s, x.old, x.new = s, s.send.stream(), u
 		x.trace(Started, nil)
 		return h.deny(n, x, why, from)
 	}

@@ -15,6 +15,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
 )
 
 // What the application was told, and when: between the beginning of an exchange and the
@@ -118,7 +120,7 @@ func TestGivingWayToADraftOnlyPeer(t *testing.T) {
 	begin := func(t *testing.T) (s *Stream, old *fakeStream, ours, theirs *exchange) {
 		old, next := newFake(), newFake()
 		s = acceptedOn(t, verifyingHost(), old)
-		ours, theirs = &exchange{initiator: true, id: 8}, &exchange{id: 9}
+		ours, theirs = &exchange{initiator: true, id: 8}, &exchange{id: 9, from: s.Label()}
 		_, err := s.begin(ours)
 		require.NoError(t, err)
 		require.True(t, ours.attach(next))
@@ -145,6 +147,42 @@ func TestGivingWayToADraftOnlyPeer(t *testing.T) {
 		require.True(t, ours.commit(), "ours goes on")
 		ours.fallBack(false)
 	})
+}
+
+// TestMigrateThatOvertakesTheAck: a draft-only peer that has read our end acks, has moved at
+// once, and moves on, over a connection that is faster than the ack's. It names the label that
+// ours gave, so that this is no meeting (M1): ours goes on, and theirs waits for it (M2),
+// whichever ID is the lower.
+func TestMigrateThatOvertakesTheAck(t *testing.T) {
+	for name, higher := range map[string]bool{"host lower": false, "host higher": true} {
+		t.Run(name, func(t *testing.T) {
+			p := meeting{kind: draftOnly, hostHigher: higher, opts: []Option{withBusyWait(time.Hour)}}.meet(t)
+			s, old := p.hostOpens()
+			require.NoError(t, s.CloseWrite())
+			old.wantsEOF()
+			moved, next := p.asked(s)
+			old.closesWrite()
+			theirs := p.opens(0, tMultistream, tMigration, migrateDraftBytes(p.fresh(), next.label))
+			WaitFor(t, "theirs to wait for its turn", func() bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return len(s.waiting) == 1
+			})
+			next.acks(ackDraft)
+			next.wantsEOF()
+			moved.is(nil)
+			theirs.wants(tMultistream, tMigration, ackDraft)
+			next.sends("1st")
+			next.closesWrite()
+			theirs.sends("2nd")
+			theirs.closesWrite()
+			theirs.wantsEOF()
+			require.Equal(t, "1st2nd", p.readsEnd(s, io.EOF))
+			WaitFor(t, "the second migration to end", func() bool { return s.Migrations() == 2 })
+			require.NoError(t, s.Close())
+			p.nothingLeft()
+		})
+	}
 }
 
 // lossy is a stream of which one Write meets the deadline when it has taken three bytes.
