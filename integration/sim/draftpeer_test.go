@@ -386,7 +386,22 @@ func (s *draftStream) switchReading() {
 }
 
 func (s *draftStream) Read(p []byte) (int, error) {
-	s.readTurn <- struct{}{}
+	for held := false; !held; {
+		s.mu.Lock()
+		closed, aborted := s.closedR, s.aborted
+		s.mu.Unlock()
+		if closed && !aborted {
+			// The turn may be settle's, until the old stream ends. Where the new one has
+			// died, the other end, which has fallen back (S9), may wait for what this
+			// application does when it is told.
+			return 0, errors.New("closed")
+		}
+		select {
+		case s.readTurn <- struct{}{}:
+			held = true
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 	defer func() { <-s.readTurn }()
 	for {
 		s.mu.Lock()
