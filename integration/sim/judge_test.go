@@ -100,6 +100,78 @@ func TestOracleWantsTheNewsInTime(t *testing.T) {
 	}
 }
 
+// Who has ended its writing in time, and reads on for longer, is to be told by its Reads,
+// unless all that they can bring was there before.
+func TestOracleWantsTheNewsFromReads(t *testing.T) {
+	for _, tc := range []struct {
+		name            string
+		wrote, finished time.Duration // when the writer ended its writing, and the other end its own
+		missing         int64
+		want            []string
+	}{
+		{"all was there", 11 * time.Second, 9 * time.Second, 0, nil},
+		{"ended later", 11 * time.Second, 11 * time.Second, 0, []string{"both"}},
+		{"something is missing", 11 * time.Second, 9 * time.Second, 1, []string{"both"}},
+		{"writes for longer", 16 * time.Second, 9 * time.Second, 0, []string{"both"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, st := judged()
+			st.harm("test")
+			st.harms[0].at = w.after(6 * time.Second)
+			f, back := st.flows[0], st.flows[1]
+			f.readErr, f.readErrAt = errors.New("test"), w.after(10*time.Second)
+			st.ends[0].noRead, st.ends[0].noWrite = w.after(20*time.Second), w.after(tc.wrote)
+			back.eof, back.finished, back.wrote = true, w.after(tc.finished), tc.missing
+			st.judgeFlow(f, st.ends[0], st.ends[1], st.wasHarmed())
+			require.Equal(t, tc.want, w.rules())
+		})
+	}
+}
+
+func TestOracleWantsMeetingsToEndWell(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		slow  time.Duration // for which a connection that an attempt asked on was held up
+		lived time.Duration // how long the stream did
+		want  []string
+	}{
+		{"lived long", 0, 4 * time.Second, []string{"moves"}},
+		{"lived short", 0, time.Second, nil},
+		{"the other attempt was held up", harmless, 4 * time.Second, nil},
+		{"held up, but not for so long", harmless, 10 * time.Second, []string{"moves"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			w, st := judged()
+			w.links[1].slow = tc.slow
+			st.step(0, true, migrate.Started, 0, 1)
+			st.met = []meeting{{w.after(time.Second), w.after(2 * time.Second)}}
+			for _, e := range st.ends {
+				e.closedAt = w.after(2*time.Second + tc.lived)
+			}
+			st.judgeMeetings()
+			require.Equal(t, tc.want, w.rules())
+		})
+	}
+}
+
+// A migration may be acked before the acceptor's handler runs. What then happens to the old
+// connection harms the stream, until the migration has finished.
+func TestOracleKnowsWhereAnAcceptorWas(t *testing.T) {
+	w, st := judged()
+	st.ends = [2]*end{} // there is nothing to agree on
+	st.stays[0], st.stays[1] = nil, nil
+	st.step(1, false, migrate.Started, 0, 1)
+	st.step(1, false, migrate.Acked, 0, 1)
+	require.Empty(t, st.wasHarmed())
+	w.links[0].hurt = time.Now()
+	require.Equal(t, "connection 0", st.wasHarmed())
+
+	w.links[0].hurt = time.Time{}
+	st.step(1, false, migrate.Finished, 0, 1)
+	w.links[0].hurt = time.Now().Add(time.Second)
+	require.Empty(t, st.harmedBy(time.Now().Add(time.Minute)))
+}
+
 func TestOracleWantsWritesToReturn(t *testing.T) {
 	for _, tc := range []struct {
 		name string

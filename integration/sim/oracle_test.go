@@ -34,7 +34,9 @@ import (
 //	          finished cannot be told: one that has ended its writing (CloseWrite, Close,
 //	          Reset), and its reading (EOF, CloseRead, Close, Reset). Nor can one that
 //	          finishes before the news could reach it: 5 s, and longer only where a connection
-//	          of the stream, or one that it was to move to, was held up or fell silent.
+//	          of the stream, or one that it was to move to, was held up or fell silent. It
+//	          has finished with its writing where the other end had ended its own by then,
+//	          and all of that is read, to the EOF: nothing of it is missing, late as it is.
 //	cause     Nothing fails without a cause. A Read fails only where the other end, or this
 //	          one, called Reset, or this one stopped reading, or the stream was harmed. A
 //	          Write also where the other end stopped reading. A stream is harmed by what
@@ -220,6 +222,11 @@ func (st *simStream) step(side int, initiator bool, kind migrate.EventKind, from
 		st.attempts[side] = append(st.attempts[side], &attempt{stay: stay{link: to, came: now}, initiator: initiator})
 		return
 	case migrate.Acked:
+		if len(st.stays[side]) == 0 {
+			// The acceptor's handler has not run yet. Until the migration has finished the
+			// stream can be harmed by the old connection, too.
+			st.stays[side] = append(st.stays[side], &stay{link: from, came: now})
+		}
 		st.stays[side] = append(st.stays[side], &stay{link: to, came: now})
 		if a != nil {
 			a.acked = true
@@ -312,6 +319,10 @@ func (st *simStream) harmedBy(at time.Time) string {
 	return ""
 }
 
+// news is how long it may take until one end hears of what the other has seen, where no
+// connection was held up.
+const news = 5 * time.Second
+
 // trouble says when something has happened last that may concern the stream: to a
 // connection that it was on, or that it was to move to. longest is how long it may
 // take until one end hears of what the other has seen.
@@ -323,7 +334,7 @@ func (st *simStream) trouble() (last time.Time, longest time.Duration) {
 	for _, h := range st.harms {
 		last = later(last, h.at)
 	}
-	longest = 5 * time.Second
+	longest = news
 	look := func(s *stay) {
 		if s.link < 0 {
 			return
@@ -683,12 +694,17 @@ func (st *simStream) judgeUnopened() {
 type meeting struct{ began, failed time.Time }
 
 // judgeMeetings checks that where both ends' migrations met, one of them came about (M1),
-// if the stream lived long enough.
+// if the stream lived long enough: where a connection was held up, the request that stands
+// may reach the other end as late as any news.
 func (st *simStream) judgeMeetings() {
+	long := 2 * time.Second
+	if _, longest := st.trouble(); longest > news {
+		long = longest
+	}
 	for _, m := range st.met {
 		lived := true
 		for _, e := range st.ends {
-			lived = lived && e != nil && e.closedAt.Sub(m.failed) > 2*time.Second
+			lived = lived && e != nil && e.closedAt.Sub(m.failed) > long
 		}
 		if lived && st.isCalm(nil) && st.movedAt.Before(m.began) {
 			st.w.failf("moves", "stream %d: both ends migrate it at %v, and neither succeeds",
@@ -748,16 +764,23 @@ func (st *simStream) judgeFlow(f *flow, writer, reader *end, harmed string) {
 		if writer == nil || writer.told != nil || st.w.plan.draft == f.side {
 			break
 		}
-		_, news := st.trouble()
+		_, longest := st.trouble()
 		finished := writer.noWrite
-		if writer.noRead.After(finished) {
+		if writer.noRead.After(finished) && !st.flows[1-f.side].wasWhole(f.readErrAt) {
 			finished = writer.noRead
 		}
-		if late := finished.Sub(f.readErrAt); late > news {
+		if late := finished.Sub(f.readErrAt); late > longest {
 			fail("both", "the reader saw an error after %d of %d bytes, and the writer, who finished %v later, none: %v",
 				f.read, f.wrote, late, f.readErr)
 		}
 	}
+}
+
+// wasWhole says whether the writer had ended the flow by then, and its reader has got all
+// of it, to the EOF. So the transport may keep it for a slow reader, whatever becomes of the
+// connection, and no Read can tell that the other direction has failed.
+func (f *flow) wasWhole(at time.Time) bool {
+	return f.eof && f.read == f.wrote && !f.finished.IsZero() && !f.finished.After(at)
 }
 
 // remains checks that nothing is left while the hosts are still there.
