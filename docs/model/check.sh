@@ -37,7 +37,7 @@ configurations() {
 	cat <<-END
 	# Two peers with the verified handover. Everything may fail, unless it says otherwise.
 	one|q|dfs|no error|-DK=2
-	one-3-bytes|l|dfs|no error|-DK=3
+	one-3-bytes|n|dfs|no error|-DK=3
 	one-close-reset|n|dfs|no error|-DK=2 -DCLOSE_READ=1 -DRESETS=1
 	two-attempts|n|dfs|no error|-DK=2 -DMIGRATIONS=2
 	both-migrate|n|dfs|no error|-DK=1 $both -DCLOSE_READ=1
@@ -47,7 +47,7 @@ configurations() {
 	both-nothing-fails|q|dfs|no error|-DK=2 -DINIT_B=1 -DMIGRATIONS=3 $quiet
 	causes|q|dfs|no error|-DK=1 -DMIGRATIONS=2 -DOLD_LIES=0 -DCAUSES=1
 	every-run-ends|q|ltl|no error|-DK=1 -DENDS -DCLOSE_READ=1
-	both-every-run-ends|l|ltl|no error|-DK=1 -DENDS $both
+	both-every-run-ends|n|ltl|no error|-DK=1 -DENDS $both
 
 	# One of them has only the draft.
 	draft-responder|n|dfs|no error|-DK=2 -DDRAFT_B=1 -DMIGRATIONS=2 -DOLD_LIES=0 -DCLOSE_READ=1 -DRESETS=1
