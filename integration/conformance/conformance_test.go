@@ -50,7 +50,15 @@ func (s setup) uses(tr Transport) bool {
 var rawFailures = []struct {
 	test string // name of the test, as in -skip
 	why  string
+	race bool // fails under the race detector alone
 }{
+	{
+		test: "TestNetConn/^raw_tcp$/.*/^RacyRead$",
+		why: "Two Reads at once on one yamux stream race for the size of its receive window " +
+			"(sendWindowUpdate, which \"must be invoked with the lock\", is not). " +
+			"Reads of a migrate.Stream take turns, so it has to pass this one over any transport.",
+		race: true,
+	},
 	{
 		test: "TestNetConn/^raw_tcp$/.*/^RacyWrite$",
 		why: "Two Writes at once on one yamux stream read the same send window and both use it. " +
@@ -89,7 +97,9 @@ func TestMain(m *testing.M) {
 			patterns = append(patterns, v)
 		}
 		for _, f := range rawFailures {
-			patterns = append(patterns, f.test)
+			if raceEnabled || !f.race {
+				patterns = append(patterns, f.test)
+			}
 		}
 		if err := skip.Value.Set(strings.Join(patterns, "|")); err != nil {
 			panic(err)
