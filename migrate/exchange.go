@@ -86,6 +86,7 @@ func (s *Stream) enter(x *exchange) {
 // nothing had failed (S8); x waits for it instead (M2).
 func (s *Stream) beginNext(x *exchange, oursFirst, verified bool) error {
 	s.mu.Lock()
+	s.verifies = s.verifies || verified
 	x.turn = make(chan struct{})
 	ours := s.ex
 	switch {

@@ -52,8 +52,9 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 	mh.ctx, mh.cancel = context.WithCancel(context.Background())
 	// Both are never reached through the handler below: it serves ID itself, and what
 	// comes behind a label must be neither.
-	h.SetStreamHandler(ID, func(u network.Stream) { _ = u.ResetWithError(network.StreamProtocolViolation) })
+	// FinalSizeID goes first: identify may tell of one before it tells of the other.
 	h.SetStreamHandler(FinalSizeID, func(u network.Stream) { _ = u.Reset() })
+	h.SetStreamHandler(ID, func(u network.Stream) { _ = u.ResetWithError(network.StreamProtocolViolation) })
 	h.Network().SetStreamHandler(mh.handleStream)
 	return mh, nil
 }
@@ -64,20 +65,31 @@ func (h *Host) Close() error {
 	return h.Host.Close()
 }
 
-// Supports says whether p is known, from identify, to speak the protocol.
-func (h *Host) Supports(p peer.ID) bool { return h.speaks(p, ID) }
+// Supports says whether p is known to speak the protocol: from identify, or because there
+// are labelled streams with it.
+func (h *Host) Supports(p peer.ID) bool { return h.speaks(p, ID) || h.labels.any(p) }
 
-// verifies says whether p is known to have the verified handover (S12).
+// verifies says whether p is known, from identify, to have the verified handover (S12).
 func (h *Host) verifies(p peer.ID) bool { return h.speaks(p, FinalSizeID) }
+
+// verifiable says whether the handover of s will be verified. What was known once stays
+// known: identify can forget all that a peer speaks, since a push of the peer's that its
+// deadline cuts short is read as an empty one (go-libp2p v0.51.0).
+func (s *Stream) verifiable() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.verifies = s.verifies || s.host.verifies(s.peer)
+	return s.verifies
+}
 
 func (h *Host) speaks(p peer.ID, id protocol.ID) bool {
 	supported, err := h.Peerstore().SupportsProtocols(p, id)
 	return err == nil && len(supported) > 0
 }
 
-// migratesWith says whether streams with p can be labelled.
+// migratesWith says whether new streams with p can be labelled.
 func (h *Host) migratesWith(p peer.ID) bool {
-	return h.Supports(p) && (!h.cfg.verified || h.verifies(p))
+	return h.speaks(p, ID) && (!h.cfg.verified || h.verifies(p))
 }
 
 // Streams returns the labelled streams that have an underlying stream on c, in no
@@ -208,14 +220,14 @@ func (h *Host) identify() identify.IDService {
 // has ended with an answer on one of the connections, or without one on all of them.
 func (h *Host) awaitIdentify(ctx context.Context, p peer.ID) error {
 	ids := h.identify()
-	if ids == nil || h.Supports(p) {
+	if ids == nil || h.speaks(p, ID) {
 		return nil
 	}
 	cases := []reflect.SelectCase{{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ctx.Done())}}
 	for _, c := range h.Network().ConnsToPeer(p) {
 		cases = append(cases, reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ids.IdentifyWait(c))})
 	}
-	for len(cases) > 1 && !h.Supports(p) {
+	for len(cases) > 1 && !h.speaks(p, ID) {
 		i, _, _ := reflect.Select(cases)
 		if i == 0 {
 			return fmt.Errorf("identify failed to complete: %w", ctx.Err())

@@ -2,16 +2,21 @@ package migrate
 
 import (
 	"context"
+	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
 )
 
 // identifying is a host with connections to a peer, on each of which identify takes as long
@@ -85,5 +90,49 @@ func TestOneAnswerOfIdentify(t *testing.T) {
 			}
 			require.NoError(t, <-done)
 		})
+	}
+}
+
+// forgetful is a host whose identify comes to know nothing of any peer.
+type forgetful struct {
+	host.Host
+	forgets *atomic.Bool
+}
+
+func (f forgetful) Peerstore() peerstore.Peerstore {
+	if f.forgets.Load() {
+		return protocolsOf{f.Host.Peerstore(), new(identifying)}
+	}
+	return f.Host.Peerstore()
+}
+
+// TestIdentifyThatForgets: go-libp2p takes a push of identify that was cut short, as by its
+// deadline on a connection that is congested, for one that says that the peer speaks nothing.
+// The streams that are labelled migrate all the same, with a verified handover.
+func TestIdentifyThatForgets(t *testing.T) {
+	for _, side := range ends {
+		for name, opts := range map[string][]Option{"by default": nil, "verified only": {RequireVerifiedHandover()}} {
+			t.Run(fmt.Sprintf("%s, %s", endName(side), name), func(t *testing.T) {
+				forgets, st := new(atomic.Bool), new(steps)
+				between := func(h host.Host) host.Host { return forgetful{h, forgets} }
+				j := &journey{newPairOf(t, TCP, QUIC, between, append(opts, WithTracer(st.trace))...), tcpQUIC, st}
+				s := j.start(t)
+				if side == acceptor && opts != nil {
+					// It knows what the other has when it has once migrated.
+					require.NoError(t, j.move(t, opener, s))
+					require.NoError(t, j.moveTo(t, opener, s, j.from()))
+					j.settled(t, s)
+				}
+				forgets.Store(true)
+				h, other := j.hosts[side], s[side].peer
+				require.True(t, h.Supports(other), "there is a labelled stream")
+
+				require.NoError(t, j.move(t, side, s))
+				j.settled(t, s)
+				require.True(t, s[side].verifiable())
+				j.converses(t, s, 10_000)
+				require.False(t, h.Supports(other), "there is none any more")
+			})
+		}
 	}
 }

@@ -48,7 +48,7 @@ func (h *Host) Migrate(ctx context.Context, s network.Stream, to network.Conn) e
 	if p := to.RemotePeer(); p != st.peer {
 		return wrap(fmt.Errorf("the connection leads to another peer, %s", p))
 	}
-	if !h.migratesWith(st.peer) {
+	if h.cfg.verified && !st.verifiable() {
 		return wrap(ErrNotSupported)
 	}
 	x := &exchange{initiator: true, id: h.labels.fresh(st.peer)}
@@ -120,7 +120,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
 		return tryLater(err)
 	}
-	verifiable := h.verifies(s.peer)
+	verifiable := s.verifiable()
 	if !x.hold(verifiable) {
 		_ = u.Reset()
 		return tryLater(ErrClosed)
@@ -211,6 +211,9 @@ func (x *exchange) carry(u network.Stream, verified, verifiable bool) error {
 	}
 	var final uint64
 	if verified {
+		x.s.mu.Lock()
+		x.s.verifies = true
+		x.s.mu.Unlock()
 		if final, err = readFinalSize(u); err != nil {
 			return fmt.Errorf("final size: %w", err)
 		}

@@ -194,6 +194,14 @@ func (l *labels) tidy(p peer.ID, pl *peerLabels) {
 	}
 }
 
+// any says whether there is a stream with p.
+func (l *labels) any(p peer.ID) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	pl := l.peers[p]
+	return pl != nil && len(pl.streams) > 0
+}
+
 // all returns the streams with p.
 func (l *labels) all(p peer.ID) []*Stream {
 	l.mu.Lock()

@@ -47,8 +47,8 @@ var (
 	// this host. It can never migrate.
 	ErrNotLabelled = errors.New("stream is not labelled")
 
-	// ErrNotSupported: the peer does not speak the protocol, or not the verified
-	// handover where RequireVerifiedHandover asks for it.
+	// ErrNotSupported: the peer is not known to have the verified handover, and
+	// RequireVerifiedHandover asks for it.
 	ErrNotSupported = errors.New("peer does not support stream migration")
 
 	// ErrDenied: the peer denied the migration. The stream stays where it is, works

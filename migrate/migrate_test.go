@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
@@ -33,6 +34,12 @@ type pair struct {
 
 func newPair(t testing.TB, first, second Transport, opts ...Option) *pair {
 	t.Helper()
+	return newPairOf(t, first, second, func(h host.Host) host.Host { return h }, opts...)
+}
+
+// newPairOf is newPair where each host, before it is wrapped, is what between makes of it.
+func newPairOf(t testing.TB, first, second Transport, between func(host.Host) host.Host, opts ...Option) *pair {
+	t.Helper()
 	p := new(pair)
 	all := []Transport{first, second}
 	for i := range p.nodes {
@@ -41,7 +48,7 @@ func newPair(t testing.TB, first, second Transport, opts ...Option) *pair {
 		if _, ok := t.(*testing.B); ok || !testing.Verbose() {
 			log = defaults().log
 		}
-		h, err := Wrap(p.nodes[i], append([]Option{WithLogger(log)}, opts...)...)
+		h, err := Wrap(between(p.nodes[i]), append([]Option{WithLogger(log)}, opts...)...)
 		require.NoError(t, err)
 		t.Cleanup(func() { _ = h.Close() })
 		p.hosts[i] = h

@@ -57,7 +57,9 @@ func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pid
 	return s, h.enter(s)
 }
 
+// enter enters a stream that this host opens.
 func (h *Host) enter(s *Stream) error {
+	s.verifies = h.cfg.verified // else it were not labelled
 	if !h.labels.add(s.peer, s.label, s) {
 		return fmt.Errorf("label %d is taken", s.label) // after 2^63 streams, or by a peer that lies
 	}

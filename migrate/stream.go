@@ -36,6 +36,7 @@ type Stream struct {
 	migrations int
 	unpaid     network.Stream // the present one, where it is not charged to the protocol
 	denied     bool           // M3
+	verifies   bool           // the peer is known to have the verified handover
 	over       bool           // closed by the application, or reset
 	aborted    bool           // reset, with code
 	code       network.StreamErrorCode

@@ -228,6 +228,9 @@ mtype = { idle, asked, unready, acked, proof, handing };	/* the states of an exc
 #define COMPLETE	(ex == handing && VERIFIED && count == final)
 #define READS		(!failed && (seen[p] == NONE || seen[p] == CLOSED && HEEDED) && ended == NONE && !COMPLETE)
 
+/* A migration may ask how much has gone through a stream: a final size, and not of the last one. */
+#define COUNTS(s)	(VERIFIED && (s) < MIGRATIONS)
+
 /* An end of the present stream is the application's; else it is kept back (S1, S5). */
 #define PLAIN		(ex == idle && !HELD || ex == unready || ex == asked && (BELIEVES_EARLY || !MINE && !DRAFT_HOLDS))
 
@@ -310,7 +313,8 @@ inline abort() {
 	:: seen[p] == NONE -> seen[p] = ERROR; printf("   %c: application: error\n", NAME(p))
 	:: else
 	fi;
-	failed = true; bound = false; ended = NONE; got = 0; count = 0; base = 0;
+	failed = true; denied = false; untrusted = false; bound = false; lied = false;
+	ended = NONE; from = 0; got = 0; count = 0; base = 0;
 	rest()
 }
 
@@ -360,7 +364,7 @@ inline switchSending() {
 #else
 	on = x;
 #endif
-	base = wrote[p]
+	base = (COUNTS(x) -> wrote[p] : 0)
 }
 
 inline switchSendingOnce() {
@@ -428,7 +432,8 @@ proctype peer(bit p) {
 	:: d_step { READS && HAS(from, DATA) ->
 		q[IN(from)]?DATA,v;
 		printf("%c: %e: reads byte %d\n", NAME(p), STREAM(from), v);
-		got++; count++;
+		got++;
+		count = (COUNTS(from) -> count + 1 : 0);
 		assert(v == got || !CHECKED);	/* VIOLATED: a byte was lost, doubled or out of order */
 		v = 0 }
 	:: d_step { READS && HAS(from, FIN) ->
@@ -485,7 +490,7 @@ proctype peer(bit p) {
 		assert(v == 0 || broken && (untrusted || GONE(on)));	/* VIOLATED: denied for good without a reason */
 		v = 0;
 		printf("%c: %e: reads the denial\n", NAME(p), STREAM(x));
-		denied = true; reset(x); fallBack() }
+		denied = (opened < MIGRATIONS); reset(x); fallBack() }
 	:: d_step { ex == asked && BROKEN(x) ->
 		printf("%c: %e: error before the ack\n", NAME(p), STREAM(x));
 		giveUp() }
@@ -681,9 +686,8 @@ proctype world() {
 			fi;
 			s = 0
 		} }
-	:: break
-	od;
-	timeout -> calm = true
+	:: !enabled(1) && !enabled(2) -> calm = true; break	/* the peers can do nothing more */
+	od
 }
 
 init {
