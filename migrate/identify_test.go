@@ -3,11 +3,13 @@ package migrate
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -135,4 +137,22 @@ func TestIdentifyThatForgets(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestPushOfIdentifyThatIsEmpty is about go-libp2p, and why a host has to be ready to forget.
+func TestPushOfIdentifyThatIsEmpty(t *testing.T) {
+	p := newPair(t, TCP, QUIC)
+	sub, err := p.nodes[0].EventBus().Subscribe(new(event.EvtPeerProtocolsUpdated))
+	require.NoError(t, err)
+	defer sub.Close()
+	push, err := p.nodes[1].NewStream(context.Background(), p.nodes[0].ID(), identify.IDPush)
+	require.NoError(t, err)
+	require.NoError(t, push.Close())
+	within(t, "the peer to be taken for one that speaks nothing", func() {
+		for e := range sub.Out() {
+			if slices.Contains(e.(event.EvtPeerProtocolsUpdated).Removed, ID) {
+				return
+			}
+		}
+	})
 }

@@ -4,13 +4,13 @@
 #
 #   check.sh            everything but the long searches: some minutes on two cores
 #   check.sh quick      only what takes seconds
-#   check.sh all        everything; one search takes 3.5 GB
+#   check.sh all        everything; one search takes 1.4 GB
 #   check.sh NAME...    those configurations
 #   check.sh trail NAME the shortest way to the error of a configuration, step by step
 #   check.sh assertions takes each assertion out in turn, and wants that noticed; so do
 #                       the runs without arguments, and with all
 #
-# It needs spin, gcc, and 2 GB of memory (4 for all), and writes only to a temporary
+# It needs spin, gcc, and 1 GB of memory (2 for all), and writes only to a temporary
 # directory. It fails when a verdict is not the expected one. JOBS is how many searches
 # run at once.
 set -eu
