@@ -77,6 +77,7 @@ configurations() {
 	no-M1-denial|q|bfs|$lost|-DNO_M1_DENIAL $both $quiet
 	no-M1-proof|q|bfs|$lost|-DNO_M1_PROOF -DDRAFT_A=1 -DDRAFT_HOLDS=1 $both -DCLOSE_READ=1 $quiet
 	no-M1-held|q|bfs|$lost|-DNO_M1_HELD -DDRAFT_A=1 -DDRAFT_HOLDS=1 $both $quiet
+	no-M1-same|q|bfs|$denied|-DNO_M1_SAME -DDRAFT_A=1 -DDRAFT_HOLDS=1 $both $quiet
 	no-M2|q|bfs|$denied|-DNO_M2 -DMIGRATIONS=2 $quiet
 
 	# When both migrate at once and the attempt that goes first fails, this remains.
@@ -202,7 +203,7 @@ trail() {
 	search "$dir" "$(field "$1" 3)"
 	[ -e "$dir/switching.pml.trail" ] || fail "$1: $(verdict "$dir" "$(field "$1" 3)")"
 	# shellcheck disable=SC2046
-	(cd "$dir" && spin -T $(cat flags) -t switching.pml 2>&1) | sed '/^spin: warning/d; /^spin:/,$d; /^ltl /d'
+	(cd "$dir" && spin -T $(cat flags) -t switching.pml 2>&1) | sed '/^spin: [Ww]arning/d; /^spin:/,$d; /^ltl /d'
 	echo "=> $(verdict "$dir" "$(field "$1" 3)")"
 }
 

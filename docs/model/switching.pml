@@ -76,7 +76,7 @@
 /*
  * Variants with a rule broken, to be defined: NO_S1 NO_S2 NO_S3 NO_S4 NO_S5
  * NO_S5_EXCEPTION NO_S6 NO_S10_INITIATOR NO_S10_RESPONDER NO_S12 NO_S12_PROOF NO_M1
- * NO_M1_DENIAL NO_M1_PROOF NO_M1_HELD NO_M2. Those with a bug that shows in the outcome
+ * NO_M1_DENIAL NO_M1_PROOF NO_M1_HELD NO_M1_SAME NO_M2. Those with a bug that shows in the outcome
  * alone: BUG_STAYS BUG_HALF BUG_DEAF.
  */
 #ifdef NO_M1
@@ -100,6 +100,11 @@
 #define HELD		false
 #else
 #define HELD		bound
+#endif
+#ifdef NO_M1_SAME
+#define MEETS(s)	true
+#else
+#define MEETS(s)	CURRENT(s)
 #endif
 #ifdef NO_S1
 #define READY		unready
@@ -541,10 +546,10 @@ proctype peer(bit p) {
 			:: else
 			fi }
 		/* M1; of a draft-only peer that asks itself it is assumed that it says "later" */
-		:: d_step { ex == asked && (p == 0 || !MINE || !CURRENT(k)) && !BOTH_ACK ->
+		:: d_step { ex == asked && (p == 0 || !MINE || !MEETS(k)) && !BOTH_ACK ->
 			printf("%c: %e: reads Migrate, resets it: its own goes first\n", NAME(p), STREAM(k));
 			reset(k) }
-		:: d_step { ex == asked && p == 1 && MINE && CURRENT(k) && !BOTH_ACK && !PROOFLESS ->
+		:: d_step { ex == asked && p == 1 && MINE && MEETS(k) && !BOTH_ACK && !PROOFLESS ->
 			printf("%c: %e: reads Migrate; its own attempt gives way\n", NAME(p), STREAM(k));
 			giveUp(); bound = DENIES_FIRST; NOTE_GAVE_WAY }
 		:: d_step { ex == asked && MINE && CURRENT(k) && (DENIALS && DENIES_FIRST || PROOFLESS) ->
