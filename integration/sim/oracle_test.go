@@ -878,7 +878,12 @@ func labelsOf(h wrapped) int {
 	if !ok {
 		return 0
 	}
-	return reflect.ValueOf(mh).Elem().FieldByName("labels").Elem().FieldByName("peers").Len()
+	labels := reflect.ValueOf(mh).Elem().FieldByName("labels").Elem()
+	mu := labels.FieldByName("mu")
+	guard := reflect.NewAt(mu.Type(), mu.Addr().UnsafePointer()).Interface().(*sync.Mutex)
+	guard.Lock()
+	defer guard.Unlock()
+	return labels.FieldByName("peers").Len()
 }
 
 // stacksIn returns the stacks of all goroutines that are inside functions of such names.
