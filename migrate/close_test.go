@@ -42,6 +42,12 @@ func closeFor(t *testing.T, j *journey, mover, closer int, m moment) {
 		if err := gone.Close(); err != nil {
 			t.Errorf("Close: %v", err)
 		}
+		if n, err := gone.Read(make([]byte, 10)); n != 0 || err == nil {
+			t.Errorf("a Read behind Close returns %d bytes, %v", n, err)
+		}
+		if n, err := gone.Write([]byte{1}); n != 0 || err == nil {
+			t.Errorf("a Write behind Close takes %d bytes, %v", n, err)
+		}
 		if err := gone.Close(); err != nil {
 			t.Errorf("Close again: %v", err)
 		}

@@ -584,9 +584,18 @@ func (h *receiveHalf) keep(b []byte, budget *span) (taken bool) {
 
 // closeRead ends the application's reading. It may block.
 func (h *receiveHalf) closeRead() error {
+	if from := h.shut(); from != nil {
+		return from.CloseRead()
+	}
+	return nil
+}
+
+// shut is the part of closeRead that does not block: Reads fail from here on. It returns the
+// underlying stream that is to be closed for reading, if any.
+func (h *receiveHalf) shut() network.Stream {
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	if h.closed { // cur may be the next stream by now, on which the exchange waits (S3)
-		h.mu.Unlock()
 		return nil
 	}
 	h.closed = true
@@ -597,11 +606,10 @@ func (h *receiveHalf) closeRead() error {
 		h.settle()
 	}
 	h.changed.broadcast()
-	h.mu.Unlock()
 	if proof {
 		return nil // the exchange closes it
 	}
-	return old.CloseRead()
+	return old
 }
 
 func (h *receiveHalf) setDeadline(t time.Time) error {

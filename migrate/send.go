@@ -200,6 +200,17 @@ func (h *sendHalf) flush() error {
 	return err
 }
 
+// shut is the part of closeWrite that does not block: no Write begins any more. Where the
+// opening has yet to be sent, which is before the first Write, it is left to closeWrite.
+func (h *sendHalf) shut() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.opening == nil && h.state != sendFailed {
+		h.closed = true
+		h.changed.broadcast()
+	}
+}
+
 // closeWrite ends the application's writing. While the half is paused the exchange
 // closes the new stream in its stead (S6). It may block on a dead path.
 func (h *sendHalf) closeWrite() error {

@@ -133,7 +133,17 @@ func (s *Stream) Close() error {
 		return nil
 	}
 	if migrating {
-		go s.closeHalves() // the exchange does the rest
+		// Reads and Writes fail from here on. What may block comes later, and the exchange
+		// does the rest.
+		s.recv.noteOwnEnd()
+		s.send.shut()
+		from := s.recv.shut()
+		go func() {
+			_ = s.CloseWrite()
+			if from != nil {
+				_ = from.CloseRead()
+			}
+		}()
 		return nil
 	}
 	s.awaitAnswer()
