@@ -59,7 +59,7 @@ func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pid
 
 // enter enters a stream that this host opens.
 func (h *Host) enter(s *Stream) error {
-	s.verifies = h.cfg.verified // else it were not labelled
+	s.verifies = h.cfg.verified // without that the stream would have no label
 	if !h.labels.add(s.peer, s.label, s) {
 		return fmt.Errorf("label %d is taken", s.label) // after 2^63 streams, or by a peer that lies
 	}

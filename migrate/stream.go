@@ -133,8 +133,8 @@ func (s *Stream) Close() error {
 		return nil
 	}
 	if migrating {
-		// Reads and Writes fail from here on. What may block comes later, and the exchange
-		// does the rest.
+		// Reads and Writes fail when Close has returned. What may block comes later, and the
+		// exchange does the rest.
 		s.recv.noteOwnEnd()
 		s.send.shut()
 		from := s.recv.shut()

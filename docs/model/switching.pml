@@ -76,8 +76,8 @@
 /*
  * Variants with a rule broken, to be defined: NO_S1 NO_S2 NO_S3 NO_S4 NO_S5
  * NO_S5_EXCEPTION NO_S6 NO_S10_INITIATOR NO_S10_RESPONDER NO_S12 NO_S12_PROOF NO_M1
- * NO_M1_DENIAL NO_M1_PROOF NO_M1_HELD NO_M1_SAME NO_M2. Those with a bug that shows in the outcome
- * alone: BUG_STAYS BUG_HALF BUG_DEAF.
+ * NO_M1_DENIAL NO_M1_PROOF NO_M1_HELD NO_M1_SAME NO_M2. Those with a bug that shows in
+ * the outcome alone: BUG_STAYS BUG_HALF BUG_DEAF.
  */
 #ifdef NO_M1
 #define BOTH_ACK	true

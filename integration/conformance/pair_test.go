@@ -2,6 +2,7 @@ package conformance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -140,8 +141,12 @@ func (p *pair) open(ctx context.Context, side int, id protocol.ID) (network.Stre
 				return s, nil
 			}
 			_ = s.Reset()
-			if known, err := p.hosts[side].Peerstore().SupportsProtocols(far, migrate.ID); err != nil || len(known) > 0 {
-				return nil, fmt.Errorf("the stream is not labelled: %v", err)
+			known, err := p.hosts[side].Peerstore().SupportsProtocols(far, migrate.ID)
+			if err != nil {
+				return nil, err
+			}
+			if len(known) > 0 {
+				return nil, errors.New("the stream is not labelled")
 			}
 		}
 	}
