@@ -2,10 +2,13 @@ package migrate
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
@@ -144,6 +147,52 @@ func resetFor(t *testing.T, j *journey, mover, resetter int, m moment) {
 	require.Equal(t, code, se.ErrorCode, "the code of the reset")
 	_ = s[1-resetter].Close()
 	j.nothingLeft(t)
+}
+
+// TestCodeOfAReset: S7. The application's Reset calls out the exchange, which waits on the
+// new stream for the peer. It may be the first to reset that, and does so with the
+// application's code: for all the initiator knows the peer has acked, and takes the reset
+// for the end of the stream.
+func TestCodeOfAReset(t *testing.T) {
+	const code network.StreamErrorCode = 0x77
+	answer := tMultistream + tMigration
+	for name, fed := range map[string]string{
+		"while the initiator waits for the answer":         "",
+		"while the initiator waits for the ack":            answer,
+		"while the initiator waits for the final size":     answer + ackVerified,
+		"while the initiator waits for the old stream":     answer + ackVerified + finalSizeBytes(10),
+		"while the initiator waits for part of the answer": answer[:len(answer)-1],
+	} {
+		bubble(t, name, func(t *testing.T) {
+			h, old, next := verifyingHost(), newFake(), newFake()
+			s := acceptedOn(t, h, old)
+			next.conn.remote = playerLow
+			next.feeds(fed, nil)
+			next.conn.open = func(context.Context) (network.Stream, error) { return slowToReset{next}, nil }
+			moved := make(chan error, 1)
+			go func() { moved <- h.Migrate(context.Background(), s, next.conn) }()
+			synctest.Wait()
+			require.NotEmpty(t, next.taken(), "the exchange must be under way")
+			require.NoError(t, s.ResetWithError(code))
+			require.Error(t, <-moved)
+			synctest.Wait()
+			for what, u := range map[string]*fakeStream{"old": old, "new": next} {
+				require.NotNil(t, u.resetWith, "the %s stream must be reset", what)
+				require.Equal(t, code, *u.resetWith, "the code of the %s stream's reset", what)
+			}
+			require.Empty(t, h.labels.peers, "nothing may be left (L5)")
+		})
+	}
+}
+
+// slowToReset is a stream on which whoever a deadline calls out is faster than a reset that
+// follows upon it.
+type slowToReset struct{ *fakeStream }
+
+func (s slowToReset) SetDeadline(t time.Time) error {
+	err := s.fakeStream.SetDeadline(t)
+	time.Sleep(time.Millisecond) // of the bubble: until all the others wait
+	return err
 }
 
 // TestResetUntyped: as TestReset, where the transports' errors are

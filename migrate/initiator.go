@@ -134,7 +134,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	if err != nil {
 		// A reset now may have crossed an ack (S5).
 		x.trace(Failed, err)
-		_ = u.ResetWithError(codeFor(err))
+		_ = u.ResetWithError(x.code(err))
 		x.fallBack(!verifiable)
 		if errors.Is(err, errViolation) {
 			h.log.Warn("peer broke the stream-migration protocol",
@@ -177,6 +177,18 @@ func codeFor(err error) network.StreamErrorCode {
 		return network.StreamProtocolViolation
 	}
 	return network.StreamNoError
+}
+
+// code is the code to reset u with because of err, before the ack. Where the application has
+// reset the stream it is the application's, whoever gets there first: err may come from the
+// deadline by which that has called the exchange out (S7).
+func (x *exchange) code(err error) network.StreamErrorCode {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	if x.s.aborted {
+		return x.s.code
+	}
+	return codeFor(err)
 }
 
 // request sends Migrate and waits for the answer.
