@@ -212,24 +212,57 @@ texts() {
 	sed -n '/assert(/{=;s/.*\(VIOLATED\|REACHED\): \(.*\) \*\/.*/\2/p;}' "$here/switching.pml" | paste - -
 }
 
-# assertions takes each assertion out of the model, in turn. The verdict of the first
+# assertion LINE TEXT takes the assertion out of the model. The verdict of the first
 # configuration that expects its violation has to change.
+assertion() {
+	local name dir found
+	name=$(configurations | awk -F'|' -v text="$2" '$4 == text { print $1; exit }')
+	[ -n "$name" ] || fail "no configuration expects: $2"
+	model=$work/without-$1/switching.pml
+	mkdir "${model%/*}"
+	sed "$1s/assert(.*);/skip;/" "$here/switching.pml" >"$model"
+	dir=$(mktemp -d "$work/$name.XXXX")
+	(prepare "$name" "$dir") || exit 1
+	search "$dir" "$(field "$name" 3)"
+	found=$(verdict "$dir" "$(field "$name" 3)")
+	rm -rf "$dir"
+	printf '%-46s %-30s %s\n' "$2" "$name" "$found"
+	[ "$found" != "$2" ]
+}
+
+# assertions does that with each of them.
 assertions() {
-	local line text name dir found bad=0
-	model=$work/switching.pml
 	while IFS=$'\t' read -r line text; do
-		name=$(configurations | awk -F'|' -v text="$text" '$4 == text { print $1; exit }')
-		[ -n "$name" ] || fail "no configuration expects: $text"
-		sed "${line}s/assert(.*);/skip;/" "$here/switching.pml" >"$model"
-		dir=$(mktemp -d "$work/$name.XXXX")
-		(prepare "$name" "$dir") || exit 1
-		search "$dir" "$(field "$name" 3)"
-		found=$(verdict "$dir" "$(field "$name" 3)")
-		rm -rf "$dir"
-		printf '%-46s %-30s %s\n' "$text" "$name" "$found"
-		[ "$found" != "$text" ] || bad=$((bad + 1))
+		begin "without-$line" assertion "$line" "$text"
 	done < <(texts)
+	report all
 	[ $bad = 0 ] || fail "$bad assertions were not missed"
+}
+
+# begin NAME COMMAND... runs the command beside others, and prints what it says, in order,
+# as soon as that of those before it is there.
+begin() {
+	local name=$1
+	shift
+	while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
+		wait -n || true
+	done
+	("$@" >"$work/$name.row") &
+	started+=("$!:$name")
+	report
+}
+
+report() { # report all: waits for them
+	local name pid
+	while [ $printed -lt ${#started[@]} ]; do
+		name=${started[$printed]#*:} pid=${started[$printed]%%:*}
+		if [ "${1-}" != all ] && kill -0 "$pid" 2>/dev/null; then
+			return
+		fi
+		wait "$pid" || bad=$((bad + 1))
+		cat "$work/$name.row"
+		printed=$((printed + 1))
+	done
 }
 
 missing=
@@ -240,6 +273,8 @@ done
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+jobs=${JOBS:-2} bad=0 printed=0
+started=()
 
 case ${1-} in
 trail)
@@ -270,28 +305,8 @@ else
 fi
 
 printf '%-30s %11s %6s %8s  %s\n' configuration states depth time verdict
-# Rows are printed in order, each as soon as those before it are there.
-jobs=${JOBS:-2} bad=0 printed=0
-started=()
-report() { # report all: waits for them
-	local name pid
-	while [ $printed -lt ${#started[@]} ]; do
-		name=${started[$printed]#*:} pid=${started[$printed]%%:*}
-		if [ "${1-}" != all ] && kill -0 "$pid" 2>/dev/null; then
-			return
-		fi
-		wait "$pid" || bad=$((bad + 1))
-		cat "$work/$name.row"
-		printed=$((printed + 1))
-	done
-}
 for name in $names; do
-	while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do
-		wait -n || true
-	done
-	(row "$name" >"$work/$name.row") &
-	started+=("$!:$name")
-	report
+	begin "$name" row "$name"
 done
 report all
 cat "$work"/*.row | awk '{
