@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
@@ -94,6 +95,40 @@ func TestCloseAtBothEnds(t *testing.T) {
 				})
 			}
 		}
+	})
+}
+
+// TestCloseBeforeTheOpeningIsSent: S7, W1. Close comes while a migration waits for the
+// opening to be sent, on a connection that has no room for it. No Write is taken any more;
+// and the acceptor learns of the stream, and that it is over, once there is room.
+func TestCloseBeforeTheOpeningIsSent(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h, old, other := verifyingHost(), newFake(), new(fakeConn)
+		old.conn.remote, other.remote = playerLow, playerLow
+		old.grants(0, nil)
+		s, err := h.open(context.Background(), old, echoID, []protocol.ID{echoID})
+		require.NoError(t, err)
+		label := s.Label()
+		other.open = func(ctx context.Context) (network.Stream, error) { <-ctx.Done(); return nil, ctx.Err() }
+		moved := make(chan error, 1)
+		go func() { moved <- h.Migrate(context.Background(), s, other) }()
+		synctest.Wait()
+		require.NoError(t, s.Close())
+		for range 2 {
+			n, err := s.Write([]byte("late"))
+			require.ErrorIs(t, err, errWriteClosed)
+			require.Zero(t, n)
+			n, err = s.Read(make([]byte, 1))
+			require.ErrorIs(t, err, errReadClosed)
+			require.Zero(t, n)
+			synctest.Wait()
+			old.grants(-1, nil) // and again, with the opening sent
+			synctest.Wait()
+		}
+		require.Equal(t, tMultistream+tMigration+labelBytes(label)+tMultistream+tEcho, old.taken())
+		require.ErrorIs(t, <-moved, ErrTryLater)
+		require.True(t, old.writeClosed)
+		require.Empty(t, h.labels.peers, "nothing may be left (L5)")
 	})
 }
 

@@ -55,13 +55,14 @@ type sendHalf struct {
 	inside   bool // that call is inside cur.Write
 	flushing bool // it is no Write, but flush
 	closed   bool // CloseWrite or Close was called
+	closing  bool // Close was, but the opening has to be sent first
 	held     bool // an exchange is under way that may save a Write which cur fails
 	lost     bool // the application was told that cur's connection is gone, with err
 }
 
 func (h *sendHalf) write(p []byte) (int, error) {
 	h.mu.Lock()
-	if h.state != sendOpen || h.turn || h.closed || h.opening != nil {
+	if h.state != sendOpen || h.turn || h.closed || h.closing || h.opening != nil {
 		defer h.mu.Unlock()
 		return h.writeInTurn(p)
 	}
@@ -86,10 +87,16 @@ func (h *sendHalf) write(p []byte) (int, error) {
 
 // writeInTurn waits for its turn and writes p. mu must be held.
 func (h *sendHalf) writeInTurn(p []byte) (int, error) {
-	for h.turn {
+	for h.turn && !h.closing {
 		if !h.changed.wait(&h.mu, h.deadline) {
 			return 0, os.ErrDeadlineExceeded
 		}
+	}
+	switch {
+	case h.closing && h.state == sendFailed:
+		return 0, h.err
+	case h.closing:
+		return 0, errWriteClosed
 	}
 	h.turn = true
 	return h.goOn(p, 0, nil)
@@ -201,14 +208,19 @@ func (h *sendHalf) flush() error {
 }
 
 // shut is the part of closeWrite that does not block: no Write begins any more. Where the
-// opening has yet to be sent, which is before the first Write, it is left to closeWrite.
+// opening has yet to be sent closeWrite sends it.
 func (h *sendHalf) shut() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.opening == nil && h.state != sendFailed {
-		h.closed = true
-		h.changed.broadcast()
+	if h.state == sendFailed {
+		return
 	}
+	if h.opening == nil {
+		h.closed = true
+	} else {
+		h.closing = true
+	}
+	h.changed.broadcast()
 }
 
 // closeWrite ends the application's writing. While the half is paused the exchange
