@@ -15,7 +15,6 @@ import (
 	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
@@ -175,7 +174,7 @@ func (l *link) tryJoin(t testing.TB) bool {
 		}
 		direct := 1 - relayed
 		l.paths[direct] = faultproxy.New(t, b.Addr(t, l.over[direct]))
-		know(a, b, l.paths[direct].Addr())
+		a.Know(b, l.paths[direct].Addr())
 		if _, err := a.Network().DialPeer(network.WithForceDirectDial(ctx, "test"), b.ID()); err != nil {
 			t.Log(err)
 			return false
@@ -244,7 +243,7 @@ func (l *link) dialBoth(t testing.TB, ctx context.Context) error {
 	}
 	dial := func(i int) error {
 		from, to := l.nodes[i], l.nodes[1-i] // the opener dials the old one
-		know(from, to, l.paths[i].Addr())
+		from.Know(to, l.paths[i].Addr())
 		_, err := from.Network().DialPeer(ctx, to.ID())
 		return err
 	}
@@ -273,7 +272,7 @@ func (l *link) dialRelayed(t testing.TB, ctx context.Context, i int) error {
 	l.paths[i] = faultproxy.New(t, l.relay.Addr(t, TCP))
 	info := peer.AddrInfo{ID: l.relay.ID(), Addrs: []ma.Multiaddr{l.paths[i].Addr()}}
 	for _, n := range l.nodes {
-		n.Peerstore().ClearAddrs(l.relay.ID())
+		n.Know(l.relay, l.paths[i].Addr())
 		if err := n.Connect(ctx, info); err != nil {
 			return err
 		}
@@ -281,15 +280,9 @@ func (l *link) dialRelayed(t testing.TB, ctx context.Context, i int) error {
 	if _, err := client.Reserve(ctx, l.nodes[acceptor].Host, info); err != nil {
 		return err
 	}
-	know(l.nodes[opener], l.nodes[acceptor], ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", info.Addrs[0], info.ID)))
+	l.nodes[opener].Know(l.nodes[acceptor], ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", info.Addrs[0], info.ID)))
 	_, err := l.nodes[opener].Network().DialPeer(ctx, l.nodes[acceptor].ID())
 	return err
-}
-
-// know makes addr the only address that n has of other.
-func know(n, other *Node, addr ma.Multiaddr) {
-	n.Peerstore().ClearAddrs(other.ID())
-	n.Peerstore().AddAddr(other.ID(), addr, peerstore.PermanentAddrTTL)
 }
 
 // find waits for a connection. It returns nil where none comes.

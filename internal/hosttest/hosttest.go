@@ -128,7 +128,7 @@ func Dial(t testing.TB, a, b *Node, tr Transport) network.Conn {
 	t.Helper()
 	ctx, cancel := patiently()
 	defer cancel()
-	a.know(b, b.Addr(t, tr))
+	a.Know(b, b.Addr(t, tr))
 	c, err := a.Network().DialPeer(network.WithForceDirectDial(ctx, "test"), b.ID())
 	if err != nil {
 		t.Fatalf("dial over %s: %v", tr, err)
@@ -168,7 +168,7 @@ func join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, netw
 	t.Helper()
 	ctx, cancel := patiently()
 	defer cancel()
-	a.know(b, b.Addr(t, first))
+	a.Know(b, b.Addr(t, first))
 	release := a.gate.hold()
 	defer release() // else a host whose dial waits would not close
 	result := make(chan error, 1)
@@ -177,7 +177,7 @@ func join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, netw
 		result <- err
 	}()
 	a.gate.awaitHeld(t, ctx)
-	b.know(a, a.Addr(t, second))
+	b.Know(a, a.Addr(t, second))
 	if _, err := b.Network().DialPeer(ctx, a.ID()); err != nil {
 		t.Fatalf("dial over %s: %v", second, err)
 	}
@@ -222,7 +222,7 @@ func DialRelayed(t testing.TB, a, b, r *Node) network.Conn {
 		t.Fatalf("reserve at the relay: %v", err)
 	}
 	addr := ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", r.Addr(t, TCP), r.ID()))
-	a.know(b, addr)
+	a.Know(b, addr)
 	c, err := a.Network().DialPeer(network.WithAllowLimitedConn(ctx, "test"), b.ID())
 	if err != nil {
 		t.Fatalf("dial through the relay: %v", err)
@@ -237,8 +237,9 @@ func patiently() (context.Context, context.CancelFunc) {
 	return context.WithTimeout(ctx, Patience)
 }
 
-// know makes addr the only address that n has of other.
-func (n *Node) know(other *Node, addr ma.Multiaddr) {
+// Know makes addr the only address at which n dials other, whatever identify tells it.
+func (n *Node) Know(other *Node, addr ma.Multiaddr) {
+	n.gate.restrict(other.ID(), addr)
 	n.Peerstore().ClearAddrs(other.ID())
 	n.Peerstore().AddAddr(other.ID(), addr, peerstore.PermanentAddrTTL)
 }
@@ -303,9 +304,11 @@ func Far(t testing.TB, b *Node, c network.Conn) network.Conn {
 	return far
 }
 
-// gate is a connection gater that lets everything pass, dials when it is told to.
+// gate is a connection gater that lets pass what comes, dials when it is told to, and to
+// the addresses it is told.
 type gate struct {
-	mu    sync.Mutex
+	mu    sync.Mutex // guards all below
+	only  map[peer.ID]ma.Multiaddr
 	held  chan struct{} // closed when dials may go on; nil: they may
 	seen  chan struct{} // closed when one waits
 	noted bool          // seen is closed
@@ -337,10 +340,24 @@ func (g *gate) awaitHeld(t testing.TB, ctx context.Context) {
 	}
 }
 
+// restrict has p dialled at addr and nowhere else.
+func (g *gate) restrict(p peer.ID, addr ma.Multiaddr) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.only == nil {
+		g.only = make(map[peer.ID]ma.Multiaddr)
+	}
+	g.only[p] = addr
+}
+
 // InterceptAddrDial holds a dial back. The swarm asks it after it has looked, for the last
 // time, whether there is a connection already.
-func (g *gate) InterceptAddrDial(peer.ID, ma.Multiaddr) bool {
+func (g *gate) InterceptAddrDial(p peer.ID, addr ma.Multiaddr) bool {
 	g.mu.Lock()
+	if only := g.only[p]; only != nil && !only.Equal(addr) {
+		g.mu.Unlock()
+		return false
+	}
 	held, seen := g.held, g.seen
 	if held != nil && !g.noted {
 		close(seen)
