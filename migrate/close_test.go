@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -217,6 +218,76 @@ func TestCodeOfAReset(t *testing.T) {
 			}
 			require.Empty(t, h.labels.peers, "nothing may be left (L5)")
 		})
+	}
+}
+
+// TestErrorComesBehindTheReset: S8. A handover fails, and an application that closes as soon
+// as it is told must not be faster than the reset: its EOF would look to the other end as
+// if all was well.
+func TestErrorComesBehindTheReset(t *testing.T) {
+	const answer = tMultistream + tMigration
+	for name, goesWrong := range map[string]func(old, next *fakeStream){
+		"the old stream fails": func(old, next *fakeStream) {
+			next.feeds(finalSizeBytes(10), nil)
+			synctest.Wait()
+			old.ends(errors.New("gone"))
+		},
+		"the old stream ends too early": func(old, next *fakeStream) {
+			next.feeds(finalSizeBytes(10), nil)
+			old.feeds("some", io.EOF)
+		},
+		"the old stream brings too much": func(old, next *fakeStream) {
+			next.feeds(finalSizeBytes(10), nil)
+			synctest.Wait()
+			old.feeds("all of it, and more", nil)
+		},
+		"the old stream has brought too much": func(old, next *fakeStream) {
+			old.feeds("all of it, and more", nil)
+			synctest.Wait()
+			next.feeds(finalSizeBytes(10), nil)
+		},
+		"the old stream stalls": func(_, next *fakeStream) { next.feeds(finalSizeBytes(10), nil) },
+		"the new stream fails": func(_, next *fakeStream) {
+			next.feeds(finalSizeBytes(10), nil)
+			synctest.Wait()
+			next.ends(errors.New("gone"))
+		},
+	} {
+		for how, ends := range map[string]func(s *Stream) error{
+			"Close": (*Stream).Close, "CloseWrite": (*Stream).CloseWrite,
+		} {
+			bubble(t, name+", "+how, func(t *testing.T) {
+				slowly := WithTracer(func(e Event) {
+					if e.Kind == Failed {
+						time.Sleep(time.Minute) // of the bubble: the application gets its chance
+					}
+				})
+				h, old, next := verifyingHost(slowly), newFake(), newFake()
+				s := acceptedOn(t, h, old)
+				next.conn.remote = playerLow
+				next.conn.open = func(context.Context) (network.Stream, error) { return next, nil }
+				next.feeds(answer+ackVerified, nil)
+				moved, read := make(chan error, 1), make(chan error, 1)
+				go func() { moved <- h.Migrate(context.Background(), s, next.conn) }()
+				go func() {
+					err := os.ErrDeadlineExceeded
+					for errors.Is(err, os.ErrDeadlineExceeded) { // not inside the old stream all the time
+						_ = s.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+						_, err = io.Copy(io.Discard, s)
+					}
+					_ = ends(s)
+					read <- err
+				}()
+				synctest.Wait()
+				goesWrong(old, next)
+				require.ErrorIs(t, <-moved, network.ErrReset)
+				require.ErrorIs(t, <-read, network.ErrReset)
+				synctest.Wait()
+				require.NotNil(t, next.resetWith)
+				require.False(t, next.writeClosed, "the other end is given an EOF")
+				require.Empty(t, h.labels.peers, "nothing may be left (L5)")
+			})
+		}
 	}
 }
 

@@ -40,6 +40,7 @@ const (
 	receiveOpen     receiveState = iota // Reads come from cur
 	receiveHeld                         // and an end of cur is kept back
 	receiveHandover                     // cur to its end, then next
+	receiveBroken                       // the handover has failed, with err; see lose
 	receiveFailed                       // over, with err
 )
 
@@ -100,7 +101,7 @@ type receiveHalf struct {
 	ahead    chunks // of next
 	budget   *span  // what ready and ahead have reserved
 	ended    error  // how cur ended, where that is not yet settled
-	err      error  // of receiveFailed
+	err      error  // of receiveBroken and receiveFailed
 
 	state     receiveState
 	reading   bool // someone is inside cur.Read
@@ -141,6 +142,11 @@ func (h *receiveHalf) readSlowly(p []byte) (int, error) {
 			return 0, h.err
 		case h.closed:
 			return 0, errReadClosed
+		case h.state == receiveBroken:
+			if !h.changed.wait(&h.mu, h.deadline) {
+				return 0, os.ErrDeadlineExceeded
+			}
+			continue
 		case h.ready.len != 0:
 			n := h.ready.take(p)
 			h.budget.release(n)
@@ -187,7 +193,9 @@ func (h *receiveHalf) result(from network.Stream, p []byte, n int, err error) (i
 	kept := h.give(from, n, err)
 	switch {
 	case h.state == receiveFailed && before != receiveFailed:
-		return 0, h.err // these bytes broke the promise of the final size
+		return 0, h.err
+	case h.state == receiveBroken:
+		return h.readSlowly(p) // these bytes may have broken the promise of the final size
 	case h.state == receiveFailed && err != nil:
 		return n, h.err
 	case h.closed && kept:
@@ -219,8 +227,8 @@ func (h *receiveHalf) give(from network.Stream, n int, err error) (kept bool) {
 	h.changed.broadcast()
 	if from != h.cur {
 		// Called out of the old stream: all of it was there before, or nobody wants it.
-		if n > 0 && !h.closed && h.state != receiveFailed {
-			h.failLocked(reset(errTooMuch))
+		if n > 0 && !h.closed {
+			h.lose(errTooMuch)
 		}
 		return true
 	}
@@ -272,7 +280,7 @@ func (h *receiveHalf) end(err error) error {
 func (h *receiveHalf) settle() {
 	switch {
 	case h.verified && h.count > h.final:
-		h.failLocked(reset(errTooMuch))
+		h.lose(errTooMuch)
 	case h.closed && !h.proof:
 		h.switchOver()
 	case h.verified && h.count == h.final:
@@ -281,12 +289,12 @@ func (h *receiveHalf) settle() {
 	case h.verified && h.ended == io.EOF:
 		// More may be on its way; await reads on.
 	case h.verified:
-		h.failLocked(reset(fmt.Errorf("%w: %w", errLost, h.ended)))
+		h.lose(fmt.Errorf("%w: %w", errLost, h.ended))
 	case h.ended != io.EOF:
-		h.failLocked(reset(h.ended))
+		h.lose(h.ended)
 	case h.cur.Conn().IsClosed():
 		// Without a final size nothing vouches for an EOF from a dead connection.
-		h.failLocked(reset(errLost))
+		h.lose(errLost)
 	default:
 		h.switchOver()
 	}
@@ -385,7 +393,7 @@ func (h *receiveHalf) handover(next network.Stream, final uint64, verified bool,
 	}
 	if h.eof && h.ended == nil && h.count < final {
 		// An earlier EOF was none, and the application has believed it.
-		h.failLocked(reset(errLost))
+		h.lose(errLost)
 		return
 	}
 	h.settle()
@@ -420,7 +428,7 @@ func (h *receiveHalf) await(stall, hold time.Duration) error {
 		}
 		if h.ended != nil {
 			if again == 0 {
-				h.failLocked(reset(errLost))
+				h.lose(errLost)
 				break
 			}
 			retry := time.Now().Add(backoff)
@@ -440,7 +448,7 @@ func (h *receiveHalf) await(stall, hold time.Duration) error {
 			since = time.Now() // for want of memory here, the path is not to blame
 			began = since
 		case owed && quiet >= limit:
-			h.failLocked(reset(errStalled))
+			h.lose(errStalled)
 			continue
 		case time.Since(began) >= stallNotice && !h.aheadOn && h.ahead.len == 0:
 			h.aheadOn = true
@@ -479,7 +487,7 @@ func (h *receiveHalf) drain() {
 		budget := h.budget
 		err := budget.reserve(size)
 		if errors.Is(err, network.ErrResourceScopeClosed) {
-			h.failLocked(reset(err)) // next is gone, in whose scope this is (S8)
+			h.lose(err) // next is gone, in whose scope this is (S8)
 			return
 		}
 		if h.starved = err != nil; h.starved {
@@ -499,7 +507,7 @@ func (h *receiveHalf) drain() {
 		n, expect, err := readBehind(cur, expect, buf)
 		h.mu.Lock()
 		budget.release(size - n)
-		if h.state == receiveFailed || h.closed {
+		if h.state >= receiveBroken || h.closed {
 			budget.release(n)
 			n = 0
 		}
@@ -535,7 +543,7 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 		h.mu.Lock()
 		budget.release(len(buf) - n)
 		switch {
-		case h.state == receiveFailed:
+		case h.state >= receiveBroken:
 			budget.release(n)
 			return
 		case h.next != next:
@@ -560,7 +568,7 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 			break // next reports it again
 		}
 		if err != nil {
-			h.failLocked(reset(err)) // S8
+			h.lose(err) // S8
 			return
 		}
 	}
@@ -617,7 +625,7 @@ func (h *receiveHalf) setDeadline(t time.Time) error {
 	defer h.mu.Unlock()
 	h.deadline = t
 	h.changed.broadcast()
-	if h.ours || h.closed || h.state == receiveFailed {
+	if h.ours || h.closed || h.state >= receiveBroken {
 		return nil // give sets it, or nobody reads
 	}
 	return h.cur.SetReadDeadline(t)
@@ -628,6 +636,22 @@ func (h *receiveHalf) noteOwnEnd() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.ownEnd = true
+}
+
+// lose ends a handover that cannot succeed. The application is not told before the exchange
+// has reset the stream: it would close it, and the other end take that for a clean end
+// (S8). So Reads wait for that, and await returns the error. Outside of a handover, where
+// no exchange waits, Reads fail at once. mu must be held.
+func (h *receiveHalf) lose(cause error) {
+	switch h.state {
+	case receiveBroken, receiveFailed:
+	case receiveHandover:
+		h.drop()
+		h.state, h.err = receiveBroken, reset(cause)
+		h.changed.broadcast()
+	default:
+		h.failLocked(reset(cause))
+	}
 }
 
 // fail ends the half; Reads return err.
@@ -641,10 +665,15 @@ func (h *receiveHalf) failLocked(err error) {
 	if h.state == receiveFailed {
 		return
 	}
-	h.budget.release(h.ready.len + h.ahead.len)
-	h.ready, h.ahead = chunks{}, chunks{}
+	h.drop()
 	h.state, h.err = receiveFailed, err
 	h.changed.broadcast()
+}
+
+// drop frees what was read for an application that will not read it. mu must be held.
+func (h *receiveHalf) drop() {
+	h.budget.release(h.ready.len + h.ahead.len)
+	h.ready, h.ahead = chunks{}, chunks{}
 }
 
 // view is what the exchange needs to know of the half.

@@ -56,7 +56,13 @@ func (r *receiver) hands(final int, stall time.Duration) {
 	r.hold()
 	r.handover(r.next, uint64(max(0, final)), final >= 0, &span{parent: r.scope})
 	r.awaited = make(chan error, 1)
-	go func() { r.awaited <- r.await(stall, maxHold) }()
+	go func() {
+		err := r.await(stall, maxHold)
+		if err != nil {
+			r.fail(reset(err)) // as the exchange does, when it has reset the stream
+		}
+		r.awaited <- err
+	}()
 	synctest.Wait()
 }
 
