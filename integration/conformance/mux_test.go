@@ -16,6 +16,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	mux "github.com/libp2p/go-libp2p/p2p/muxer/testsuite"
+	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
+	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
 	. "github.com/go-portage/portage/internal/hosttest"
@@ -332,4 +334,43 @@ func (s *muxStream) Close() error {
 func (s *muxStream) Reset() error {
 	s.forget()
 	return s.Stream.Reset()
+}
+
+// TestYamuxBacklog is what raw streams of yamux do: one that is reset before the other end
+// has accepted it gives its place among those that may wait for that to the next, though it
+// waits there still. So where many are given up at once, as attempts to migrate from both
+// ends are (M1), streams that have nothing to do with it can be reset as they open.
+func TestYamuxBacklog(t *testing.T) {
+	near, far := net.Pipe()
+	scope := &network.NullScope{}
+	opener, err := yamux.DefaultTransport.NewConn(near, false, scope)
+	require.NoError(t, err)
+	defer opener.Close()
+	acceptor, err := yamux.DefaultTransport.NewConn(far, true, scope)
+	require.NoError(t, err)
+	defer acceptor.Close()
+
+	for range yamux.DefaultTransport.AcceptBacklog {
+		s, err := opener.OpenStream(t.Context())
+		require.NoError(t, err)
+		require.NoError(t, s.Reset())
+	}
+	s, err := opener.OpenStream(t.Context())
+	require.NoError(t, err, "nothing waits at this end")
+	_, err = s.Read(make([]byte, 1))
+	require.ErrorIs(t, err, network.ErrReset, "the other end has no room")
+
+	for range yamux.DefaultTransport.AcceptBacklog {
+		_, err := acceptor.AcceptStream()
+		require.NoError(t, err)
+	}
+	s, err = opener.OpenStream(t.Context())
+	require.NoError(t, err)
+	accepted, err := acceptor.AcceptStream()
+	require.NoError(t, err)
+	_, err = accepted.Write([]byte{1})
+	require.NoError(t, err)
+	n, err := s.Read(make([]byte, 1))
+	require.NoError(t, err)
+	require.Equal(t, 1, n)
 }

@@ -96,10 +96,12 @@ func newPair(t testing.TB, s setup) *pair {
 }
 
 // patientYamux does not close a connection that has a write waiting for the 10 s that are
-// usual: a suite on a busy machine keeps them waiting for longer.
+// usual: a suite on a busy machine keeps them waiting for longer. And it has room for all
+// streams of a suite that the other end has yet to accept: see TestYamuxBacklog.
 func patientYamux() libp2p.Option {
 	cfg := *yamux.DefaultTransport.Config()
 	cfg.ConnectionWriteTimeout = patience
+	cfg.AcceptBacklog = 1 << 14
 	return libp2p.Muxer(yamux.ID, (*yamux.Transport)(&cfg))
 }
 
