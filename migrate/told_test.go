@@ -209,21 +209,24 @@ func TestAnswerThatMeetsTheDeadline(t *testing.T) {
 		"ordinary": tMultistream + tEcho,
 	} {
 		for lost := range 3 {
-			h := verifyingHost()
-			handled := make(chan network.Stream, 1)
-			h.SetStreamHandler(echoID, func(s network.Stream) { handled <- s })
-			u := &lossy{fakeStream: newFake(), lost: lost}
-			u.conn.remote = playerLow
-			u.feeds(opening, nil)
-			h.handleStream(u)
-			if lost == 0 {
-				require.NoError(t, (<-handled).Reset())
-				require.Equal(t, 2, u.n, "Writes")
-				continue
-			}
-			require.Empty(t, handled, "%s: the application got a stream on which Write %d was lost", name, lost)
-			require.NotNil(t, u.resetWith, "%s: Write %d", name, lost)
-			require.Empty(t, h.labels.peers)
+			bubble(t, fmt.Sprintf("%s, Write %d", name, lost), func(t *testing.T) {
+				h := verifyingHost()
+				handled := make(chan network.Stream, 1)
+				h.SetStreamHandler(echoID, func(s network.Stream) { handled <- s })
+				u := &lossy{fakeStream: newFake(), lost: lost}
+				u.conn.remote = playerLow
+				u.feeds(opening, nil)
+				h.handleStream(u)
+				if lost == 0 {
+					require.NoError(t, (<-handled).Reset())
+					require.Equal(t, 2, u.n, "Writes")
+					return
+				}
+				synctest.Wait()
+				require.Empty(t, handled, "the application got the stream")
+				require.NotNil(t, u.resetWith)
+				require.Empty(t, h.labels.peers)
+			})
 		}
 	}
 	// An answer that the timer sends, and then the ack.

@@ -156,8 +156,16 @@ func (l *link) anyMoment(t *testing.T, seed uint64) (survived, broke int) {
 	done.faults.Add(1)
 	if !f.slow {
 		// What nobody notices, the transports do some time later.
-		end := time.AfterFunc(time.Duration(r.IntN(400))*time.Millisecond, func() { l.giveUp(i) })
-		defer end.Stop()
+		given := make(chan struct{})
+		end := time.AfterFunc(time.Duration(r.IntN(400))*time.Millisecond, func() {
+			defer close(given)
+			l.giveUp(i)
+		})
+		defer func() {
+			if !end.Stop() {
+				<-given // else it could be the next round's connection
+			}
+		}()
 	}
 	if l.over[0] == WebRTC || l.over[1] == WebRTC {
 		done.onWebRTC.Add(streams)
