@@ -638,8 +638,8 @@ func (h *receiveHalf) noteOwnEnd() {
 	h.ownEnd = true
 }
 
-// lose ends a handover that cannot succeed. The application is not told before the exchange
-// has reset the stream: it would close it, and the other end take that for a clean end
+// lose ends a handover that cannot succeed. The application is told by abort, which takes its
+// writing away first: told now it would close, and the other end take that for a clean end
 // (S8). So Reads wait for that, and await returns the error. Outside of a handover, where
 // no exchange waits, Reads fail at once. mu must be held.
 func (h *receiveHalf) lose(cause error) {
