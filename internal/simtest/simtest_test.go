@@ -2,6 +2,7 @@ package simtest
 
 import (
 	"io"
+	"net"
 	"testing"
 	"time"
 
@@ -75,6 +76,41 @@ func TestLatencyIsExact(t *testing.T) {
 			n.SetLatency(ips[1], ips[0], 40*time.Millisecond)
 			require.Equal(t, 80*time.Millisecond, ping(t, s, 100), tr)
 			require.NoError(t, s.Close())
+		}
+	})
+}
+
+// However many packets arrive in one instant, a socket is given a burst of them at most
+// before the rest of the world has done with it.
+func TestPacketsComeInBursts(t *testing.T) {
+	const packets, latency = 10*burst + 1, 7 * time.Millisecond
+	Run(t, func(t *testing.T, n *Net) {
+		n.SetLatency(ipA, ipB, latency)
+		a := n.listenUDP(&net.UDPAddr{IP: net.ParseIP(ipA), Port: 4001})
+		b := n.listenUDP(&net.UDPAddr{IP: net.ParseIP(ipB), Port: 4001})
+		defer a.Close()
+		defer b.Close()
+		for range 2 { // the second time long after the first
+			start := time.Now()
+			go func() {
+				for i := range packets {
+					_, _ = a.WriteTo([]byte{byte(i)}, b.LocalAddr())
+				}
+			}()
+			at := make(map[time.Duration]int)
+			for i := range packets {
+				got := make([]byte, 2)
+				size, _, err := b.ReadFrom(got)
+				require.NoError(t, err)
+				require.Equal(t, []byte{byte(i)}, got[:size])
+				at[time.Since(start)-latency]++
+			}
+			want := make(map[time.Duration]int)
+			for i := range packets {
+				want[time.Duration(i/burst)*time.Nanosecond]++
+			}
+			require.Equal(t, want, at)
+			time.Sleep(time.Second)
 		}
 	})
 }
