@@ -17,13 +17,14 @@ type config struct {
 	streams int
 	from    path
 	to      path
-	after   time.Duration // first byte to the dial of the second connection
+	after   time.Duration // first byte of the last stream to the dial of the second connection
 	rate    int64         // sender's pace in bytes a second; 0: none
 	without bool
 	json    bool
 	verbose bool
 	svg     string // "": none
 	timeout time.Duration
+	hold    bool // for tests: no stream ends before all have moved
 
 	relay relayLimits // of -from relay
 }
@@ -65,7 +66,7 @@ func parseFlags(args []string, stderr io.Writer) (config, error) {
 	fs.IntVar(&cfg.streams, "streams", 1, "send in this many streams at once; the size is divided among them")
 	from := fs.String("from", "relay", "first connection: relay, quic, webtransport, tcp or ws")
 	to := fs.String("to", "quic", "second connection: quic, webtransport, tcp or ws")
-	fs.DurationVar(&cfg.after, "after", 1500*time.Millisecond, "dial the second connection this long after the first byte has arrived")
+	fs.DurationVar(&cfg.after, "after", 1500*time.Millisecond, "dial the second connection this long after the first byte of every stream has arrived")
 	rate := fs.String("rate", "", "pace of the sender per `second`, such as 16MiB; 0: as fast as it goes; default: a quarter of the size")
 	fs.BoolVar(&cfg.without, "without", false, "plain go-libp2p, without Portage")
 	fs.BoolVar(&cfg.json, "json", false, "write one JSON object instead of the summary")

@@ -215,11 +215,12 @@ func (bed *testbed) connectRelayed(ctx context.Context) error {
 	return bed.sender.Connect(ctx, peer.AddrInfo{ID: bed.receiver.ID(), Addrs: []ma.Multiaddr{circuit}})
 }
 
-// connectSecond makes the second connection, once after has passed since the first
-// byte arrived. If the transfer is done before that, there will be none: false.
+// connectSecond makes the second connection, once after has passed since something of
+// each stream has arrived: a stream that opens later could take it at once. If the
+// transfer is done before that, there will be none: false.
 func (bed *testbed) connectSecond(ctx context.Context, rec *recorder, after time.Duration, done <-chan struct{}) (bool, error) {
 	select {
-	case <-rec.firstByte:
+	case <-rec.underWay:
 	case <-done:
 		return false, nil
 	}

@@ -63,13 +63,16 @@ const binWidth = 10 * time.Millisecond
 
 // recorder takes the record. It is safe for concurrent use.
 type recorder struct {
-	from, to  path
-	firstByte chan struct{} // closed when the receiver has read something
+	from, to path
+	streams  int
+	underWay chan struct{} // closed when the receiver has read something of each stream
+	allMoved chan struct{} // closed when as many migrations have ended well as there are streams
 
 	mu       sync.Mutex
 	begin    time.Time // zero before the start
 	stopped  bool
 	rec      record
+	begun    int             // streams of which something has been read
 	lastRead time.Time       // zero before the first
 	route    path            // of the latest read; before that, the first
 	courses  map[int]*course // by part
@@ -77,11 +80,13 @@ type recorder struct {
 
 func newRecorder(cfg config) *recorder {
 	return &recorder{
-		from:      cfg.from,
-		to:        cfg.to,
-		route:     cfg.from,
-		firstByte: make(chan struct{}),
-		courses:   make(map[int]*course),
+		from:     cfg.from,
+		to:       cfg.to,
+		route:    cfg.from,
+		streams:  cfg.streams,
+		underWay: make(chan struct{}),
+		allMoved: make(chan struct{}),
+		courses:  make(map[int]*course),
 		rec: record{
 			sent:     make(map[path]int64),
 			received: make(map[path]int64),
@@ -155,7 +160,9 @@ func (r *recorder) moment(kind momentKind, who side, when time.Time) {
 func (r *recorder) migrated() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.rec.moves++
+	if r.rec.moves++; r.rec.moves == r.streams {
+		close(r.allMoved)
+	}
 }
 
 // watch returns a notifiee that records the connections of one side to the other.
@@ -270,8 +277,10 @@ func (c *course) arrive(n int64, now time.Time) {
 	if !r.running() {
 		return
 	}
-	if r.lastRead.IsZero() {
-		close(r.firstByte)
+	if c.lastRead.IsZero() {
+		if r.begun++; r.begun == r.streams {
+			close(r.underWay)
+		}
 	}
 	at := now.Sub(r.begin)
 	bin := int(at / binWidth)

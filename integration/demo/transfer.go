@@ -198,6 +198,12 @@ func (t *transfer) sendPart(ctx context.Context, src *source, i int) (err error)
 	} else if sent != size {
 		return fmt.Errorf("send: %s is shorter than it was: %s of %s", src.name, formatSize(sent), formatSize(size))
 	}
+	if t.cfg.hold {
+		select {
+		case <-t.rec.allMoved:
+		case <-ctx.Done():
+		}
+	}
 	if _, err := out.Write(hash.Sum(nil)); err != nil {
 		return fmt.Errorf("send the hash: %w", err)
 	}
