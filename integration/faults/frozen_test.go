@@ -40,18 +40,22 @@ func eachMove(t *testing.T, ways []way, f func(t *testing.T, l *link, initiator 
 	})
 }
 
-// congest freezes connection i, and writes to it, from both ends, until it takes nothing
-// any more.
-func (l *link) congest(t *testing.T, i int) {
+// fillers opens streams on connection i with which congest can fill it: each fills its own
+// window, and all together the path.
+func (l *link) fillers(t *testing.T, i int) (fillers []network.Stream) {
 	t.Helper()
-	l.nodes[opener].SetStreamHandler(rawID, func(s network.Stream) { _ = s.Reset() })
-	// As many as it takes: each fills its own window, and all together the path.
 	const streams = 24
-	var fillers []network.Stream
 	for range streams {
 		ends := l.raw(t, i)
 		fillers = append(fillers, ends[0], ends[1])
 	}
+	return fillers
+}
+
+// congest freezes connection i, and writes to it, from both ends, until it takes nothing
+// any more.
+func (l *link) congest(t *testing.T, i int, fillers []network.Stream) {
+	t.Helper()
 	l.paths[i].Freeze()
 	done.faults.Add(1)
 	var writers sync.WaitGroup
@@ -132,7 +136,7 @@ func TestFrozenOldPathHoldsNobodyUp(t *testing.T) {
 	eachMove(t, frozenWays, func(t *testing.T, l *link, initiator int) {
 		ends := l.open(t, oldConn)
 		control, forget := l.echoing(t, newConn)
-		l.congest(t, oldConn)
+		l.congest(t, oldConn, l.fillers(t, oldConn))
 		const size = 1000
 		talk := newTalk("a stream with nothing under way", ends, 1, [2]int{1 << 18, 1 << 18})
 		begin := time.Now()

@@ -141,8 +141,11 @@ func TestFirstWriteInterrupted(t *testing.T) {
 					inTime(t)
 					l := joined(t, w.from, w.to)
 					done.pair(w)
-					s := l.newStream(t, oldConn) // which the path has to carry, too
-					l.congest(t, oldConn)
+					fillers := l.fillers(t, oldConn)
+					// The path has to carry it, too. From now on go-libp2p allows 10 s until the
+					// opening has come.
+					s := l.newStream(t, oldConn)
+					l.congest(t, oldConn, fillers)
 					sent, n := interrupt(t, s, 1<<20, true) // more than a window of yamux
 					t.Logf("it took %d", n)
 					l.goesOn(t, s, sent, n, move, l.paths[oldConn].Thaw)
@@ -247,17 +250,24 @@ func (l *link) goesOn(t *testing.T, s *migrate.Stream, sent []byte, n int, move 
 		}
 		written <- errors.Join(err, s.CloseWrite())
 	}()
-	far := await(t, l.accepted, "the stream")
-	got, err := io.ReadAll(far)
-	require.NoError(t, err)
-	require.True(t, bytes.Equal(sent, got), "%d bytes were written, %d others came", len(sent), len(got))
+	var far *migrate.Stream
+	var got []byte
+	arrived := make(chan error, 1)
+	go func() {
+		var err error
+		far = <-l.accepted
+		got, err = io.ReadAll(far)
+		arrived <- err
+	}()
 	require.NoError(t, await(t, written, "the Write to end"))
+	require.NoError(t, await(t, arrived, "the stream and its bytes"))
+	require.True(t, bytes.Equal(sent, got), "%d bytes were written, %d others came", len(sent), len(got))
 	done.bytes.Add(int64(len(got)))
 	done.streams.Add(1)
 	if move {
 		require.NoError(t, await(t, moved, "Migrate to return"))
 	}
-	_, err = far.Write([]byte("answer"))
+	_, err := far.Write([]byte("answer"))
 	require.NoError(t, err)
 	require.NoError(t, far.CloseWrite())
 	got, err = io.ReadAll(s)
