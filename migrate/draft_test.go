@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
@@ -607,7 +608,7 @@ func TestDraftResetBeforeAck(t *testing.T) {
 				asked <- struct{}{}
 				for _, u := range to.GetStreams() {
 					if u.Protocol() == "" {
-						_, _ = io.Copy(io.Discard, u)
+						noticesReset(u)
 					}
 				}
 				close(reset)
@@ -633,6 +634,18 @@ func TestDraftResetBeforeAck(t *testing.T) {
 		p.settled(s, next)
 		p.talk(s, next)
 	})
+}
+
+// noticesReset waits until a QUIC stream has been reset both ways. The frame that ends its
+// reading (RESET_STREAM) is handled before the one that ends its writing (STOP_SENDING).
+func noticesReset(u network.Stream) {
+	_, _ = io.Copy(io.Discard, u)
+	for {
+		if _, err := u.Write(nil); err != nil {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // TestDraftResetAfterAck: from the ack on there is no way back; a reset of either stream
