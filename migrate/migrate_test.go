@@ -48,7 +48,7 @@ func newPairOf(t testing.TB, first, second Transport, between func(host.Host) ho
 		if _, ok := t.(*testing.B); ok || !testing.Verbose() {
 			log = defaults().log
 		}
-		h, err := Wrap(between(p.nodes[i]), append([]Option{WithLogger(log)}, opts...)...)
+		h, err := Wrap(between(p.nodes[i]), append([]Option{WithLogger(log), WithNegotiationTimeout(Patience)}, opts...)...)
 		require.NoError(t, err)
 		t.Cleanup(func() { _ = h.Close() })
 		p.hosts[i] = h

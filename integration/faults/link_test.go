@@ -123,6 +123,7 @@ func (l *link) wrap(t testing.TB, side int, opts ...migrate.Option) {
 	t.Helper()
 	opts = append([]migrate.Option{
 		migrate.WithTracer(l.trace),
+		migrate.WithNegotiationTimeout(Patience), // a new stream is open while its exchange is held
 		migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return l.conns[side][l.opensOn.Load()] }),
 	}, opts...)
 	h, err := migrate.Wrap(l.nodes[side], opts...)

@@ -419,7 +419,16 @@ func (e *hostile) fresh() uint64 { return atomic.AddUint64(&e.label, 2) }
 // bad input.
 func (e *hostile) tries(i int, bytes string) (network.Stream, error) {
 	tried.Add(1)
-	return e.opens(i, bytes, Patience)
+	u, err := e.opens(i, "", Patience)
+	if err != nil {
+		return nil, err
+	}
+	// QUIC sends a long input in parts, and the first may be enough for the victim.
+	if _, err := io.WriteString(u, bytes); err != nil && !errors.Is(err, network.ErrReset) {
+		_ = u.Reset()
+		return nil, err
+	}
+	return u, nil
 }
 
 // floods is tries, where the victim may have had enough: that is what fails of it then.
