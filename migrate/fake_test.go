@@ -295,6 +295,7 @@ type fakeScope struct {
 	closed  bool
 	memory  int
 	peak    int
+	asked   int   // how often memory was reserved
 	prio    uint8 // of the last reservation
 	service string
 	refuses error // what SetService returns
@@ -304,6 +305,7 @@ func (c *fakeScope) ReserveMemory(size int, prio uint8) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.prio = prio
+	c.asked++
 	if c.closed {
 		return fmt.Errorf("fake: %w", network.ErrResourceScopeClosed)
 	}
@@ -313,6 +315,12 @@ func (c *fakeScope) ReserveMemory(size int, prio uint8) error {
 	c.memory += size
 	c.peak = max(c.peak, c.memory)
 	return nil
+}
+
+func (c *fakeScope) reservations() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.asked
 }
 
 func (c *fakeScope) ReleaseMemory(size int) {

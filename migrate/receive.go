@@ -527,21 +527,27 @@ func (h *receiveHalf) readAhead(next network.Stream) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	var spare []byte // as in drain
+	// A Read brings a packet, and the resource manager has one lock for the whole host: what
+	// is reserved serves many Reads.
+	budget, held := h.budget, 0 // held is reserved, and not read yet
+	defer func() { budget.release(held) }()
 	for h.state == receiveHandover && h.next == next && h.ahead.len < maxAhead {
 		size := min(readChunk, maxAhead-h.ahead.len)
-		if cap(spare) < size {
+		if held < min(size, readChunk/8) {
+			if budget.reserve(size-held) != nil {
+				h.aheadFull = h.ahead.len > 0
+				break
+			}
+			held = size
+		}
+		if cap(spare) < held {
 			spare = make([]byte, size)
 		}
-		buf := spare[:size]
-		budget := h.budget
-		if budget.reserve(len(buf)) != nil {
-			h.aheadFull = h.ahead.len > 0
-			break
-		}
+		buf := spare[:held]
 		h.mu.Unlock()
 		n, err := readFrom(next, buf)
 		h.mu.Lock()
-		budget.release(len(buf) - n)
+		held -= n
 		switch {
 		case h.state >= receiveBroken:
 			budget.release(n)

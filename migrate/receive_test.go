@@ -73,6 +73,13 @@ func (r *receiver) waitsAhead() int {
 	return r.ahead.len
 }
 
+// see returns what a field is. A drain may change it at the same moment of virtual time.
+func see[T any](r *receiver, field *T) T {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return *field
+}
+
 // reads begins a Read of up to size bytes.
 func (r *receiver) reads(size int) chan readResult {
 	ch := make(chan readResult, 1)
@@ -251,7 +258,7 @@ func TestSwitchOver(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.next.feeds("new", nil)
 		r.wants(t, "new")
-		require.Equal(t, uint64(3), r.count, "the count begins anew")
+		require.Equal(t, uint64(3), see(r, &r.count), "the count begins anew")
 	})
 	bubble(t, "verified, all there is was read", func(t *testing.T) {
 		r := newReceiver(t)
@@ -440,16 +447,16 @@ func TestDrain(t *testing.T) {
 		}
 		r.old.feeds("", io.EOF)
 		synctest.Wait()
-		require.LessOrEqual(t, r.ready.len, maxDrained)
-		require.Greater(t, r.ready.len, maxDrained-readChunk)
-		require.Equal(t, r.ready.len, r.scope.reserved())
+		require.LessOrEqual(t, see(r, &r.ready.len), maxDrained)
+		require.Greater(t, see(r, &r.ready.len), maxDrained-readChunk)
+		require.Equal(t, see(r, &r.ready.len), r.scope.reserved())
 		later(t, r.awaited, "await")
 		time.Sleep(59 * time.Minute)
 		later(t, r.awaited, "await") // a full buffer is no stall
 
 		r.wants(t, block)
 		synctest.Wait()
-		require.Greater(t, r.ready.len, maxDrained-readChunk, "what was read makes room")
+		require.Greater(t, see(r, &r.ready.len), maxDrained-readChunk, "what was read makes room")
 		for range blocks - 1 {
 			r.wants(t, block)
 		}
@@ -469,7 +476,7 @@ func TestDrainReadsNoFurther(t *testing.T) {
 		r.hands(5, time.Minute)
 		r.old.feeds("abcdefgh", nil)
 		require.NoError(t, now(t, r.awaited, "await"))
-		require.Equal(t, 5, r.ready.len)
+		require.Equal(t, 5, see(r, &r.ready.len))
 		require.Equal(t, 5, r.scope.reserved())
 		r.wants(t, "abcde")
 	})
@@ -485,8 +492,8 @@ func TestDrainWithoutMemory(t *testing.T) {
 		r.hands(50_000, time.Minute)
 		r.old.feeds(strings.Repeat("x", 40_000), nil)
 		synctest.Wait()
-		require.Zero(t, r.ready.len)
-		require.True(t, r.starved)
+		require.Zero(t, see(r, &r.ready.len))
+		require.True(t, see(r, &r.starved))
 		time.Sleep(time.Hour)
 		later(t, r.awaited, "await")
 
@@ -495,7 +502,7 @@ func TestDrainWithoutMemory(t *testing.T) {
 		r.scope.limitTo(0)
 		time.Sleep(stallNotice)
 		synctest.Wait()
-		require.Equal(t, 30_000, r.ready.len)
+		require.Equal(t, 30_000, see(r, &r.ready.len))
 		r.old.feeds(strings.Repeat("y", 10_000), nil)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.wants(t, strings.Repeat("x", 30_000)+strings.Repeat("y", 10_000))
@@ -513,7 +520,7 @@ func TestStallBehindAWantOfMemory(t *testing.T) {
 		r := newReceiver(t)
 		r.scope.limit = 1
 		r.hands(5, 10*time.Second)
-		require.True(t, r.starved)
+		require.True(t, see(r, &r.starved))
 		r.reads(10)
 		time.Sleep(time.Minute)
 		require.ErrorIs(t, now(t, r.awaited, "the handover"), errStalled)
@@ -529,11 +536,36 @@ func TestReadAheadWithoutMemory(t *testing.T) {
 		r.next.feeds(strings.Repeat("x", 10), nil)
 		time.Sleep(stallNotice)
 		synctest.Wait()
-		require.True(t, r.aheadOn)
+		require.True(t, see(r, &r.aheadOn))
 		r.scope.limitTo(1)
-		r.next.feeds(strings.Repeat("x", 10), nil)
+		r.next.feeds(strings.Repeat("x", readChunk), nil) // more than is reserved
 		time.Sleep(maxHold)
 		require.ErrorIs(t, now(t, r.awaited, "the handover"), errStalled)
+	})
+}
+
+// TestReadAheadReservesSeldom: a Read brings a packet, and every reservation takes a lock of
+// the resource manager's that the whole host shares, yamux's receiving included.
+func TestReadAheadReservesSeldom(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hands(5, time.Hour)
+		time.Sleep(stallNotice)
+		synctest.Wait()
+		before := r.scope.reservations()
+		const packet, packets = 1 << 10, 1 << 10
+		for range packets {
+			r.next.feeds(strings.Repeat("x", packet), nil)
+			synctest.Wait()
+		}
+		require.Equal(t, packet*packets, r.waitsAhead())
+		require.LessOrEqual(t, r.scope.reservations()-before, 2*packet*packets/readChunk)
+		require.LessOrEqual(t, r.scope.reserved(), packet*packets+2*readChunk)
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "first"+strings.Repeat("x", packet*packets))
+		r.ends()
+		require.Zero(t, r.scope.reserved())
 	})
 }
 
@@ -709,7 +741,7 @@ func TestReadAhead(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.wants(t, "first"+strings.Repeat("n", piece*pieces))
 		require.Zero(t, r.scope.reserved())
-		require.Equal(t, uint64(piece*pieces), r.count)
+		require.Equal(t, uint64(piece*pieces), see(r, &r.count))
 	})
 	bubble(t, "progress", func(t *testing.T) {
 		// An old stream that drips does not keep the new one from being read.
@@ -785,7 +817,7 @@ func TestReadAhead(t *testing.T) {
 		r.next.feeds("", io.EOF) // as a stream does
 		require.Equal(t, io.EOF, now(t, r.reads(100), "the Read").err)
 		require.Zero(t, r.scope.reserved())
-		require.Equal(t, uint64(3), r.count)
+		require.Equal(t, uint64(3), see(r, &r.count))
 	})
 	bubble(t, "blocked until the switch after that", func(t *testing.T) {
 		r := newReceiver(t)
@@ -835,7 +867,7 @@ func TestReadAhead(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.next.feeds("new", nil)
 		synctest.Wait()
-		require.Zero(t, r.ready.len, "nobody will read this")
+		require.Zero(t, see(r, &r.ready.len), "nobody will read this")
 		require.Zero(t, r.scope.reserved())
 		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errReadClosed)
 	})
@@ -883,7 +915,7 @@ func TestCloseReadDuringHandover(t *testing.T) {
 		r.hands(100, time.Hour)
 		r.old.feeds("abc", nil)
 		synctest.Wait()
-		require.Equal(t, 3, r.ready.len)
+		require.Equal(t, 3, see(r, &r.ready.len))
 		require.NoError(t, r.closeRead())
 		require.NoError(t, now(t, r.awaited, "await"))
 		require.True(t, r.old.readClosed)
