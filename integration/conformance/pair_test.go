@@ -57,9 +57,6 @@ func newPair(t testing.TB, s setup) *pair {
 		h, err := migrate.Wrap(nodes[side],
 			migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return p.conns[side][0] }),
 			migrate.WithNegotiationTimeout(patience),
-			// A thousand streams on two busy cores: one of them may have to wait for longer than
-			// the 30 s after which its old path is taken for dead.
-			migrate.WithStallTimeout(patience),
 			migrate.WithTracer(p.mover.trace))
 		if err != nil {
 			t.Fatal(err)
