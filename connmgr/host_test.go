@@ -98,6 +98,8 @@ func (n *node) address(t *testing.T, protocol int) ma.Multiaddr {
 func join(t *testing.T, a, b *node, onTCP func(tcp network.Conn)) (quic, tcp network.Conn) {
 	ctx, cancel := context.WithTimeout(network.WithDialPeerTimeout(t.Context(), hosttest.Patience), hosttest.Patience)
 	defer cancel()
+	hosttest.TellsAll(t, a)
+	hosttest.TellsAll(t, b)
 	hold, held := make(chan struct{}), make(chan struct{})
 	release := sync.OnceFunc(func() { close(hold) })
 	defer release() // else a host whose dial waits would not close

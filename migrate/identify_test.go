@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -155,4 +156,54 @@ func TestPushOfIdentifyThatIsEmpty(t *testing.T) {
 			}
 		}
 	})
+}
+
+// TestAnswerOfIdentifyThatIsLate is about go-libp2p, too: what an answer leaves out a push
+// tells, and whichever of the two is handled last stands. So hosttest connects hosts when
+// there is nothing to push.
+func TestAnswerOfIdentifyThatIsLate(t *testing.T) {
+	a, b := New(t, []Transport{QUIC}), New(t, []Transport{QUIC})
+	TellsAll(t, b)
+	release := make(chan struct{})
+	var answers atomic.Int32
+	b.Network().SetStreamHandler(func(s network.Stream) {
+		late := &lateAnswer{Stream: s, answers: &answers, release: release}
+		if id, handle, err := b.Mux().Negotiate(late); err == nil && s.SetProtocol(id) == nil {
+			_ = handle(id, late)
+		}
+	})
+	ctx, cancel := context.WithTimeout(context.Background(), Patience)
+	defer cancel()
+	a.Know(b, b.Addr(t, QUIC))
+	c, err := a.Network().DialPeer(ctx, b.ID())
+	require.NoError(t, err)
+	WaitFor(t, "identify's answer to be written", func() bool { return answers.Load() == 1 })
+
+	const added = "/test/added"
+	knows := func() bool {
+		ids, err := a.Peerstore().SupportsProtocols(b.ID(), added)
+		return err == nil && len(ids) == 1
+	}
+	b.SetStreamHandler(added, func(s network.Stream) { _ = s.Reset() })
+	WaitFor(t, "the push", knows)
+	close(release)
+	within(t, "identify to have its answer", func() {
+		<-a.Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c)
+	})
+	require.False(t, knows(), "the older list stands")
+}
+
+// lateAnswer holds back what identify writes, behind the negotiation.
+type lateAnswer struct {
+	network.Stream
+	answers *atomic.Int32
+	release chan struct{}
+}
+
+func (s *lateAnswer) Write(b []byte) (int, error) {
+	if bytes.Contains(b, []byte(identify.IDPush)) {
+		s.answers.Add(1)
+		<-s.release
+	}
+	return s.Stream.Write(b)
 }

@@ -197,7 +197,7 @@ func (p *rawPeer) deliver(s network.Stream) {
 	case err != nil:
 		_ = s.Reset()
 	case strings.Contains(string(first), "/ipfs/id/"):
-		if id, handle, err := p.Mux().Negotiate(&peeked{s, r}); err == nil {
+		if id, handle, err := p.Mux().Negotiate(&peeked{s, r}); err == nil && s.SetProtocol(id) == nil {
 			_ = handle(id, s)
 		}
 	default:

@@ -163,6 +163,9 @@ func (l *link) tryJoin(t testing.TB) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), attempt)
 	defer cancel()
 	a, b := l.nodes[opener], l.nodes[acceptor]
+	for _, n := range l.nodes {
+		TellsAll(t, n.Host)
+	}
 	switch {
 	case l.relay != nil:
 		relayed := oldConn
@@ -217,8 +220,7 @@ func (l *link) tryJoin(t testing.TB) bool {
 				return false
 			}
 		}
-		// Identify may tell what a host supported before it was wrapped, and then push
-		// the rest.
+		// IdentifyWait returns where identify has failed, too.
 		other := l.nodes[1-side]
 		if !soon(ctx, func() bool {
 			handled := other.Mux().Protocols()

@@ -19,7 +19,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
-	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
 )
 
@@ -126,6 +125,8 @@ func (n *Node) Addr(t testing.TB, tr Transport) ma.Multiaddr {
 // Dial connects a to b over tr, and returns a's side of the connection.
 func Dial(t testing.TB, a, b *Node, tr Transport) network.Conn {
 	t.Helper()
+	TellsAll(t, a.Host)
+	TellsAll(t, b.Host)
 	ctx, cancel := patiently()
 	defer cancel()
 	a.Know(b, b.Addr(t, tr))
@@ -166,6 +167,8 @@ func Join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, netw
 // join is Join. It returns nil if there is one connection only.
 func join(t testing.TB, a, b *Node, first, second Transport) (network.Conn, network.Conn) {
 	t.Helper()
+	TellsAll(t, a.Host)
+	TellsAll(t, b.Host)
 	ctx, cancel := patiently()
 	defer cancel()
 	a.Know(b, b.Addr(t, first))
@@ -212,6 +215,8 @@ func NewRelay(t testing.TB, opts ...relay.Option) *Node {
 // DialRelayed connects a to b through r, and returns a's side of the connection.
 func DialRelayed(t testing.TB, a, b, r *Node) network.Conn {
 	t.Helper()
+	TellsAll(t, a.Host)
+	TellsAll(t, b.Host)
 	ctx, cancel := patiently()
 	defer cancel()
 	info := peer.AddrInfo{ID: r.ID(), Addrs: r.Addrs()}
@@ -242,29 +247,6 @@ func (n *Node) Know(other *Node, addr ma.Multiaddr) {
 	n.gate.restrict(other.ID(), addr)
 	n.Peerstore().ClearAddrs(other.ID())
 	n.Peerstore().AddAddr(other.ID(), addr, peerstore.PermanentAddrTTL)
-}
-
-// identified waits until a and b have identified each other on all connections, and each
-// knows of all protocols that the other handles: what was registered right before the
-// connection came up identify may tell only later, with a push.
-func identified(t testing.TB, a, b *Node) {
-	t.Helper()
-	wait := func(n, other *Node) {
-		// The accepting side may learn of the connection a little later.
-		WaitFor(t, "a connection at both ends", func() bool {
-			return len(n.Network().ConnsToPeer(other.ID())) >= len(other.Network().ConnsToPeer(n.ID()))
-		})
-		for _, c := range n.Network().ConnsToPeer(other.ID()) {
-			<-n.Host.(interface{ IDService() identify.IDService }).IDService().IdentifyWait(c)
-		}
-		WaitFor(t, "the other's protocols to be known", func() bool {
-			handled := other.Mux().Protocols()
-			known, err := n.Peerstore().SupportsProtocols(other.ID(), handled...)
-			return err == nil && len(known) == len(handled)
-		})
-	}
-	wait(a, b)
-	wait(b, a)
 }
 
 // WaitFor waits until cond holds, and fails the test when it does not within Patience.
