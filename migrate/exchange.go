@@ -442,7 +442,9 @@ func (x *exchange) switchReceiving(u network.Stream, final uint64, verified bool
 	if sharesWindow(u.Conn()) {
 		hold = maxHold
 	}
-	if err := s.recv.await(s.host.cfg.stall, hold); err != nil {
+	w := watch{x: x}
+	defer w.end()
+	if err := s.recv.await(s.host.cfg.stall, hold, w.look); err != nil {
 		return err
 	}
 	x.trace(ReceiveSwitched, nil)

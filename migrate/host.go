@@ -24,6 +24,7 @@ type Host struct {
 	cfg    config
 	log    *zap.Logger
 	labels *labels
+	paths  oldPaths
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 

@@ -133,8 +133,10 @@ func WithNegotiationTimeout(d time.Duration) Option {
 // the other end has told how much is still to come over it. After that the stream is
 // reset, at both ends, so that the data that wait on the new connection do not hold its
 // window for ever (M4). Where more than 4 MiB wait there, and other streams share that
-// window (on any connection but yamux's), it is 5 s at the most. Default: 30 s, after
-// which QUIC, too, takes a silent connection for dead.
+// window (on any connection but yamux's), it is 5 s at the most. While only other labelled
+// streams of the old connection make progress, which on a slow path may come first, it is
+// ten times as long. Default: 30 s, after which QUIC, too, takes a silent connection for
+// dead.
 func WithStallTimeout(d time.Duration) Option {
 	return func(c *config) error {
 		if d <= 0 {

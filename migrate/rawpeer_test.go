@@ -422,6 +422,11 @@ func (p *rawPeer) nothingLeft() {
 		defer p.host.labels.mu.Unlock()
 		return len(p.host.labels.peers) == 0
 	})
+	WaitFor(p.t, "the host to watch no path", func() bool {
+		p.host.paths.mu.Lock()
+		defer p.host.paths.mu.Unlock()
+		return len(p.host.paths.of) == 0
+	})
 	for _, c := range p.ends {
 		WaitFor(p.t, "the host to free its streams", func() bool {
 			return !slices.ContainsFunc(c.GetStreams(), func(s network.Stream) bool {

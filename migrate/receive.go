@@ -400,9 +400,11 @@ func (h *receiveHalf) handover(next network.Stream, final uint64, verified bool,
 }
 
 // await waits until the half has switched, and sees to it that it does although the
-// application does not read. stall is how long the old stream may make no progress, and
-// hold how long when more waits in the new one than is read ahead.
-func (h *receiveHalf) await(stall, hold time.Duration) error {
+// application does not read. stall is how long the old path may make no progress, and
+// hold how long when more waits in the new stream than is read ahead. others looks at the
+// streams of its connection, and says when they were last seen to bring something; it is
+// called without mu.
+func (h *receiveHalf) await(stall, hold time.Duration, others func() time.Time) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state != receiveHandover {
@@ -413,18 +415,19 @@ func (h *receiveHalf) await(stall, hold time.Duration) error {
 		again   = rereads
 		backoff = rereadAfter
 		count   = h.count
-		began   = time.Now() // waiting for the path
-		since   = began      // the last progress
+		path    = quietFromNow()
+		began   = path.since // waiting for the path
 		owed    = h.verified // the peer has ended the old stream, so its end is due
 	)
 	for h.state == receiveHandover {
 		if h.count != count {
-			count, since, again, backoff = h.count, time.Now(), rereads, rereadAfter
+			count, again, backoff = h.count, rereads, rereadAfter
+			path = quietFromNow()
 		}
 		if !owed && h.ahead.len > 0 {
 			// One that has only the draft may do so much later than it acks, namely when
 			// its application has read what we sent. It writes to the new stream then.
-			owed, since = true, time.Now()
+			owed, path = true, quietFromNow()
 		}
 		if h.ended != nil {
 			if again == 0 {
@@ -439,16 +442,21 @@ func (h *receiveHalf) await(stall, hold time.Duration) error {
 			h.changed.broadcast()
 			continue
 		}
-		quiet, limit := time.Since(since), stall
+		limit := stall
 		if h.aheadFull {
 			limit = min(stall, hold)
 		}
 		switch {
 		case h.starved || h.ready.len+readChunk > maxDrained:
-			since = time.Now() // for want of memory here, the path is not to blame
-			began = since
-		case owed && quiet >= limit:
-			h.lose(errStalled)
+			path = quietFromNow() // for want of memory here, the path is not to blame
+			began = path.since
+		case owed && time.Since(path.due(limit)) >= 0:
+			h.mu.Unlock()
+			seen := others()
+			h.mu.Lock()
+			if h.state == receiveHandover && h.count == count && path.over(seen, limit) {
+				h.lose(errStalled)
+			}
 			continue
 		case time.Since(began) >= stallNotice && !h.aheadOn && h.ahead.len == 0:
 			h.aheadOn = true
@@ -456,7 +464,7 @@ func (h *receiveHalf) await(stall, hold time.Duration) error {
 		}
 		var wake time.Time
 		if owed {
-			wake = since.Add(limit)
+			wake = path.due(limit)
 		}
 		if at := began.Add(stallNotice); time.Since(at) < 0 && (!owed || at.Before(wake)) {
 			wake = at

@@ -42,11 +42,15 @@ type receiver struct {
 	old, next *fakeStream
 	scope     *fakeScope
 	awaited   chan error
+	stream    *Stream
+	path      *oldPath
+	all       []*Stream // with the same peer
 }
 
 func newReceiver(t *testing.T) *receiver {
-	r := &receiver{old: newFake(), next: newFake(), scope: new(fakeScope)}
-	r.receiveHalf = &receiveHalf{cur: r.old}
+	r := &receiver{old: newFake(), next: newFake(), scope: new(fakeScope), stream: new(Stream), path: new(oldPath)}
+	r.receiveHalf, r.all = &r.stream.recv, []*Stream{r.stream}
+	r.cur = r.old
 	t.Cleanup(r.ends)
 	return r
 }
@@ -57,7 +61,7 @@ func (r *receiver) hands(final int, stall time.Duration) {
 	r.handover(r.next, uint64(max(0, final)), final >= 0, &span{parent: r.scope})
 	r.awaited = make(chan error, 1)
 	go func() {
-		err := r.await(stall, maxHold)
+		err := r.await(stall, maxHold, r.look)
 		if err != nil {
 			r.fail(reset(err)) // as the exchange does, when it has reset the stream
 		}
@@ -65,6 +69,8 @@ func (r *receiver) hands(final int, stall time.Duration) {
 	}()
 	synctest.Wait()
 }
+
+func (r *receiver) look() time.Time { return r.path.look(r.old.conn, r.receiveHalf, see(r, &r.all)) }
 
 // waitsAhead is how much has been read of the next stream.
 func (r *receiver) waitsAhead() int {
@@ -644,7 +650,7 @@ func TestReadAheadOutlivesNextMigration(t *testing.T) {
 		last := newFake()
 		r.hold()
 		r.handover(last, 0, true, &span{parent: r.scope})
-		require.NoError(t, r.await(time.Minute, maxHold))
+		require.NoError(t, r.await(time.Minute, maxHold, r.look))
 		require.NoError(t, r.next.Reset())
 		synctest.Wait()
 		last.feeds("world", nil)
@@ -685,6 +691,136 @@ func TestStallTimeout(t *testing.T) {
 			require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
 			require.LessOrEqual(t, r.scope.peak, readChunk+100)
 		}
+	})
+}
+
+// TestStallWhileOthersMove: the old stream brings nothing, but others of its connection do:
+// the path is alive, and what is owed may be behind them. The time counts from the look that
+// has shown it, and has an end (M4).
+func TestStallWhileOthersMove(t *testing.T) {
+	const stall = 30 * time.Second
+	begin := func(t *testing.T) (r, other *receiver) {
+		r, other = newReceiver(t), newReceiver(t)
+		other.old.conn = r.old.conn
+		r.all = append(r.all, other.stream)
+		return r, other
+	}
+	lostAfter := func(t *testing.T, r *receiver, d time.Duration) {
+		t.Helper()
+		start := time.Now()
+		require.ErrorIs(t, <-r.awaited, errStalled)
+		require.Equal(t, d, time.Since(start))
+	}
+	bubble(t, "arrives late", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		for range patience - 1 {
+			time.Sleep(stall - time.Nanosecond)
+			other.old.feeds("x", nil)
+			other.wants(t, "x")
+			later(t, r.awaited, "await")
+		}
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
+		r.wants(t, "first")
+	})
+	bubble(t, "and then no more", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		time.Sleep(maxHold)
+		other.old.feeds("x", nil)
+		other.wants(t, "x")
+		lostAfter(t, r, 2*stall-maxHold)
+	})
+	bubble(t, "before the first look", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		time.Sleep(maxHold/2 - time.Nanosecond)
+		other.old.feeds("x", nil)
+		other.wants(t, "x")
+		lostAfter(t, r, stall-maxHold/2+time.Nanosecond)
+	})
+	bubble(t, "for ever", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		start := time.Now()
+		ticks := time.NewTicker(time.Second)
+		defer ticks.Stop()
+		for {
+			select {
+			case err := <-r.awaited:
+				require.ErrorIs(t, err, errStalled)
+				require.Equal(t, patience*stall, time.Since(start))
+				return
+			case <-ticks.C:
+				other.old.feeds("x", nil)
+				other.wants(t, "x")
+			}
+		}
+	})
+	bubble(t, "all of another has come", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		other.hands(3, stall)
+		time.Sleep(maxHold)
+		other.old.feeds("abc", nil)
+		require.NoError(t, now(t, other.awaited, "the other's handover"))
+		lostAfter(t, r, 2*stall-maxHold)
+	})
+	bubble(t, "another is lost", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		other.hands(3, stall)
+		time.Sleep(maxHold)
+		other.old.ends(network.ErrReset)
+		require.Error(t, now(t, other.awaited, "the other's handover"))
+		r.mu.Lock()
+		r.all = r.all[:1]
+		r.mu.Unlock()
+		lostAfter(t, r, stall-maxHold)
+	})
+	for i, name := range []string{"both", "both, the other way round"} {
+		bubble(t, name, func(t *testing.T) {
+			r, other := begin(t)
+			r.all = [][]*Stream{{r.stream, other.stream}, {other.stream, r.stream}}[i]
+			r.hands(5, stall)
+			time.Sleep(maxHold)
+			r.old.feeds("f", nil)
+			time.Sleep(time.Second)
+			other.old.feeds("x", nil)
+			other.wants(t, "x")
+			lostAfter(t, r, maxHold/2-time.Second+stall)
+		})
+	}
+	bubble(t, "nobody has looked", func(t *testing.T) {
+		// On a machine that is busy all the time may have passed before the first look.
+		q := quietFromNow()
+		time.Sleep(time.Hour)
+		require.False(t, q.over(time.Time{}, stall))
+		require.Equal(t, maxHold/2, time.Until(q.due(stall)))
+		require.True(t, q.over(time.Time{}, stall))
+	})
+	bubble(t, "on another connection", func(t *testing.T) {
+		r, other := begin(t)
+		other.old.conn = new(fakeConn)
+		r.hands(5, stall)
+		time.Sleep(maxHold)
+		other.old.feeds("x", nil)
+		other.wants(t, "x")
+		lostAfter(t, r, stall-maxHold)
+	})
+	bubble(t, "while more waits than is read ahead", func(t *testing.T) {
+		r, other := begin(t)
+		r.hands(5, stall)
+		r.next.feeds(strings.Repeat("n", maxAhead+1), nil)
+		for range patience - 1 {
+			time.Sleep(maxHold - time.Nanosecond)
+			other.old.feeds("x", nil)
+			other.wants(t, "x")
+			later(t, r.awaited, "await")
+		}
+		r.old.feeds("first", nil)
+		require.NoError(t, now(t, r.awaited, "await"))
 	})
 }
 
@@ -959,7 +1095,7 @@ func TestHandoverTwice(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		require.Equal(t, 3, r.scope.reserved())
 
-		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: new(fakeScope)}
+		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: new(fakeScope), path: new(oldPath)}
 		second.old.feeds("two", nil)
 		second.hands(3, time.Hour)
 		require.NoError(t, now(t, second.awaited, "await"))
