@@ -197,8 +197,9 @@ func (p *rawPeer) deliver(s network.Stream) {
 	case err != nil:
 		_ = s.Reset()
 	case strings.Contains(string(first), "/ipfs/id/"):
-		if id, handle, err := p.Mux().Negotiate(&peeked{s, r}); err == nil && s.SetProtocol(id) == nil {
-			_ = handle(id, s)
+		whole := &peeked{s, r}
+		if id, handle, err := p.Mux().Negotiate(whole); err == nil && s.SetProtocol(id) == nil {
+			_ = handle(id, whole)
 		}
 	default:
 		p.came <- p.wire(s, r)

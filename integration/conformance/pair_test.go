@@ -78,15 +78,6 @@ func newPair(t testing.TB, s setup) *pair {
 		}
 	}
 	for side, h := range p.hosts {
-		if mh, ok := h.(*migrate.Host); ok {
-			// Identify may tell what a host supported before it was wrapped, and then push
-			// the rest.
-			far := p.hosts[1-side].ID()
-			WaitFor(t, "the other end to be known to migrate streams", func() bool {
-				known, err := mh.Peerstore().SupportsProtocols(far, migrate.ID, migrate.FinalSizeID)
-				return err == nil && len(known) == 2
-			})
-		}
 		// The handlers are set too late for identify.
 		if err := h.Peerstore().AddProtocols(p.hosts[1-side].ID(), netID, muxID); err != nil {
 			t.Fatal(err)
