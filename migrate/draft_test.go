@@ -2,7 +2,9 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -519,17 +521,34 @@ func TestDraftUntrustedEOF(t *testing.T) {
 		old.closesWrite()
 		p.readsEnd(s, network.ErrReset)
 	})
-	t.Run("held", func(t *testing.T) {
+	held := func(t *testing.T) (p *rawPeer, s *Stream, next *rawStream, moved *outcome, got chan string) {
 		p, s, old := setUp(t)
-		got := reading(s)
-		moved, next := p.asked(s)
+		got = reading(s)
+		moved, next = p.asked(s)
 		require.NoError(t, s.CloseWrite())
 		old.closesWrite()
 		p.holds(s)
 		p.stillReading(got)
+		return
+	}
+	t.Run("held", func(t *testing.T) {
+		p, s, next, moved, got := held(t)
+		require.NoError(t, s.SetReadDeadline(past))
+		require.Contains(t, take(t, got, "the Read"), os.ErrDeadlineExceeded.Error())
+		require.NoError(t, s.SetReadDeadline(time.Time{}))
 		require.NoError(t, next.Reset())
-		moved.is(ErrTryLater)
+		moved.is(ErrTryLater) // nobody has been told yet
+		p.readsEnd(s, network.ErrReset)
+		p.hostMigrates(s).is(ErrClosed)
+	})
+	t.Run("held from a Read", func(t *testing.T) {
+		p, s, next, moved, got := held(t)
+		require.NoError(t, next.Reset())
 		require.Contains(t, take(t, got, "the Read"), "stream reset")
+		// Migrate may have seen that the Read was told, or not.
+		err := take(t, moved.done, "Migrate to return")
+		require.True(t, errors.Is(err, ErrTryLater) || errors.Is(err, ErrClosed), "Migrate returned %v", err)
+		p.hostMigrates(s).is(ErrClosed)
 	})
 	t.Run("our writing is open", func(t *testing.T) {
 		p, s, old := setUp(t)

@@ -56,7 +56,8 @@ var (
 	ErrDenied = errors.New("peer denied the migration")
 
 	// ErrTryLater: the migration did not happen, and the stream works as before on
-	// its connection (S9, M1). It may be tried again later.
+	// its connection (S9, M1). It may be tried again later; ErrClosed is the answer
+	// then if the application was told meanwhile that the connection has failed.
 	ErrTryLater = errors.New("migration did not happen, try again later")
 
 	// ErrClosed: the stream was closed or reset, by whichever end, or the application

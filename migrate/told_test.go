@@ -87,6 +87,18 @@ func TestToldWhileTheNewStreamOpens(t *testing.T) {
 			require.NoError(t, s.Reset())
 			require.Empty(t, h.labels.peers, "nothing may be left (L5)")
 		})
+		bubble(t, name+", and it does not open", func(t *testing.T) {
+			h, old, other := verifyingHost(), newFake(), new(fakeConn)
+			s := acceptedOn(t, h, old)
+			other.remote = playerLow
+			other.open = func(context.Context) (network.Stream, error) {
+				tell(s, old)
+				return nil, errors.New("no room")
+			}
+			err := h.Migrate(context.Background(), s, other)
+			require.ErrorIs(t, err, ErrClosed)
+			require.NotErrorIs(t, err, ErrTryLater, "there is nothing to try again")
+		})
 	}
 }
 
