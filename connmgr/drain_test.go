@@ -23,11 +23,11 @@ func TestUnreadAtThePeerKeepsTheConnection(t *testing.T) {
 		w := newWorld(t, higher)
 		w.connect(quicAddr)
 		loser := w.connect(tcpAddr)
-		loser.unread = 1
+		loser.set(func() { loser.unread = 1 })
 		w.pass(time.Hour)
 		require.False(t, loser.IsClosed())
 		require.Contains(t, w.m.Explain(higher).Conns[1].State, "waiting for the peer to have done with it")
-		require.Equal(t, 1, loser.drains, "it is asked once")
+		require.Equal(t, 1, loser.drained(), "it is asked once")
 		loser.set(func() { loser.unread = 0 })
 		w.pass(time.Second)
 		require.True(t, loser.pruned(), "as soon as the peer says that it has done")
@@ -42,13 +42,13 @@ func TestStreamAfterDrained(t *testing.T) {
 		w.connect(quicAddr)
 		loser := w.connect(tcpAddr)
 		w.pass(defaultSettleDelay + defaultQuietTime/2)
-		require.Equal(t, 1, loser.drains, "fake peers answer at once")
+		require.Equal(t, 1, loser.drained(), "fake peers answer at once")
 		loser.setPlain(1)
 		w.pass(maxQuietGap)
 		loser.set(func() { loser.plain, loser.unread = 0, 1 })
 		w.pass(time.Hour)
 		require.False(t, loser.IsClosed())
-		require.Equal(t, 2, loser.drains)
+		require.Equal(t, 2, loser.drained())
 		loser.set(func() { loser.unread = 0 })
 		w.pass(time.Second)
 		require.True(t, loser.pruned())
@@ -60,11 +60,11 @@ func TestPeerRefuses(t *testing.T) {
 		w := newWorld(t, higher)
 		w.connect(quicAddr)
 		loser := w.connect(tcpAddr)
-		loser.refuses = "we like \n it" + strings.Repeat("x", maxReason)
+		loser.set(func() { loser.refuses = "we like \n it" + strings.Repeat("x", maxReason) })
 		w.pass(time.Hour)
 		require.False(t, loser.IsClosed())
-		require.LessOrEqual(t, loser.drains, 8+int(time.Hour/defaultMaxRetry), "it is not asked all the time")
-		require.GreaterOrEqual(t, loser.drains, int(time.Hour/defaultMaxRetry)/2)
+		require.LessOrEqual(t, loser.drained(), 8+int(time.Hour/defaultMaxRetry), "it is not asked all the time")
+		require.GreaterOrEqual(t, loser.drained(), int(time.Hour/defaultMaxRetry)/2)
 		require.Contains(t, w.m.Explain(higher).Conns[1].State, "kept: the peer refused: we like")
 		said := w.logs.FilterMessageSnippet("refused").All()
 		require.Len(t, said, 1, "each reason is said once")
@@ -83,7 +83,7 @@ func TestPeerThatDoesNotDrainAfterAll(t *testing.T) {
 		w := newWorld(t, higher)
 		w.connect(quicAddr)
 		loser := w.connect(tcpAddr)
-		loser.noDrain = true
+		loser.set(func() { loser.noDrain = true })
 		w.pass(defaultSettleDelay + defaultPlainQuietTime - time.Millisecond)
 		require.False(t, loser.IsClosed())
 		w.pass(maxQuietGap)
@@ -97,12 +97,12 @@ func TestWinnerIsNotDrained(t *testing.T) {
 		w := newWorld(t, higher)
 		quic := w.connect(quicAddr)
 		tcp := w.connect(tcpAddr)
-		tcp.unread = 1
+		tcp.set(func() { tcp.unread = 1 })
 		w.pass(2 * defaultSettleDelay)
-		require.Len(t, tcp.streams, 1, "it is asked")
+		require.Len(t, tcp.pipes(), 1, "it is asked")
 		quic.Close()
 		w.pass(time.Millisecond)
-		require.Empty(t, tcp.streams, "the last connection is not drained")
+		require.Empty(t, tcp.pipes(), "the last connection is not drained")
 		require.False(t, tcp.IsClosed())
 	})
 }
@@ -121,9 +121,9 @@ func TestWrongAnswersToDrain(t *testing.T) {
 				w.connect(quicAddr).open(1)
 				loser := w.connect(tcpAddr)
 				loser.setPlain(1) // so that an answer changes nothing yet
-				loser.answers = answers
+				loser.set(func() { loser.answers = answers })
 				w.pass(time.Minute)
-				require.Empty(t, loser.streams, "it is off, until the next attempt")
+				require.Empty(t, loser.pipes(), "it is off, until the next attempt")
 				require.False(t, loser.IsClosed())
 				loser.set(func() { loser.answers, loser.plain = nil, 0 })
 				w.pass(defaultMaxRetry + defaultInterval + defaultQuietTime)
@@ -331,7 +331,7 @@ func TestControllerRefusesToLoseItsWinner(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher)
 		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
-		tcp.unread = 1
+		tcp.set(func() { tcp.unread = 1 })
 		w.pass(2 * defaultSettleDelay)
 		s := w.asked(quic)
 		require.NoError(t, writeDrain(s, drainMessage()))
@@ -351,22 +351,22 @@ func TestBothDrainAtOnce(t *testing.T) {
 	setUp := func(t *testing.T) (w *world, keep, drains *fakeConn) {
 		w = newWorld(t, lower)
 		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
-		tcp.unread = 1
+		tcp.set(func() { tcp.unread = 1 })
 		w.pass(defaultSettleDelay)
 		_, err := w.m.Consolidate(t.Context(), lower)
 		require.NoError(t, err)
 		synctest.Wait()
-		require.Equal(t, 1, tcp.drains)
+		require.Equal(t, 1, tcp.drained())
 		return w, quic, tcp
 	}
 	t.Run("the higher peer ID gives up its own", func(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w, quic, tcp := setUp(t)
-			quic.unread = 1 // lest it be closed by this side, too
+			quic.set(func() { quic.unread = 1 }) // lest it be closed by this side, too
 			s := w.asked(quic)
 			require.NoError(t, writeDrain(s, drainMessage()))
 			w.pass(defaultQuietTime + maxQuietGap)
-			require.Empty(t, tcp.streams, "its own drain is off")
+			require.Empty(t, tcp.pipes(), "its own drain is off")
 			m, _ := answered(s)
 			require.NotNil(t, m.GetDrained(), "%v", m)
 			tcp.set(func() { tcp.unread = 0 })
@@ -392,7 +392,7 @@ func TestBothDrainAtOnce(t *testing.T) {
 			require.NoError(t, writeDrain(s, drainMessage()))
 			m, _ := answered(s)
 			require.Equal(t, "this side is draining the others", m.GetRefused().GetReason())
-			require.Len(t, tcp.streams, 1, "its own drain goes on")
+			require.Len(t, tcp.pipes(), 1, "its own drain goes on")
 		})
 	})
 }
@@ -419,7 +419,7 @@ func TestWinnerFailsDuringTheDrain(t *testing.T) {
 			w := newWorld(t, higher)
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 			w.pass(defaultSettleDelay)
-			require.Equal(t, 1, tcp.drains)
+			require.Equal(t, 1, tcp.drained())
 			quic.set(func() { quic.silent = true })
 			w.pass(defaultQuietTime + defaultProbeTime + time.Second)
 			require.False(t, tcp.IsClosed(), "the winner does not answer any more")
@@ -453,7 +453,7 @@ func TestDrainFromAHostilePeer(t *testing.T) {
 				require.Nil(t, m)
 				require.True(t, ended)
 				require.Empty(t, w.m.pledges)
-				require.Empty(t, quic.streams)
+				require.Empty(t, quic.pipes())
 			})
 		})
 	}
@@ -467,7 +467,7 @@ func TestDrainFromAHostilePeer(t *testing.T) {
 				synctest.Wait()
 			}
 			require.Len(t, w.m.pledges, 1, "one for each connection")
-			require.Len(t, quic.streams, 1, "the last one's")
+			require.Len(t, quic.pipes(), 1, "the last one's")
 		})
 	})
 }
@@ -477,7 +477,7 @@ func TestCloseWhileDraining(t *testing.T) {
 		w := newWorld(t, higher)
 		w.connect(quicAddr)
 		tcp := w.connect(tcpAddr)
-		tcp.unread = 1
+		tcp.set(func() { tcp.unread = 1 })
 		w.pass(2 * defaultSettleDelay)
 		s := w.asked(tcp)
 		require.NoError(t, writeDrain(s, drainMessage()))
@@ -486,7 +486,7 @@ func TestCloseWhileDraining(t *testing.T) {
 		require.NoError(t, w.m.Close())
 		require.Zero(t, time.Since(start))
 		synctest.Wait()
-		require.Empty(t, tcp.streams, "all drains are off")
+		require.Empty(t, tcp.pipes(), "all drains are off")
 		s = w.asked(tcp)
 		_, ended := answered(s)
 		require.True(t, ended)

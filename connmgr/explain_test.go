@@ -60,7 +60,7 @@ func TestExplain(t *testing.T) {
 			w := newWorld(t, lower)
 			relay := w.connectLimited()
 			relay.open(1)
-			relay.noDrain = true
+			relay.set(func() { relay.noDrain = true })
 			direct := w.connect(quicAddr)
 			direct.open(1)
 			w.pass(3 * time.Second)

@@ -3,6 +3,8 @@ package connmgr
 import (
 	"context"
 	"errors"
+	"maps"
+	"sync"
 	"testing"
 	"time"
 
@@ -24,7 +26,7 @@ func TestDeadConnectionDoesNotWin(t *testing.T) {
 				w := newWorld(t, higher, opts...)
 				dead := w.connect(quicAddr)
 				streams := dead.open(2)
-				dead.silent = true
+				dead.set(func() { dead.silent = true })
 				w.pass(time.Minute)
 				alive := w.connect(tcpAddr) // which ranks lower
 				w.pass(defaultSettleDelay + defaultProbeTime + rtt)
@@ -43,7 +45,7 @@ func TestConnectionThatAnswersAgainMayWin(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher)
 		quic := w.connect(quicAddr)
-		quic.silent = true
+		quic.set(func() { quic.silent = true })
 		quic.setPlain(1)
 		w.pass(time.Minute)
 		w.connect(tcpAddr).setPlain(1)
@@ -91,15 +93,21 @@ func TestProbeThatFails(t *testing.T) {
 // Connections whose transport measures no round-trip time are pinged, at a bounded rate,
 // if the policy looks at it.
 func TestRoundTripTimes(t *testing.T) {
-	pings := func(t *testing.T, policy policy.Policy, took func(*fakeConn) time.Duration) (w *world, pinged map[*fakeConn]int) {
+	pings := func(t *testing.T, policy policy.Policy, took func(*fakeConn) time.Duration) (w *world, pinged func() map[*fakeConn]int) {
 		w = newWorld(t, higher, WithPolicy(policy))
-		pinged = make(map[*fakeConn]int)
+		var mu sync.Mutex
+		counts := make(map[*fakeConn]int)
+		pinged = func() map[*fakeConn]int {
+			mu.Lock()
+			defer mu.Unlock()
+			return maps.Clone(counts)
+		}
 		w.m.probe = func(_ context.Context, c network.Conn) (time.Duration, error) {
 			fc := c.(*fakeConn)
 			time.Sleep(took(fc))
-			fc.mu.Lock()
-			defer fc.mu.Unlock()
-			pinged[fc]++
+			mu.Lock()
+			defer mu.Unlock()
+			counts[fc]++
 			return took(fc), nil
 		}
 		return w, pinged
@@ -123,8 +131,8 @@ func TestRoundTripTimes(t *testing.T) {
 			quic.setPlain(1)
 			tcp.setPlain(1)
 			w.pass(time.Hour)
-			require.Len(t, pinged, 2, "all of them")
-			for _, n := range pinged {
+			require.Len(t, pinged(), 2, "all of them")
+			for _, n := range pinged() {
 				require.InDelta(t, time.Hour/rttInterval, n, 5)
 			}
 		})
@@ -136,7 +144,7 @@ func TestRoundTripTimes(t *testing.T) {
 			tcp := w.connect(tcpAddr)
 			tcp.setPlain(1)
 			w.pass(time.Hour)
-			require.Zero(t, pinged[tcp])
+			require.Zero(t, pinged()[tcp])
 		})
 	})
 }

@@ -2,6 +2,8 @@ package connmgr
 
 import (
 	"context"
+	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -173,24 +175,38 @@ func TestNothingIsClosedOnOldKnowledge(t *testing.T) {
 func TestStreamDuringTheLastPing(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher, WithPolicy(policy.Chain(policy.TransportOrder())))
-		winner := w.connect(quicAddr)
-		loser := w.connect(tcpAddr)
+		var winner, loser *fakeConn
 		probe := w.m.probe
+		var mu sync.Mutex
 		pings := 0
 		w.m.probe = func(ctx context.Context, c network.Conn) (time.Duration, error) {
+			mu.Lock()
+			defer mu.Unlock()
 			if c == network.Conn(winner) && loser.count() == 0 && w.agreed(loser) {
 				pings++
 				loser.set(func() { loser.unread = 1 })
 			}
 			return probe(ctx, c)
 		}
+		mu.Lock()
+		winner, loser = w.connect(quicAddr), w.connect(tcpAddr)
+		mu.Unlock()
 		w.pass(time.Hour)
+		mu.Lock()
 		require.Equal(t, 1, pings)
+		mu.Unlock()
 		require.False(t, loser.IsClosed())
 		loser.set(func() { loser.unread = 0 })
 		w.pass(time.Second)
 		require.True(t, loser.pruned())
 	})
+}
+
+// due returns the peers that a round is due for.
+func (w *world) due() dueHeap {
+	w.m.mu.Lock()
+	defer w.m.mu.Unlock()
+	return slices.Clone(w.m.due)
 }
 
 // agreed says whether the peer has answered that it has done with c.

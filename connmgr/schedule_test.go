@@ -119,7 +119,7 @@ func TestRoundsOfManyPeersAreBounded(t *testing.T) {
 			require.True(t, losers[i].pruned())
 		}
 		require.Empty(t, w.m.peers, "nothing is kept")
-		require.Empty(t, w.m.due)
+		require.Empty(t, w.due())
 		require.Empty(t, w.m.steering.winners)
 	})
 }
