@@ -101,6 +101,13 @@ func (w *world) pass(d time.Duration) {
 	synctest.Wait()
 }
 
+// due returns the peers that a round is due for.
+func (w *world) due() dueHeap {
+	w.m.mu.Lock()
+	defer w.m.mu.Unlock()
+	return slices.Clone(w.m.due)
+}
+
 // messages returns the log from info level up.
 func (w *world) messages() []string {
 	var lines []string
