@@ -118,7 +118,7 @@ func TestFollowerTakesOverEmptyConnections(t *testing.T) {
 		tcp := w.connect(tcpAddr)
 		w.pass(takeoverDelay - time.Millisecond)
 		require.False(t, tcp.IsClosed())
-		require.Zero(t, tcp.drained(), "the controller is to ask")
+		require.Zero(t, tcp.timesAsked(), "the controller is to ask")
 		w.pass(maxQuietGap)
 		require.True(t, tcp.pruned())
 	})
@@ -167,10 +167,10 @@ func TestFollowerLeavesAControllerThatWaits(t *testing.T) {
 		s := w.asked(tcp)
 		require.NoError(t, writeDrain(s, drainMessage()))
 		w.pass(time.Hour)
-		require.Zero(t, tcp.drained())
+		require.Zero(t, tcp.timesAsked())
 		require.NoError(t, s.pipe.Close())
 		w.pass(defaultTakeover*defaultSettleDelay + defaultInterval)
-		require.Equal(t, 1, tcp.drained())
+		require.Equal(t, 1, tcp.timesAsked())
 	})
 }
 

@@ -76,7 +76,7 @@ func TestExemptConn(t *testing.T) {
 		require.Equal(t, 1, tcp.count(), "nothing is moved away from it")
 		require.Equal(t, 1, quic.count())
 		require.Equal(t, "kept: backup path", w.m.Explain(higher).Conns[1].State)
-		require.Zero(t, tcp.drained())
+		require.Zero(t, tcp.timesAsked())
 	})
 }
 

@@ -309,8 +309,8 @@ func (c *fakeConn) count() int {
 	return len(c.labelled)
 }
 
-// drained returns how many messages have asked to drain c.
-func (c *fakeConn) drained() int {
+// timesAsked returns how often the manager has asked to drain c.
+func (c *fakeConn) timesAsked() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.drains
