@@ -249,11 +249,11 @@ var File_github_com_go_portage_portage_pb_drain_proto protoreflect.FileDescripto
 
 const file_github_com_go_portage_portage_pb_drain_proto_rawDesc = "" +
 	"\n" +
-	",github.com/go-portage/portage/pb/drain.proto\x12\x12streammigration.pb\"\xbb\x01\n" +
-	"\fDrainMessage\x121\n" +
-	"\x05drain\x18\x01 \x01(\v2\x19.streammigration.pb.DrainH\x00R\x05drain\x127\n" +
-	"\adrained\x18\x02 \x01(\v2\x1b.streammigration.pb.DrainedH\x00R\adrained\x127\n" +
-	"\arefused\x18\x03 \x01(\v2\x1b.streammigration.pb.RefusedH\x00R\arefusedB\x06\n" +
+	",github.com/go-portage/portage/pb/drain.proto\x12\x10portage.drain.pb\"\xb5\x01\n" +
+	"\fDrainMessage\x12/\n" +
+	"\x05drain\x18\x01 \x01(\v2\x17.portage.drain.pb.DrainH\x00R\x05drain\x125\n" +
+	"\adrained\x18\x02 \x01(\v2\x19.portage.drain.pb.DrainedH\x00R\adrained\x125\n" +
+	"\arefused\x18\x03 \x01(\v2\x19.portage.drain.pb.RefusedH\x00R\arefusedB\x06\n" +
 	"\x04type\"\a\n" +
 	"\x05Drain\"\t\n" +
 	"\aDrained\"!\n" +
@@ -274,15 +274,15 @@ func file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP() []byte {
 
 var file_github_com_go_portage_portage_pb_drain_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
 var file_github_com_go_portage_portage_pb_drain_proto_goTypes = []any{
-	(*DrainMessage)(nil), // 0: streammigration.pb.DrainMessage
-	(*Drain)(nil),        // 1: streammigration.pb.Drain
-	(*Drained)(nil),      // 2: streammigration.pb.Drained
-	(*Refused)(nil),      // 3: streammigration.pb.Refused
+	(*DrainMessage)(nil), // 0: portage.drain.pb.DrainMessage
+	(*Drain)(nil),        // 1: portage.drain.pb.Drain
+	(*Drained)(nil),      // 2: portage.drain.pb.Drained
+	(*Refused)(nil),      // 3: portage.drain.pb.Refused
 }
 var file_github_com_go_portage_portage_pb_drain_proto_depIdxs = []int32{
-	1, // 0: streammigration.pb.DrainMessage.drain:type_name -> streammigration.pb.Drain
-	2, // 1: streammigration.pb.DrainMessage.drained:type_name -> streammigration.pb.Drained
-	3, // 2: streammigration.pb.DrainMessage.refused:type_name -> streammigration.pb.Refused
+	1, // 0: portage.drain.pb.DrainMessage.drain:type_name -> portage.drain.pb.Drain
+	2, // 1: portage.drain.pb.DrainMessage.drained:type_name -> portage.drain.pb.Drained
+	3, // 2: portage.drain.pb.DrainMessage.refused:type_name -> portage.drain.pb.Refused
 	3, // [3:3] is the sub-list for method output_type
 	3, // [3:3] is the sub-list for method input_type
 	3, // [3:3] is the sub-list for extension type_name

@@ -356,14 +356,14 @@ var File_github_com_go_portage_portage_pb_streammigration_proto protoreflect.Fil
 
 const file_github_com_go_portage_portage_pb_streammigration_proto_rawDesc = "" +
 	"\n" +
-	"6github.com/go-portage/portage/pb/streammigration.proto\x12\x12streammigration.pb\"\x88\x02\n" +
-	"\x0fStreamMigration\x121\n" +
-	"\x05label\x18\x01 \x01(\v2\x19.streammigration.pb.LabelH\x00R\x05label\x127\n" +
-	"\amigrate\x18\x02 \x01(\v2\x1b.streammigration.pb.MigrateH\x00R\amigrate\x12A\n" +
-	"\vack_migrate\x18\x03 \x01(\v2\x1e.streammigration.pb.AckMigrateH\x00R\n" +
-	"ackMigrate\x12>\n" +
+	"6github.com/go-portage/portage/pb/streammigration.proto\x12\x1aportage.streammigration.pb\"\xa8\x02\n" +
+	"\x0fStreamMigration\x129\n" +
+	"\x05label\x18\x01 \x01(\v2!.portage.streammigration.pb.LabelH\x00R\x05label\x12?\n" +
+	"\amigrate\x18\x02 \x01(\v2#.portage.streammigration.pb.MigrateH\x00R\amigrate\x12I\n" +
+	"\vack_migrate\x18\x03 \x01(\v2&.portage.streammigration.pb.AckMigrateH\x00R\n" +
+	"ackMigrate\x12F\n" +
 	"\n" +
-	"final_size\x18d \x01(\v2\x1d.streammigration.pb.FinalSizeH\x00R\tfinalSizeB\x06\n" +
+	"final_size\x18d \x01(\v2%.portage.streammigration.pb.FinalSizeH\x00R\tfinalSizeB\x06\n" +
 	"\x04type\"\x17\n" +
 	"\x05Label\x12\x0e\n" +
 	"\x02id\x18\x01 \x02(\x04R\x02id\"L\n" +
@@ -394,17 +394,17 @@ func file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP() [
 
 var file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
 var file_github_com_go_portage_portage_pb_streammigration_proto_goTypes = []any{
-	(*StreamMigration)(nil), // 0: streammigration.pb.StreamMigration
-	(*Label)(nil),           // 1: streammigration.pb.Label
-	(*Migrate)(nil),         // 2: streammigration.pb.Migrate
-	(*AckMigrate)(nil),      // 3: streammigration.pb.AckMigrate
-	(*FinalSize)(nil),       // 4: streammigration.pb.FinalSize
+	(*StreamMigration)(nil), // 0: portage.streammigration.pb.StreamMigration
+	(*Label)(nil),           // 1: portage.streammigration.pb.Label
+	(*Migrate)(nil),         // 2: portage.streammigration.pb.Migrate
+	(*AckMigrate)(nil),      // 3: portage.streammigration.pb.AckMigrate
+	(*FinalSize)(nil),       // 4: portage.streammigration.pb.FinalSize
 }
 var file_github_com_go_portage_portage_pb_streammigration_proto_depIdxs = []int32{
-	1, // 0: streammigration.pb.StreamMigration.label:type_name -> streammigration.pb.Label
-	2, // 1: streammigration.pb.StreamMigration.migrate:type_name -> streammigration.pb.Migrate
-	3, // 2: streammigration.pb.StreamMigration.ack_migrate:type_name -> streammigration.pb.AckMigrate
-	4, // 3: streammigration.pb.StreamMigration.final_size:type_name -> streammigration.pb.FinalSize
+	1, // 0: portage.streammigration.pb.StreamMigration.label:type_name -> portage.streammigration.pb.Label
+	2, // 1: portage.streammigration.pb.StreamMigration.migrate:type_name -> portage.streammigration.pb.Migrate
+	3, // 2: portage.streammigration.pb.StreamMigration.ack_migrate:type_name -> portage.streammigration.pb.AckMigrate
+	4, // 3: portage.streammigration.pb.StreamMigration.final_size:type_name -> portage.streammigration.pb.FinalSize
 	4, // [4:4] is the sub-list for method output_type
 	4, // [4:4] is the sub-list for method input_type
 	4, // [4:4] is the sub-list for extension type_name
