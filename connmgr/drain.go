@@ -189,6 +189,13 @@ func (m *Manager) startDrain(d *duplicates, loser *connState) {
 	}()
 }
 
+// begins is the migrate.WithStreamObserver of a wrapped host.
+func (m *Manager) begins(c network.Conn, _ protocol.ID, dir network.Direction) {
+	if dir == network.DirInbound {
+		m.heard(c)
+	}
+}
+
 // heard is called for each stream that a peer opens, of any protocol. Short ones come and
 // go between two looks, unread answers and all.
 func (m *Manager) heard(c network.Conn) {

@@ -155,7 +155,7 @@ func (m *Manager) Wrap(h host.Host) (host.Host, error) {
 		m.unclaim()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithInbound(m.heard), migrate.WithLogger(m.log)}
+	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithStreamObserver(m.begins), migrate.WithLogger(m.log)}
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {
 		_ = identified.Close()

@@ -25,6 +25,7 @@ type Host struct {
 	log    *zap.Logger
 	labels *labels
 	paths  oldPaths
+	late   late
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 
@@ -121,17 +122,23 @@ func (s *Stream) on(c network.Conn) bool {
 // and takes the first of pids that p speaks. Where p is known to speak one of them
 // nothing is sent, and no round trip spent, before the first Write or Read (W1).
 //
+// The stream is on the connection that the selector names (see WithConnSelector), unless
+// it cannot be opened there at once.
+//
 // The stream is labelled, a *Stream, and can migrate, unless p does not support it, one
 // of pids is a protocol of libp2p's own that speaks about its connection (identify,
-// relay, hole punching, AutoNAT), or ctx comes from WithoutLabel: then the wrapped host
-// opens it.
+// relay, hole punching, AutoNAT), or ctx comes from WithoutLabel. Without a label it is
+// what the wrapped host would return.
 //
 // It blocks until ctx ends; without a deadline of its own, 10 s at most (see
 // WithNegotiationTimeout).
 func (h *Host) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (network.Stream, error) {
-	if plain, _ := ctx.Value(withoutLabel{}).(bool); plain || len(pids) == 0 ||
-		slices.ContainsFunc(pids, func(id protocol.ID) bool { return perConnection[id] }) {
-		return h.Host.NewStream(ctx, p, pids...)
+	if len(pids) == 0 || slices.ContainsFunc(pids, func(id protocol.ID) bool { return perConnection[id] }) {
+		return h.innerStream(ctx, p, pids)
+	}
+	unlabelled, _ := ctx.Value(withoutLabel{}).(bool)
+	if unlabelled && h.named(ctx, p) == nil {
+		return h.innerStream(ctx, p, pids)
 	}
 	if _, ok := ctx.Deadline(); !ok && h.cfg.negotiation > 0 {
 		var cancel context.CancelFunc
@@ -142,41 +149,56 @@ func (h *Host) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (n
 		if err := h.Connect(ctx, peer.AddrInfo{ID: p}); err != nil {
 			return nil, err
 		}
+		ctx = network.WithNoDial(ctx, "already dialed")
 	}
-	if err := h.awaitIdentify(ctx, p); err != nil {
-		return nil, err
+	if !unlabelled {
+		if err := h.awaitIdentify(ctx, p); err != nil {
+			return nil, err
+		}
+		unlabelled = !h.migratesWith(p)
 	}
-	if !h.migratesWith(p) {
-		return h.Host.NewStream(ctx, p, pids...)
+	named := h.named(ctx, p)
+	if unlabelled && named == nil {
+		return h.innerStream(ctx, p, pids)
 	}
-	u, err := h.openUnderlying(ctx, p)
+	u, err := h.openStream(ctx, p, named)
 	if err != nil {
 		return nil, err
 	}
-	s, err := h.label(ctx, u, pids)
+	h.observe(u.Conn(), pids[0], network.DirOutbound)
+	s, err := h.begin(ctx, u, pids, unlabelled)
 	if err != nil {
 		_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
 		return nil, err
 	}
-	if s == nil { // what was known of the peer is out of date
-		_ = u.Reset()
-		return h.Host.NewStream(ctx, p, pids...)
-	}
 	return s, nil
 }
 
-// label makes u a labelled stream. It returns nil where the peer, after identify on this
-// connection, no longer supports that.
-func (h *Host) label(ctx context.Context, u network.Stream, pids []protocol.ID) (*Stream, error) {
+// innerStream has the wrapped host open a stream.
+func (h *Host) innerStream(ctx context.Context, p peer.ID, pids []protocol.ID) (network.Stream, error) {
+	s, err := h.Host.NewStream(ctx, p, pids...)
+	if err == nil {
+		h.observe(s.Conn(), s.Protocol(), network.DirOutbound)
+	}
+	return s, err
+}
+
+// observe tells the observers of a stream that begins.
+func (h *Host) observe(c network.Conn, id protocol.ID, dir network.Direction) {
+	for _, begins := range h.cfg.observers {
+		begins(c, id, dir)
+	}
+}
+
+// begin makes u, which was just opened, a stream of one of pids: with a label, unless the
+// peer, after identify on this connection, does not support that.
+func (h *Host) begin(ctx context.Context, u network.Stream, pids []protocol.ID, unlabelled bool) (network.Stream, error) {
 	p := u.Conn().RemotePeer()
 	if ids := h.identify(); ids != nil {
 		select {
 		case <-ids.IdentifyWait(u.Conn()):
 		case <-ctx.Done():
 			return nil, fmt.Errorf("identify failed to complete: %w", ctx.Err())
-		}
-		if !h.migratesWith(p) {
-			return nil, nil
 		}
 	}
 	supported, err := h.Peerstore().SupportsProtocols(p, pids...)
@@ -187,26 +209,14 @@ func (h *Host) label(ctx context.Context, u network.Stream, pids []protocol.ID) 
 	if len(supported) > 0 {
 		pref = supported[0]
 	}
-	return h.open(ctx, u, pref, pids)
-}
-
-// openUnderlying opens a stream on the connection that the selector names, or else on
-// that which the swarm chooses.
-func (h *Host) openUnderlying(ctx context.Context, p peer.ID) (network.Stream, error) {
-	if h.cfg.selector != nil {
-		limited, _ := network.GetAllowLimitedConn(ctx)
-		c := h.cfg.selector(ctx, p)
-		if c != nil && !c.IsClosed() && (limited || !c.Stat().Limited) {
-			if u, err := c.NewStream(ctx); err == nil || !c.IsClosed() {
-				return u, err
-			}
-		}
+	if unlabelled || !h.migratesWith(p) {
+		return h.plain(ctx, u, pref, pids)
 	}
-	u, err := h.Network().NewStream(network.WithNoDial(ctx, "already dialed"), p)
+	s, err := h.open(ctx, u, pref, pids)
 	if err != nil {
-		return nil, fmt.Errorf("failed to open stream: %w", err)
+		return nil, err
 	}
-	return u, nil
+	return s, nil
 }
 
 // identify returns the host's identify service, or nil where it has none.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"go.uber.org/zap"
@@ -107,11 +108,11 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	if s.unsent.Load() {
 		return tryLater(errors.New("the opening of the stream cannot be sent"))
 	}
-	u, err := to.NewStream(x.opening(ctx))
-	x.stop()
+	u, err := x.openOn(ctx, to)
 	if err != nil {
 		return tryLater(fmt.Errorf("open a stream: %w", err))
 	}
+	h.observe(to, ID, network.DirOutbound)
 	if !x.attach(u) {
 		_ = u.Reset()
 		return tryLater(errSuperseded)
@@ -158,6 +159,25 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	}
 	return nil
 }
+
+// roomWait is how long a migration waits for a place on a connection that has none: some
+// round trips of any path that is in use, since that may be all it takes. Who moves many
+// streams needs to know that the others had better stay.
+const roomWait = time.Second
+
+// openOn opens the stream to move to.
+func (x *exchange) openOn(ctx context.Context, to network.Conn) (network.Stream, error) {
+	opening, cancel := context.WithTimeoutCause(x.opening(ctx), roomWait, errNoRoom)
+	defer cancel()
+	defer x.stop()
+	u, err := to.NewStream(opening)
+	if err != nil && context.Cause(opening) == errNoRoom {
+		return nil, errNoRoom
+	}
+	return u, err
+}
+
+var errNoRoom = fmt.Errorf("the connection has had no room for a stream for %s", roomWait)
 
 // unmoved is what Migrate returns where err came before the ack.
 func (x *exchange) unmoved(err error) error {

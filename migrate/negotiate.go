@@ -128,9 +128,6 @@ func (l *labelled) Read(p []byte) (int, error) {
 // handleStream is the network's stream handler. It negotiates as the host's own would,
 // byte for byte, for all streams but those that speak ID.
 func (h *Host) handleStream(u network.Stream) {
-	for _, seen := range h.cfg.inbound {
-		seen(u.Conn())
-	}
 	if h.cfg.negotiation > 0 {
 		if err := u.SetDeadline(time.Now().Add(h.cfg.negotiation)); err != nil {
 			_ = u.Reset()
@@ -178,6 +175,7 @@ func (h *Host) handleStream(u network.Stream) {
 		return
 	}
 	if h.accept(u, proto) {
+		h.observe(u.Conn(), proto, network.DirInbound)
 		_ = handle(proto, u)
 	}
 }
@@ -251,6 +249,7 @@ func (h *Host) handleLabelled(u network.Stream, owed string) {
 	case m.GetLabel() != nil:
 		err = h.acceptStream(n, m.GetLabel().GetId())
 	case m.GetMigrate() != nil:
+		h.observe(u.Conn(), ID, network.DirInbound)
 		err = h.respond(n, m.GetMigrate())
 	default:
 		err = fmt.Errorf("%w: a stream begins with Label or Migrate, not %T", errViolation, m.Type)
@@ -303,6 +302,7 @@ func (h *Host) acceptStream(n *negotiator, label uint64) error {
 	if !h.labels.add(p, label, s) {
 		return fmt.Errorf("%w: label %d is alive", errViolation, label)
 	}
+	h.observe(u.Conn(), proto, network.DirInbound)
 	// The swarm frees the stream only when this goroutine has returned; the old
 	// underlying stream must not live as long as the application's handler.
 	go func() { _ = handle(proto, s) }()

@@ -7,6 +7,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"go.uber.org/zap"
 )
 
@@ -18,7 +19,7 @@ type config struct {
 	selector    ConnSelector
 	acceptor    Acceptor
 	tracer      func(Event)
-	inbound     []func(network.Conn)
+	observers   []func(network.Conn, protocol.ID, network.Direction)
 	verified    bool // RequireVerifiedHandover
 	negotiation time.Duration
 	labelWait   time.Duration
@@ -36,9 +37,16 @@ func defaults() config {
 	}
 }
 
-// ConnSelector names the connection on which NewStream opens a stream to p. It is
-// called on every NewStream, concurrently, and must not block. nil, or a connection
-// that is closed, leaves the choice to the host's swarm.
+// ConnSelector names the connection that a new stream to p is to be opened on, labelled
+// or not. It is called on every NewStream, but for the protocols of libp2p's own that
+// speak about their connection, concurrently, maybe more than once, and must not block.
+//
+// nil, a connection that is closed, or one that ctx does not allow (a limited or relayed
+// one) leaves the choice to the host's swarm. A limited connection is not used while an
+// unlimited one is open. Where the stream cannot be opened at once on the connection
+// named, because of a limit of either end's or because it is about to close, it is opened
+// on another that ctx allows; and if that is not possible at once on any, NewStream waits
+// where the plain host would.
 type ConnSelector func(ctx context.Context, p peer.ID) network.Conn
 
 // WithConnSelector steers new streams. Default: the swarm's own choice.
@@ -92,15 +100,18 @@ func WithTracer(trace func(Event)) Option {
 	}
 }
 
-// WithInbound has seen called for each stream, of any protocol, that a peer opens on a
-// connection, before anything is read from it. It is called concurrently and must not
-// block. It may be given several times, and all are called. Default: none.
-func WithInbound(seen func(network.Conn)) Option {
+// WithStreamObserver has begins called once for each stream, of any protocol, when it
+// begins: for one that a peer opens when its protocol has been negotiated, before the
+// handler runs; for one that this host opens when that is done, with the protocol agreed
+// on or the one asked for first. A stream that takes the place of another in a migration
+// begins, too, with ID. begins is called concurrently and must not block. The option may be
+// given several times, and all are called. Default: none.
+func WithStreamObserver(begins func(c network.Conn, id protocol.ID, dir network.Direction)) Option {
 	return func(c *config) error {
-		if seen == nil {
-			return errors.New("WithInbound: nil; leave the option out to watch nothing")
+		if begins == nil {
+			return errors.New("WithStreamObserver: nil; leave the option out to observe nothing")
 		}
-		c.inbound = append(c.inbound, seen)
+		c.observers = append(c.observers, begins)
 		return nil
 	}
 }

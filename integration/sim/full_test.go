@@ -44,7 +44,7 @@ func TestNewConnectionIsFull(t *testing.T) {
 
 			start := time.Now()
 			require.ErrorIs(t, p.migrate(initiator, s, 1), migrate.ErrTryLater)
-			require.LessOrEqual(t, time.Since(start), 15*time.Second, "go-libp2p opens no stream for longer")
+			require.LessOrEqual(t, time.Since(start), time.Second, "whoever moves many streams has others to see to")
 			p.requireWorksOn(0, s, reader)
 
 			moved := make(chan error, 1)
