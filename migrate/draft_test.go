@@ -800,7 +800,7 @@ func TestRequireVerifiedHandover(t *testing.T) {
 // TestDraftEOFCrossesTheAck: a draft-only initiator whose application ends its writing
 // while the ack is on its way. S3 has to take that EOF for the proof, and it is none: the
 // ack is lost with the new stream, and the initiator falls back to an old stream that
-// this end has closed. docs/protocol.md, section 7, says why that remains, at the peer
+// this end has closed. docs/protocol.md, appendix B, says why that remains, at the peer
 // alone: here, what becomes of the stream is an error.
 func TestDraftEOFCrossesTheAck(t *testing.T) {
 	acked := make(chan struct{}, 1)

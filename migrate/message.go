@@ -52,17 +52,16 @@ type messageReader interface {
 }
 
 // readMessage reads one message. A message that is malformed, oversized or without a
-// member is an errViolation; an error of the stream is returned as it is.
+// member is an errViolation; an error of the stream is returned as it is. A required field
+// that is missing is 0.
 func readMessage(r messageReader) (*pb.StreamMigration, error) {
 	// Two errors look alike to the decoder: bytes that are no message, and a stream
 	// that ends. The tracker remembers whether it was the stream.
 	t := &tracker{r: r}
 	m := new(pb.StreamMigration)
-	err := protodelim.UnmarshalOptions{MaxSize: maxMessage}.UnmarshalFrom(t, m)
-	if err == nil {
-		// The decoder looks at the required fields of a oneof's first member only.
-		err = proto.CheckInitialized(m)
-	}
+	opts := protodelim.UnmarshalOptions{MaxSize: maxMessage}
+	opts.AllowPartial = true // see zeros
+	err := opts.UnmarshalFrom(t, m)
 	switch {
 	case t.err == io.EOF && t.read > 0:
 		return nil, io.ErrUnexpectedEOF
@@ -73,7 +72,26 @@ func readMessage(r messageReader) (*pb.StreamMigration, error) {
 	case m.Type == nil:
 		return nil, fmt.Errorf("%w: a message without a member", errViolation)
 	}
+	zeros(m)
 	return m, nil
+}
+
+// zeros sets the required fields that are missing: proto3 encoders leave zeros out.
+func zeros(m *pb.StreamMigration) {
+	set := func(field **uint64) {
+		if *field == nil {
+			*field = new(uint64)
+		}
+	}
+	switch t := m.Type.(type) {
+	case *pb.StreamMigration_Label:
+		set(&t.Label.Id)
+	case *pb.StreamMigration_Migrate:
+		set(&t.Migrate.Id)
+		set(&t.Migrate.From)
+	case *pb.StreamMigration_FinalSize:
+		set(&t.FinalSize.Size)
+	}
 }
 
 type tracker struct {

@@ -454,7 +454,6 @@ func TestFinalSizeMissing(t *testing.T) {
 		"data":          "\x02hi",
 		"no member":     "\x00",
 		"another":       ackVerified,
-		"no size":       "\x03\xa2\x06\x00",
 		"oversized":     uvarint(1025),
 		"overlong":      strings.Repeat("\xff", 10),
 		"not a message": "\x01\xff",

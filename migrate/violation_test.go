@@ -42,10 +42,6 @@ var malformed = map[string]string{
 	"member beyond the end":  "\x02\x0a\x05",
 	"unknown wire type":      "\x01\x0f",
 	"field zero":             "\x02\x00\x00",
-	"label without id":       lengthy("\x0a" + lengthy("")),
-	"migrate without id":     lengthy("\x12" + lengthy("\x10\x02")),
-	"migrate without from":   lengthy("\x12" + lengthy("\x08\x02")),
-	"final size, no size":    lengthy("\xa2\x06" + lengthy("")),
 	"member of another type": lengthy("\x08\x02"),
 }
 
