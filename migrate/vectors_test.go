@@ -1,0 +1,202 @@
+package migrate
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/go-portage/portage/internal/vectors"
+	"github.com/go-portage/portage/pb"
+)
+
+// The test vectors of docs/protocol.md, by which implementations in other languages are
+// checked, too.
+
+// TestVectorsOfMessages: what is read and written (W4).
+func TestVectorsOfMessages(t *testing.T) {
+	file := vectors.Load(t)
+	for _, v := range vectors.Of(t, file.Messages, "StreamMigration") {
+		t.Run(v.Name, func(t *testing.T) {
+			r := strings.NewReader(string(v.Bytes) + "rest")
+			m, err := readMessage(r)
+			require.NoError(t, err)
+			require.Equal(t, len("rest"), r.Len())
+			got, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(m)
+			require.NoError(t, err)
+			require.JSONEq(t, string(v.Message), string(got))
+			if v.OnlyRead {
+				return
+			}
+			want := new(pb.StreamMigration)
+			require.NoError(t, protojson.Unmarshal(v.Message, want))
+			require.Equal(t, string(v.Bytes), string(appendMessage(nil, want)))
+		})
+	}
+	for _, v := range vectors.Of(t, file.Refused, "StreamMigration") {
+		t.Run("refused: "+v.Name, func(t *testing.T) {
+			_, err := readMessage(strings.NewReader(string(v.Bytes)))
+			require.ErrorIs(t, err, errViolation)
+		})
+	}
+}
+
+// TestVectorsOfOpenings: what the host answers to the beginning of a stream, or whether it
+// resets that (W1, W4, W5, L1, S2).
+func TestVectorsOfOpenings(t *testing.T) {
+	for _, v := range vectors.Load(t).Openings {
+		t.Run(v.Name, func(t *testing.T) {
+			p := meeting{kind: verified, hostHigher: v.Opener == "lower"}.meet(t)
+			p.host.SetStreamHandler(goldenProtocol, func(s network.Stream) { p.app <- s.(*Stream) })
+			u := p.opens(0, string(v.Bytes))
+			switch v.Reset {
+			case "":
+				require.NotEmpty(t, v.Answer)
+				u.wants(string(v.Answer))
+				p.talk(p.accepted(), u)
+			case "any":
+				u.wantsReset(network.StreamNoError)
+				p.nothingLeft()
+			default:
+				code, err := strconv.ParseUint(v.Reset, 0, 32)
+				require.NoError(t, err)
+				u.wantsReset(network.StreamErrorCode(code))
+				p.nothingLeft()
+			}
+		})
+	}
+}
+
+// TestVectorsOfExchanges: the host as each of the two sides, where it can be that one.
+func TestVectorsOfExchanges(t *testing.T) {
+	for _, v := range vectors.Load(t).Exchanges {
+		for _, side := range []string{"A", "B"} {
+			if side != v.DraftOnly {
+				t.Run(v.Name+", host is "+side, func(t *testing.T) { playVector(t, v, side) })
+			}
+		}
+	}
+}
+
+func playVector(t *testing.T, v vectors.Exchange, side string) {
+	m := meeting{kind: peerKind{ID, FinalSizeID, goldenProtocol}, hostHigher: side == "B"}
+	if v.DraftOnly != "" {
+		m.kind = peerKind{ID, goldenProtocol}
+	}
+	if v.Denies == side {
+		m.opts = append(m.opts, WithAcceptor(func(*Stream, network.Conn) bool { return false }))
+	}
+	p := m.meet(t)
+	p.host.SetStreamHandler(goldenProtocol, func(s network.Stream) { p.app <- s.(*Stream) })
+	var (
+		s      *Stream
+		on     = make(map[string]*rawStream)
+		before string // what the host sends with its application's first byte
+		wrote  string // the peer's application
+		moved  *outcome
+		end    error
+	)
+	if v.Denies != "" && v.Denies != side {
+		end = ErrDenied
+	}
+	steps := slices.Clone(v.Steps)
+	for i, st := range steps {
+		if st.Crosses && st.Side == side { // it is the host that has to send first
+			steps[i-1], steps[i] = st, steps[i-1]
+			end = ErrTryLater
+		}
+	}
+	for i, st := range steps {
+		u := on[st.Stream]
+		what := fmt.Sprintf("step %d: %s on %s: %s %s", i, st.Side, st.Stream, st.Event, st.Says)
+		if st.Side != side { // the test plays it
+			switch {
+			case st.Event == "open":
+				on[st.Stream] = p.opens(0, string(st.Bytes))
+			case st.Event == "migrate":
+				on[st.Stream] = p.opens(1, string(st.Bytes))
+			case st.Bytes != "":
+				u.sends(string(st.Bytes))
+			case st.End:
+				_ = u.CloseWrite() // on QUIC an error where the host has closed the stream, as after a denial
+			default:
+				require.NotEmpty(t, st.Reset, what) // the host has reset it
+			}
+			if st.Event == "write" {
+				wrote += string(st.Bytes)
+			}
+			continue
+		}
+		if s == nil && st.Event != "open" && before == "" {
+			u.wants(string(st.Bytes)) // the answer to the opening
+			s = p.accepted()
+			continue
+		}
+		switch st.Event {
+		case "open":
+			p.countTo(goldenFrom)
+			ns, err := p.host.NewStream(testCtx(t), p.ID(), goldenProtocol)
+			require.NoError(t, err, what)
+			s, before = ns.(*Stream), string(st.Bytes)
+			continue
+		case "write":
+			p.writes(s, string(st.Bytes))
+		case "close write":
+			require.NoError(t, s.CloseWrite(), what)
+		case "migrate":
+			req, err := readMessage(strings.NewReader(strings.TrimPrefix(string(st.Bytes), prelude)))
+			require.NoError(t, err, what)
+			p.countTo(req.GetMigrate().GetId())
+			moved = p.hostMigrates(s)
+		default:
+			require.Equal(t, "protocol", st.Event, what)
+		}
+		if u == nil {
+			u = p.arrives()
+			on[st.Stream] = u
+		}
+		switch {
+		case st.Bytes != "":
+			u.wants(before + string(st.Bytes))
+			before = ""
+		case st.End:
+			u.wantsEOF()
+		default:
+			require.Equal(t, "any", st.Reset, what)
+			u.wantsReset(network.StreamNoError)
+		}
+	}
+	require.Equal(t, wrote, p.readsEnd(s, io.EOF))
+	if moved != nil {
+		moved.is(end)
+	}
+	p.hasLabel(v.Label)
+	require.NoError(t, s.Close())
+	p.nothingLeft()
+}
+
+// TestVectorsAreDocumented: each message that docs/protocol.md shows is a vector, so that
+// it is what the code reads and writes.
+func TestVectorsAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../docs/protocol.md")
+	require.NoError(t, err)
+	known := make(map[string]bool)
+	for _, v := range vectors.Load(t).Messages {
+		known[fmt.Sprintf("% x", string(v.Bytes))] = true
+	}
+	shown := regexp.MustCompile(`(?m)^((?:[0-9a-f]{2} )+) +length (\d+): `).FindAllStringSubmatch(string(text), -1)
+	require.GreaterOrEqual(t, len(shown), 14, "the messages are not found in the text")
+	for _, line := range shown {
+		bytes := strings.TrimSpace(line[1])
+		require.True(t, known[bytes], "docs/vectors.json has no message %s", bytes)
+		require.Equal(t, line[2], strconv.Itoa(strings.Count(bytes, " ")), "the length of %s", bytes)
+	}
+}
