@@ -8,7 +8,11 @@
 // carried nothing for a while, closes it.
 //
 // It is a connection manager itself, a decorator of the one a host already has. A host
-// gets it with three lines:
+// gets it with one option, [Enable]:
+//
+//	h, err := libp2p.New(connmgr.Enable(connmgr.WithLogger(logger)))
+//
+// or, where something else makes the host, with three lines:
 //
 //	mgr, err := connmgr.New(inner, connmgr.WithLogger(logger)) // inner nil: libp2p's default
 //	h, err := libp2p.New(libp2p.ConnectionManager(mgr))

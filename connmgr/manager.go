@@ -24,7 +24,7 @@ import (
 // Errors to test for with errors.Is.
 var (
 	ErrClosed     = errors.New("connection manager is closed")
-	ErrWrapped    = errors.New("connection manager already has a host")
+	ErrWrapped    = errors.New("connection manager already has a host; make a manager for each host")
 	ErrNotManager = errors.New("host has another connection manager; pass libp2p.ConnectionManager")
 	ErrNoNetwork  = errors.New("connection manager has not met a network yet")
 	ErrNoDecay    = errors.New("inner connection manager has no decaying tags")
@@ -47,8 +47,9 @@ type Manager struct {
 	wake   chan struct{}  // to the dispatcher; capacity 1
 	awake  atomic.Bool    // the dispatcher runs
 
-	bareOnce  sync.Once // the warning
-	wrongOnce sync.Once // the error
+	contested atomic.Bool // another host was to be wrapped, too
+	bareOnce  sync.Once   // the warning
+	wrongOnce sync.Once   // the error
 	closeOnce sync.Once
 	closeErr  error
 
@@ -63,8 +64,9 @@ type Manager struct {
 	// connection or a stream. Before steering.mu and watcher.mu, never after them.
 	mu      sync.Mutex
 	closed  bool
-	host    host.Host // that Wrap got; nil before
-	mover   mover     // nil without Wrap
+	host    host.Host     // that Wrap got; nil before
+	wrapped *migrate.Host // that Wrap returned; nil before
+	mover   mover         // nil without Wrap
 	peers   map[peer.ID]*duplicates
 	due     dueHeap // the peers that wait for their next round
 	running int     // rounds, not counting those of Consolidate
@@ -106,18 +108,32 @@ func (h hostMover) Streams(c network.Conn) []network.Stream {
 //
 // The Manager owns inner and closes it when it is closed, which the host does.
 func New(inner connmgr.ConnManager, opts ...Option) (*Manager, error) {
-	cfg := defaultConfig()
-	for _, opt := range opts {
-		if err := opt(&cfg); err != nil {
-			return nil, fmt.Errorf("connection manager: %w", err)
-		}
+	cfg, err := configure(opts)
+	if err != nil {
+		return nil, fmt.Errorf("connection manager: %w", err)
 	}
 	if inner == nil {
-		var err error
 		if inner, err = basic.NewConnManager(defaultLowWater, defaultHighWater); err != nil {
 			return nil, fmt.Errorf("default connection manager: %w", err)
 		}
 	}
+	return newManager(inner, cfg), nil
+}
+
+func configure(opts []Option) (config, error) {
+	cfg := defaultConfig()
+	for _, opt := range opts {
+		if opt == nil {
+			continue // as libp2p.New does with its own
+		}
+		if err := opt(&cfg); err != nil {
+			return config{}, err
+		}
+	}
+	return cfg, nil
+}
+
+func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 	m := &Manager{
 		inner: inner,
 		cfg:   cfg,
@@ -129,18 +145,20 @@ func New(inner connmgr.ConnManager, opts ...Option) (*Manager, error) {
 	m.ranking.Store(&ranker{cfg.policy, policy.Uses(cfg.policy)})
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.watch = newWatcher(inner.Notifee(), m.wakeUp)
-	return m, nil
+	return m
 }
 
 // Wrap gives the manager the host whose connection manager it is, and returns the
 // *migrate.Host to use from then on: streams opened through it, and streams that come
 // in from now on, can move, and new streams go to the winner. It also advertises
-// [DrainID].
+// [DrainID]. [Enable] does the same inside libp2p.New, and reaches what that builds on the
+// host, too.
 //
 // Call it once, right after libp2p.New: streams that exist before cannot move. A second
 // call is an error ([ErrWrapped]), and so is a host that was not made with
-// libp2p.ConnectionManager and this manager ([ErrNotManager]).
-func (m *Manager) Wrap(h host.Host) (host.Host, error) {
+// libp2p.ConnectionManager and this manager ([ErrNotManager]). A host that was made with
+// this manager beside another one closes it for both, which is logged as an error.
+func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	if h == nil {
 		return nil, errors.New("wrap: host is nil")
 	}
@@ -162,6 +180,9 @@ func (m *Manager) Wrap(h host.Host) (host.Host, error) {
 		m.unclaim()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
+	m.mu.Lock()
+	m.wrapped = wrapped
+	m.mu.Unlock()
 	m.attach(wrapped, hostMover{wrapped})
 	m.follow(identified)
 	return wrapped, nil
@@ -214,14 +235,20 @@ func (m *Manager) identified(p peer.ID) {
 // claim makes h the manager's host, of which there can be one.
 func (m *Manager) claim(h host.Host) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	switch {
-	case m.closed:
-		return ErrClosed
-	case m.host != nil:
-		return ErrWrapped
+	closed, own := m.closed, m.host
+	if !closed && own == nil {
+		m.host = h
 	}
-	m.host = h
+	m.mu.Unlock()
+	switch {
+	case closed:
+		return ErrClosed
+	case own != nil:
+		if own.Network() != h.Network() {
+			m.contested.Store(true)
+		}
+		return fmt.Errorf("%w: %s", ErrWrapped, own.Network().LocalPeer())
+	}
 	return nil
 }
 
@@ -282,6 +309,10 @@ func (m *Manager) Close() error {
 		m.closed = true
 		h := m.host
 		m.mu.Unlock()
+		if h != nil && (m.contested.Load() || m.watch.metSecond()) {
+			m.log.Error("connection manager was given to two hosts, and one of them has closed it: "+
+				"nothing is consolidated any more at the other; make a manager for each host", zap.Stringer("host", h.Network().LocalPeer()))
+		}
 		m.cancel()
 		m.watch.close()
 		if h != nil {

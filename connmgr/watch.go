@@ -33,6 +33,7 @@ type watcher struct {
 
 	mu     sync.Mutex // guards what follows; a leaf: no other lock is taken under it
 	net    network.Network
+	second bool            // there were callbacks from another network, too
 	open   [counters]uint8 // connections of the peers whose hash this is; the highest value sticks
 	events []event
 	closed bool
@@ -53,17 +54,36 @@ func newWatcher(inner network.Notifiee, wake func()) *watcher {
 	return &watcher{inner: inner, wake: wake, seed: maphash.MakeSeed()}
 }
 
-func (w *watcher) Listen(n network.Network, a ma.Multiaddr)      { w.inner.Listen(n, a) }
+func (w *watcher) Listen(n network.Network, a ma.Multiaddr) {
+	w.inner.Listen(n, a)
+	w.mu.Lock()
+	w.meet(n)
+	w.mu.Unlock()
+}
+
 func (w *watcher) ListenClose(n network.Network, a ma.Multiaddr) { w.inner.ListenClose(n, a) }
+
+// meet must be called with mu held.
+func (w *watcher) meet(n network.Network) {
+	if w.net == nil {
+		w.net = n
+	}
+	w.second = w.second || w.net != n
+}
+
+// metSecond says whether the manager was given to two hosts.
+func (w *watcher) metSecond() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.second
+}
 
 func (w *watcher) Connected(n network.Network, c network.Conn) {
 	w.inner.Connected(n, c)
 	p := c.RemotePeer()
 	count := &w.open[w.slot(p)]
 	w.mu.Lock()
-	if w.net == nil {
-		w.net = n
-	}
+	w.meet(n)
 	if *count < ^uint8(0) {
 		*count++
 	}

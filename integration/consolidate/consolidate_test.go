@@ -52,7 +52,7 @@ func newMemberWith(t *testing.T, newNode func([]string, ...libp2p.Option) *Node,
 	m := &member{Node: newNode(ips, append([]libp2p.Option{libp2p.ConnectionManager(mgr), unlimited()}, opts...)...), mgr: mgr, ranked: ranked}
 	h, err := mgr.Wrap(m.Node.Host)
 	require.NoError(t, err)
-	m.host = h.(*migrate.Host)
+	m.host = h
 	t.Cleanup(func() { _ = m.host.Close() })
 	m.serve()
 	return m
