@@ -59,7 +59,7 @@ import (
 // Some things are not Portage's doing, and are told apart as narrowly as can be:
 //
 //   - yamux reports a clean EOF now and then where its connection has gone down
-//     (docs/reliability.md, "What transports do", 3). It passes, and is counted, where the EOF came from a yamux
+//     (docs/transports.md, 3). It passes, and is counted, where the EOF came from a yamux
 //     connection that is closed, while no migration was under way at that end. Only the
 //     end of a migration itself ends that, not of another one that was refused meanwhile.
 //   - An application on a host that has only the draft may read a clean end behind a gap
