@@ -350,6 +350,13 @@ func TestEnableRefuses(t *testing.T) {
 			opts: func(*testing.T) []libp2p.Option { return []libp2p.Option{connmgr.Enable(), noRouting} },
 			says: "cannot specify multiple routing options", // go-libp2p's words, which Enable's documentation has
 		},
+		"an option that undoes the manager's own": {
+			opts: func(*testing.T) []libp2p.Option {
+				return []libp2p.Option{connmgr.Enable(connmgr.WithMigrateOptions(migrate.WithConnSelector(
+					func(context.Context, peer.ID) network.Conn { return nil })))}
+			},
+			says: "WithConnSelector: there is a selector already",
+		},
 		"a wrong option": {
 			opts: func(*testing.T) []libp2p.Option { return []libp2p.Option{connmgr.Enable(connmgr.WithConcurrency(0))} },
 			says: "connmgr.Enable: concurrency is 0: want 1 or more",

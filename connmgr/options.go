@@ -249,8 +249,8 @@ func WithRetry(first, limit time.Duration) Option {
 }
 
 // WithMigrateOptions passes options on to migrate.Wrap when [Manager.Wrap] calls it.
-// They come after the manager's own, of which migrate.WithConnSelector is best left
-// alone: it sends new streams to the winner.
+// They come after the manager's own. migrate.WithConnSelector is an error of Wrap: the
+// manager sends new streams to the winner with it.
 func WithMigrateOptions(opts ...migrate.Option) Option {
 	return func(c *config) error {
 		c.migrateOptions = append(c.migrateOptions, opts...)

@@ -18,7 +18,8 @@ import (
 )
 
 // Host is a host whose streams can migrate. It is the wrapped host in everything but
-// NewStream and what it adds. Safe for concurrent use.
+// NewStream and what it adds, and has each method that go-libp2p's hosts have beside those
+// of host.Host. Safe for concurrent use.
 type Host struct {
 	host.Host
 	cfg    config
@@ -29,6 +30,7 @@ type Host struct {
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 
+	autonat  autoNAT
 	charging sync.Mutex           // guards owing; held while unpaid streams are counted; before Stream.mu
 	owing    map[peer.ID]struct{} // peers of which streams may be unpaid that have migrated
 	owes     atomic.Bool          // owing is not empty; to be read without charging
@@ -64,6 +66,7 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 // Close closes the wrapped host, and with it all of its streams.
 func (h *Host) Close() error {
 	h.cancel()
+	h.autonat.close()
 	return h.Host.Close()
 }
 

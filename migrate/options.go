@@ -49,11 +49,16 @@ func defaults() config {
 // where the plain host would.
 type ConnSelector func(ctx context.Context, p peer.ID) network.Conn
 
-// WithConnSelector steers new streams. Default: the swarm's own choice.
+// WithConnSelector steers new streams. It can be given once. Default: the swarm's own
+// choice.
 func WithConnSelector(selector ConnSelector) Option {
 	return func(c *config) error {
 		if selector == nil {
 			return errors.New("WithConnSelector: nil; leave the option out for the swarm's own choice")
+		}
+		if c.selector != nil {
+			return errors.New("WithConnSelector: there is a selector already, which this one would silently replace; " +
+				"leave one out (a connection manager sets its own)")
 		}
 		c.selector = selector
 		return nil
