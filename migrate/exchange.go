@@ -56,7 +56,7 @@ func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
 
 // dead says whether the stream is not to move any more: it was closed or reset, or the
 // application was told that its connection has failed (S8). mu must be held.
-func (s *Stream) dead() bool { return s.over || s.told() }
+func (s *Stream) dead() bool { return s.over || s.lost || s.told() }
 
 func (s *Stream) told() bool { return s.send.hasLost() || s.recv.hasFailed() }
 
@@ -230,9 +230,10 @@ func (x *exchange) end(how ending) {
 		gone = x.from
 		s.label = x.id
 		s.migrations++
-		s.unpaid = nil
 		if x.unpaid {
-			s.unpaid = x.new // until payLate
+			s.scopeLocked().unpaid = x.new // until payLate
+		} else if s.scope != nil && s.scope.own == nil {
+			s.scope.unpaid = nil
 		}
 	}
 	s.giveTurn()
@@ -251,7 +252,9 @@ func (x *exchange) end(how ending) {
 			_ = s.send.stream().Close()
 		}
 		s.forget()
-		s.host.payOwed()
+		s.settle()
+	} else {
+		s.noteGone()
 	}
 	close(x.done)
 }
@@ -292,6 +295,10 @@ func (x *exchange) fail(cause error) error {
 // limit, because the old stream counts, too, the new one waits among those that have
 // not been negotiated until the old one is gone; unless too many of the peer do.
 func (x *exchange) charge(u network.Stream) error {
+	if own, err := x.chargeOwn(u); own {
+		x.s.host.oweIfUnpaid(x.s)
+		return err
+	}
 	err := u.SetProtocol(x.s.proto)
 	if err == nil {
 		return nil
@@ -299,11 +306,11 @@ func (x *exchange) charge(u network.Stream) error {
 	h := x.s.host
 	h.charging.Lock()
 	defer h.charging.Unlock()
-	unpaid := make(map[network.Stream]bool)
+	unpaid := make(map[any]bool)
 	for _, s := range h.labels.all(x.s.peer) {
 		s.mu.Lock()
-		if s.unpaid != nil {
-			unpaid[s.unpaid] = true
+		if s.scope != nil && s.scope.unpaid != nil {
+			unpaid[s.scope.unpaid] = true
 		}
 		if s.ex != nil && s.ex.unpaid {
 			unpaid[s.ex.new] = true
@@ -323,7 +330,11 @@ func (x *exchange) charge(u network.Stream) error {
 func (x *exchange) moveScope(u network.Stream) {
 	x.s.mu.Lock()
 	sc, unpaid := x.s.scopeLocked(), x.unpaid
+	own := sc.own != nil
 	x.s.mu.Unlock()
+	if own {
+		return
+	}
 	if err := sc.follow(u.Scope(), !unpaid); err != nil {
 		x.s.warnUnaccounted(err)
 	}
@@ -333,17 +344,25 @@ func (x *exchange) moveScope(u network.Stream) {
 // that an old stream is gone. Whose that was does not matter: a place that becomes free
 // may go to a stream that begins to migrate, and the next one is for who has waited.
 func (x *exchange) payLate() {
-	h := x.s.host
-	if x.unpaid {
-		h.charging.Lock()
-		if h.owing == nil {
-			h.owing = make(map[peer.ID]struct{})
-		}
-		h.owing[x.s.peer] = struct{}{}
-		h.owes.Store(true)
-		h.charging.Unlock()
+	x.s.host.oweIfUnpaid(x.s)
+	x.s.host.payOwed()
+}
+
+// oweIfUnpaid has s charged by payOwed.
+func (h *Host) oweIfUnpaid(s *Stream) {
+	s.mu.Lock()
+	unpaid := s.scope != nil && s.scope.unpaid != nil
+	s.mu.Unlock()
+	if !unpaid {
+		return
 	}
-	h.payOwed()
+	h.charging.Lock()
+	defer h.charging.Unlock()
+	if h.owing == nil {
+		h.owing = make(map[peer.ID]struct{})
+	}
+	h.owing[s.peer] = struct{}{}
+	h.owes.Store(true)
 }
 
 // payOwed is called when a stream has ended, or an old one is gone.
@@ -366,28 +385,37 @@ func (h *Host) payOwed() {
 func (h *Host) payAll(p peer.ID) bool {
 	all := true
 	for _, s := range h.labels.all(p) {
-		s.mu.Lock()
-		u, sc := s.unpaid, s.scope
-		s.mu.Unlock()
-		if u == nil || u.Conn().IsClosed() { // a scope that has ended may not be charged
-			continue
-		}
-		if u.SetProtocol(s.proto) != nil {
+		if !s.pay() {
 			all = false
-			continue
-		}
-		s.mu.Lock()
-		if s.unpaid == u {
-			s.unpaid = nil
-		}
-		s.mu.Unlock()
-		if sc != nil {
-			if err := sc.attached(u.Scope()); err != nil {
-				s.warnUnaccounted(err)
-			}
 		}
 	}
 	return all
+}
+
+// pay charges the stream to its protocol, if it is not charged yet and there is room. It
+// says false where there is none.
+func (s *Stream) pay() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	sc := s.scope
+	if sc == nil || sc.unpaid == nil {
+		return true
+	}
+	var cur network.StreamScope = sc.own
+	if u, ok := sc.unpaid.(network.Stream); ok {
+		if u.Conn().IsClosed() { // a scope that has ended may not be charged
+			return true
+		}
+		cur = u.Scope()
+	}
+	if sc.unpaid.SetProtocol(s.proto) != nil {
+		return false
+	}
+	sc.unpaid = nil
+	if err := sc.attached(cur); err != nil {
+		s.warnUnaccounted(err)
+	}
+	return true
 }
 
 func (s *Stream) warnUnaccounted(err error) {

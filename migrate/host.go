@@ -30,7 +30,9 @@ type Host struct {
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 
-	autonat  autoNAT
+	autonat autoNAT
+	orphans atomic.Int64 // streams that are kept for a Migrate that may come; see lost.go
+
 	charging sync.Mutex           // guards owing; held while unpaid streams are counted; before Stream.mu
 	owing    map[peer.ID]struct{} // peers of which streams may be unpaid that have migrated
 	owes     atomic.Bool          // owing is not empty; to be read without charging
@@ -60,6 +62,9 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 	h.SetStreamHandler(FinalSizeID, func(u network.Stream) { _ = u.Reset() })
 	h.SetStreamHandler(ID, func(u network.Stream) { _ = u.ResetWithError(network.StreamProtocolViolation) })
 	h.Network().SetStreamHandler(mh.handleStream)
+	h.Network().Notify(&network.NotifyBundle{
+		DisconnectedF: func(_ network.Network, c network.Conn) { mh.disconnected(c) },
+	})
 	return mh, nil
 }
 

@@ -63,6 +63,7 @@ func (h *Host) enter(s *Stream) error {
 	if !h.labels.add(s.peer, s.label, s) {
 		return fmt.Errorf("label %d is taken", s.label) // after 2^63 streams, or by a peer that lies
 	}
+	s.noteGone()
 	return nil
 }
 
@@ -303,9 +304,8 @@ func (h *Host) acceptStream(n *negotiator, label uint64) error {
 		return fmt.Errorf("%w: label %d is alive", errViolation, label)
 	}
 	h.observe(u.Conn(), proto, network.DirInbound)
-	// The swarm frees the stream only when this goroutine has returned; the old
-	// underlying stream must not live as long as the application's handler.
-	go func() { _ = handle(proto, s) }()
+	s.noteGone()
+	h.serve(s, proto, handle)
 	return nil
 }
 

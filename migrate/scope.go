@@ -4,6 +4,7 @@ import (
 	"sync"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
 )
 
 // scope is the resource scope of a logical stream, as the application sees it. It
@@ -16,6 +17,12 @@ type scope struct {
 	serves   network.StreamScope // the one that knows of service
 	reserved int                 // bytes reserved here and in the spans of this scope
 	charged  int                 // how many of them cur knows of: all, or none where it refused them
+
+	// Guarded by the stream's mu.
+	own    network.StreamManagementScope // cur, where it is the stream's own: see serve.go
+	unpaid interface {                   // cur or its stream, where it is not charged to the protocol
+		SetProtocol(protocol.ID) error
+	}
 }
 
 var _ network.StreamScope = (*scope)(nil)
@@ -63,6 +70,28 @@ func (c *scope) SetService(service string) error {
 		return err
 	}
 	c.service, c.serves = service, c.cur
+	return nil
+}
+
+// adopt makes own, which is attached to the protocol, the scope for good. Where own refuses
+// a part it changes nothing. What counted until then does so still.
+func (c *scope) adopt(own network.StreamManagementScope) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.service != "" {
+		if err := own.SetService(c.service); err != nil {
+			return err
+		}
+	}
+	if c.reserved > 0 {
+		if err := own.ReserveMemory(c.reserved, network.ReservationPriorityAlways); err != nil {
+			return err
+		}
+	}
+	c.cur, c.own, c.charged = own, own, c.reserved
+	if c.service != "" {
+		c.serves = own
+	}
 	return nil
 }
 

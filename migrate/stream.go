@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"fmt"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,11 +35,13 @@ type Stream struct {
 	id         string      // set before the first migration
 	label      uint64
 	migrations int
-	unpaid     network.Stream // the present one, where it is not charged to the protocol
-	denied     bool           // M3
-	verifies   bool           // the peer is known to have the verified handover
-	over       bool           // closed by the application, or reset
-	aborted    bool           // reset, with code
+	counted    chan struct{} // closed when the accepting goroutine may return; nil: it may, see serve.go
+	serving    bool          // the application's handler runs
+	lost       bool          // nothing is kept of it any more, see lost.go
+	denied     bool          // M3
+	verifies   bool          // the peer is known to have the verified handover
+	over       bool          // closed by the application, or reset
+	aborted    bool          // reset, with code
 	code       network.StreamErrorCode
 }
 
@@ -82,7 +85,11 @@ func (s *Stream) Read(p []byte) (int, error) {
 			s.sendOpening()
 		}()
 	}
-	return s.recv.read(p)
+	n, err := s.recv.read(p)
+	if err != nil && err != io.EOF {
+		s.noteTold()
+	}
+	return n, err
 }
 
 // Write implements network.MuxedStream.
@@ -90,6 +97,9 @@ func (s *Stream) Write(p []byte) (int, error) {
 	n, err := s.send.write(p)
 	if s.unsent.Load() {
 		s.noteOpening()
+	}
+	if err != nil {
+		s.noteTold()
 	}
 	return n, err
 }
@@ -152,7 +162,7 @@ func (s *Stream) Close() error {
 		err = e
 	}
 	s.forget()
-	s.host.payOwed()
+	s.settle()
 	return err
 }
 
@@ -202,7 +212,7 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 	s.send.fail(err)
 	s.recv.fail(err)
 	s.forget()
-	defer s.host.payOwed()
+	defer s.settle()
 	if ex == nil {
 		return breakOff(s.send.stream(), code)
 	}

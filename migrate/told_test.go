@@ -293,21 +293,21 @@ func TestPlaceThatBecomesFree(t *testing.T) {
 	s, ends := newStream(h, waits, echoID, 602), newStream(h, other, echoID, 604)
 	require.NoError(t, h.enter(s))
 	require.NoError(t, h.enter(ends))
-	s.unpaid = waits
+	s.scope = &scope{cur: waits.Scope(), unpaid: waits}
 	x := &exchange{s: s, unpaid: true}
 	x.payLate()
-	require.NotNil(t, s.unpaid)
+	require.NotNil(t, s.scope.unpaid)
 	full = false
 	require.NoError(t, ends.Close())
-	require.Nil(t, s.unpaid)
+	require.Nil(t, s.scope.unpaid)
 	require.Equal(t, echoID, waits.proto)
 	require.False(t, h.owes.Load())
 
 	// A stream whose connection is gone is not charged any more.
-	s.unpaid, waits.proto = waits, ""
+	s.scope.unpaid, waits.proto = waits, ""
 	x.payLate()
 	require.Equal(t, echoID, waits.proto)
-	s.unpaid, waits.proto = waits, ""
+	s.scope.unpaid, waits.proto = waits, ""
 	conn.dies()
 	x.payLate()
 	require.Empty(t, waits.proto)
