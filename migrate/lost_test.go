@@ -121,10 +121,10 @@ func TestOrphans(t *testing.T) {
 		x := &exchange{id: 1 << 20}
 		_, err := all[0].begin(x)
 		require.NoError(t, err)
-		time.Sleep(h.cfg.labelWait - 1)
+		time.Sleep(h.cfg.labelWait - time.Nanosecond)
 		synctest.Wait()
 		require.Equal(t, 3, h.labels.known())
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		require.Equal(t, 1, h.labels.known(), "one migrates")
 		require.ErrorIs(t, errOf(all[1].begin(&exchange{id: 1 << 21})), ErrClosed)

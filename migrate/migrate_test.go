@@ -90,10 +90,13 @@ func (p *pair) openOn(t testing.TB, id protocol.ID, i int) *Stream {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	p.hosts[0].cfg.selector = func(context.Context, peerID) network.Conn { return p.conns[0][i] }
-	s, err := p.hosts[0].NewStream(ctx, p.hosts[1].ID(), id)
+	// Not with NewStream, which goes elsewhere where the connection is slow to open one,
+	// as it can be on a busy machine.
+	require.NoError(t, p.hosts[0].awaitIdentify(ctx, p.hosts[1].ID()))
+	u, err := p.conns[0][i].NewStream(ctx)
 	require.NoError(t, err)
-	require.Equal(t, p.conns[0][i], s.Conn())
+	s, err := p.hosts[0].begin(ctx, u, []protocol.ID{id}, false)
+	require.NoError(t, err)
 	return s.(*Stream)
 }
 
