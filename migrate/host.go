@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
-	"sync"
 	"sync/atomic"
 
 	"github.com/libp2p/go-libp2p/core/host"
@@ -29,13 +28,10 @@ type Host struct {
 	late   late
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
+	debts  debts
 
 	autonat autoNAT
 	orphans atomic.Int64 // streams that are kept for a Migrate that may come; see lost.go
-
-	charging sync.Mutex           // guards owing; held while unpaid streams are counted; before Stream.mu
-	owing    map[peer.ID]struct{} // peers of which streams may be unpaid that have migrated
-	owes     atomic.Bool          // owing is not empty; to be read without charging
 }
 
 var _ host.Host = (*Host)(nil)

@@ -96,16 +96,16 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	s, h := x.s, x.s.host
 	tryLater := func(err error) error {
 		x.trace(Failed, err)
-		x.fallBack(false)
+		x.end(stays)
 		return x.unmoved(err)
 	}
 	if to == x.old.Conn() {
-		x.fallBack(false) // it is there already
+		x.end(stays) // it is there already
 		return nil
 	}
 	// The label must be on its way before somebody refers to it.
 	s.sendOpening()
-	if s.unsent.Load() {
+	if s.opening.load() != openingSent {
 		return tryLater(errors.New("the opening of the stream cannot be sent"))
 	}
 	u, err := x.openOn(ctx, to)
@@ -121,22 +121,23 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
 		return tryLater(err)
 	}
-	verifiable := s.verifiable()
-	if !x.hold(verifiable) {
+	x.verified = s.verifiable()
+	if !x.hold() {
 		_ = u.Reset()
 		return tryLater(ErrClosed)
 	}
 	x.trace(Started, nil)
 
 	ack, err := x.request(u)
-	if err == nil && !x.commit() {
+	if err == nil && !x.answered(ack) {
 		err = errSuperseded
 	}
 	if err != nil {
 		// A reset now may have crossed an ack (S5).
 		x.trace(Failed, err)
 		_ = u.ResetWithError(x.code(err))
-		x.fallBack(!verifiable)
+		x.doubt()
+		x.end(stays)
 		if errors.Is(err, errViolation) {
 			h.log.Warn("peer broke the stream-migration protocol",
 				zap.Stringer("peer", s.peer), zap.Uint64("label", x.from), zap.Error(err))
@@ -144,16 +145,13 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		return x.unmoved(err)
 	}
 	if ack.GetDenyMigrate() {
-		s.mu.Lock()
-		s.denied, x.acked = true, false
-		s.mu.Unlock()
 		x.trace(Denied, nil)
 		_ = u.Close()
-		x.fallBack(false)
+		x.end(stays)
 		return ErrDenied
 	}
 	x.trace(Acked, nil)
-	if err := x.carry(u, ack.GetFinalSize(), verifiable); err != nil {
+	if err := x.carry(u, ack); err != nil {
 		x.trace(Failed, err)
 		return x.fail(err)
 	}
@@ -167,7 +165,7 @@ const roomWait = time.Second
 
 // openOn opens the stream to move to.
 func (x *exchange) openOn(ctx context.Context, to network.Conn) (network.Stream, error) {
-	opening, cancel := context.WithTimeoutCause(x.opening(ctx), roomWait, errNoRoom)
+	opening, cancel := context.WithTimeoutCause(x.openingContext(ctx), roomWait, errNoRoom)
 	defer cancel()
 	defer x.stop()
 	u, err := to.NewStream(opening)
@@ -179,11 +177,22 @@ func (x *exchange) openOn(ctx context.Context, to network.Conn) (network.Stream,
 
 var errNoRoom = fmt.Errorf("the connection has had no room for a stream for %s", roomWait)
 
+// answered takes note of the answer, unless the exchange has yielded (M1).
+func (x *exchange) answered(ack *pb.AckMigrate) bool {
+	if !ack.GetDenyMigrate() {
+		return x.commit()
+	}
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	x.s.denied = x.s.denied || x.phase != phaseYielded
+	return x.phase != phaseYielded
+}
+
 // unmoved is what Migrate returns where err came before the ack.
 func (x *exchange) unmoved(err error) error {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
-	if x.s.aborted || x.s.told() {
+	if x.s.life == lifeReset || x.s.told() {
 		return fmt.Errorf("%w: %w", ErrClosed, err)
 	}
 	return fmt.Errorf("%w: %w", ErrTryLater, err)
@@ -205,7 +214,7 @@ func codeFor(err error) network.StreamErrorCode {
 func (x *exchange) code(err error) network.StreamErrorCode {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
-	if x.s.aborted {
+	if x.s.life == lifeReset {
 		return x.s.code
 	}
 	return codeFor(err)
@@ -231,18 +240,19 @@ func (x *exchange) request(u network.Stream) (*pb.AckMigrate, error) {
 }
 
 // carry moves both directions to u, after the ack.
-func (x *exchange) carry(u network.Stream, verified, verifiable bool) error {
-	if verifiable && !verified {
+func (x *exchange) carry(u network.Stream, ack *pb.AckMigrate) error {
+	if x.verified && !ack.GetFinalSize() {
 		// An EOF of the old stream was kept back, and errors of it, on the
 		// assumption that the handover will tell what they are worth.
 		return fmt.Errorf("%w: the peer advertises %s and does not answer with it", errViolation, FinalSizeID)
 	}
-	oldClosed, err := x.switchSending(u, verified)
+	x.verified = ack.GetFinalSize()
+	oldClosed, err := x.switchSending(u)
 	if err != nil {
 		return err
 	}
 	var final uint64
-	if verified {
+	if x.verified {
 		x.s.mu.Lock()
 		x.s.verifies = true
 		x.s.mu.Unlock()
@@ -250,7 +260,7 @@ func (x *exchange) carry(u network.Stream, verified, verifiable bool) error {
 			return fmt.Errorf("final size: %w", err)
 		}
 	}
-	if err := x.switchReceiving(u, final, verified); err != nil {
+	if err := x.switchReceiving(u, final); err != nil {
 		return err
 	}
 	x.finish(u, oldClosed)

@@ -24,9 +24,11 @@ func (s *Stream) noteTold() { s.free(false) }
 // connection is gone. What may still be read of it is the application's.
 func (s *Stream) free(gone bool) {
 	s.mu.Lock()
-	lost := s.ex == nil && !s.over && !s.lost &&
+	lost := s.ex == nil && s.life == lifeOpen &&
 		(s.told() || gone && s.send.stream().Conn().IsClosed())
-	s.lost = s.lost || lost
+	if lost {
+		s.life = lifeLost
+	}
 	s.mu.Unlock()
 	if lost {
 		s.forget()
@@ -74,7 +76,7 @@ func (h *Host) orphan(streams []*Stream) {
 func (s *Stream) noteGone() {
 	s.noteTold()
 	s.mu.Lock()
-	gone := s.ex == nil && !s.over && !s.lost && s.send.stream().Conn().IsClosed()
+	gone := s.ex == nil && s.life == lifeOpen && s.send.stream().Conn().IsClosed()
 	s.mu.Unlock()
 	if gone {
 		s.host.orphan([]*Stream{s})

@@ -130,7 +130,7 @@ func TestOrphans(t *testing.T) {
 		require.ErrorIs(t, errOf(all[1].begin(&exchange{id: 1 << 21})), ErrClosed)
 		require.Zero(t, h.orphans.Load())
 
-		x.fallBack(false)
+		x.end(stays)
 		require.Equal(t, 1, h.labels.known(), "it may be tried again")
 		time.Sleep(h.cfg.labelWait)
 		synctest.Wait()

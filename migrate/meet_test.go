@@ -168,7 +168,7 @@ func TestHigherPeerYields(t *testing.T) {
 		WaitFor(t, "the higher peer to drop its attempt", func() bool {
 			s[high].mu.Lock()
 			defer s[high].mu.Unlock()
-			return s[high].ex != nil && s[high].ex.drop
+			return s[high].ex != nil && s[high].ex.phase == phaseYielded
 		})
 		release()
 		require.ErrorIs(t, highResult(), ErrTryLater)

@@ -390,17 +390,18 @@ func TestAckThatCrossesTheirs(t *testing.T) {
 	old, next := newFake(), newFake()
 	old.conn.remote, next.conn.remote = "b", "b"
 	s := newStream(h, old, echoID, 7)
-	ours, theirs := &exchange{initiator: true, id: 8}, &exchange{id: 9, from: 7}
+	ours, theirs := &exchange{initiator: true, id: 8}, &exchange{id: 9, from: 7, verified: true}
 	busy, err := s.begin(ours)
 	require.Nil(t, busy)
 	require.NoError(t, err)
 	require.True(t, ours.attach(next))
-	require.NoError(t, s.beginNext(theirs, false, true))
+	w, err := s.beginNext(theirs, false)
+	require.NoError(t, err)
 	require.NotNil(t, next.resetWith)
 	require.False(t, ours.commit(), "ours has given way")
-	ours.fallBack(false)
-	<-theirs.turn
-	require.True(t, s.stopWaiting(theirs), "theirs begins")
+	ours.end(stays)
+	<-w.turn
+	require.True(t, s.stopWaiting(w), "theirs begins")
 	require.True(t, theirs.commit())
-	theirs.fallBack(false)
+	theirs.end(stays)
 }

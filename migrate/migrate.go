@@ -40,6 +40,21 @@ const ID protocol.ID = "/libp2p/stream-migration"
 // (S12). Nothing is spoken over it: a stream opened on it is reset.
 const FinalSizeID protocol.ID = "/portage/final-size/1.0.0"
 
+// perConnection are the protocols of libp2p itself that speak about the connection they
+// run on. Their streams must not move.
+var perConnection = map[protocol.ID]bool{
+	"/ipfs/id/1.0.0":                   true,
+	"/ipfs/id/push/1.0.0":              true,
+	"/libp2p/circuit/relay/0.2.0/hop":  true,
+	"/libp2p/circuit/relay/0.2.0/stop": true,
+	"/libp2p/dcutr":                    true,
+	"/libp2p/autonat/1.0.0":            true,
+	"/libp2p/autonat/2/dial-request":   true,
+	"/libp2p/autonat/2/dial-back":      true,
+	ID:                                 true,
+	FinalSizeID:                        true,
+}
+
 // Errors of Migrate. They are wrapped with the peer, the label and the step; test them
 // with errors.Is.
 var (

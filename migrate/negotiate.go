@@ -53,7 +53,7 @@ func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pid
 	s := newStream(h, u, pref, label)
 	s.send.opening = opening(label, pref)
 	s.recv.expect = answer(pref)
-	s.unsent.Store(true)
+	s.opening.begin()
 	return s, h.enter(s)
 }
 

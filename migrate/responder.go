@@ -22,8 +22,7 @@ import (
 //	read the old stream up to the initiator's final size, go on reading on the new
 //	let go of the old stream
 //
-// With a peer that has only the draft, the proof is EOF on the old stream, read after
-// the ack was sent, or where that had ended before, whatever comes first on the new.
+// draft.go has what is different with a peer that has only the draft.
 //
 // All of it happens on the goroutine on which the swarm delivered the new stream.
 
@@ -54,19 +53,18 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	if err != nil {
 		return later(network.StreamRateLimited, err)
 	}
-	x := &exchange{id: id, from: from}
+	x := &exchange{id: id, from: from, verified: m.GetFinalSize()}
 	if s == nil {
 		return h.deny(n, x, "unknown label", from)
 	}
 	// An attempt of ours gives way only to one that is not denied (M1). Else the peer
 	// could answer it, having read the denial, while our reset is on its way: S8.
-	verified := m.GetFinalSize()
-	if why := h.refuses(s, u, verified); why != "" {
+	if why := h.refuses(s, u, x.verified); why != "" {
 		x.s, x.old, x.new = s, s.send.stream(), u
 		x.trace(Started, nil)
 		return h.deny(n, x, why, from)
 	}
-	switch err := h.enterResponder(s, x, verified); {
+	switch err := h.enterResponder(s, x); {
 	case errors.Is(err, ErrClosed):
 		return h.deny(n, x, "the stream is closed", from)
 	case errors.Is(err, errNoProof):
@@ -75,68 +73,43 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 		return later(network.StreamNoError, err)
 	}
 	if x.from != from {
-		x.fallBack(false)
+		x.end(stays)
 		return later(network.StreamNoError, errors.New("the stream has another label by now"))
 	}
 	if !x.attach(u) {
-		x.fallBack(false)
+		x.end(stays)
 		return fmt.Errorf("%w: label %d is alive", errViolation, id)
 	}
 	x.trace(Started, nil)
 
-	why := ""
-	switch {
-	case !x.hold(verified): // S1
-		why = "the stream was reset, or its application told that the connection has failed"
-	case !verified && !s.recv.awaitProof(): // no more, since it waited for its turn
-		why = errNoProof.Error()
+	if !x.hold() { // S1
+		err = errTold
+	} else {
+		err = x.canPromise(s)
 	}
-	if why != "" {
-		defer x.fallBack(false)
-		return h.deny(n, x, why, from)
+	if err != nil {
+		defer x.end(stays)
+		return h.deny(n, x, err.Error(), from)
 	}
 	if err := x.charge(u); err != nil {
-		x.fallBack(false)
+		x.end(stays)
 		return later(network.StreamResourceLimitExceeded, err)
 	}
-	x.answer(n, verified)
+	x.answer(n)
 	return nil
 }
 
+var errTold = errors.New("the stream was reset, or its application told that the connection has failed")
+
 // refuses says why s must not migrate to u, if so.
 func (h *Host) refuses(s *Stream, u network.Stream, verified bool) (why string) {
-	_, closed := s.recv.view()
 	switch {
 	case h.cfg.acceptor != nil && !h.cfg.acceptor(s, u.Conn()):
 		return "the acceptor says no"
-	case !verified && h.cfg.verified:
-		return "the handover would not be verified"
-	case !verified && closed:
-		return errNoProof.Error()
+	case !verified:
+		return h.refusesDraft(s)
 	}
 	return ""
-}
-
-// enterResponder begins x on s, if an exchange of our own does not go first (M1) and
-// the last one ends in time (M2).
-func (h *Host) enterResponder(s *Stream, x *exchange, verified bool) error {
-	if err := s.beginNext(x, h.ID() < s.peer, verified); err != nil {
-		return err
-	}
-	timer := time.NewTimer(h.cfg.busyWait)
-	defer timer.Stop()
-	err := ErrClosed
-	select {
-	case <-x.turn:
-	case <-timer.C:
-		err = errors.New("the last migration of the stream has not ended")
-	case <-h.ctx.Done():
-		err = h.ctx.Err()
-	}
-	if s.stopWaiting(x) {
-		return nil
-	}
-	return err
 }
 
 // deny answers that the stream is not to be migrated (M3).
@@ -156,25 +129,22 @@ func (h *Host) deny(n *negotiator, x *exchange, why string, from uint64) error {
 }
 
 // answer sends the ack and carries the stream over. hold was called (S1).
-func (x *exchange) answer(n *negotiator, verified bool) {
-	s, u := x.s, n.stream
-	ended := s.recv.hasEnded()
+func (x *exchange) answer(n *negotiator) {
+	u := n.stream
+	carry := x.carryVerified
+	if !x.verified {
+		carry = x.draftCarrier()
+	}
 	x.commit()
-	if whole, err := n.finish(ackMessage(verified), s.host.cfg.negotiation); !whole {
+	if whole, err := n.finish(ackMessage(x.verified), x.s.host.cfg.negotiation); !whole {
 		// It has not left whole, so the initiator cannot have read it.
 		x.trace(Failed, err)
 		_ = u.Reset()
-		x.fallBack(false)
+		x.end(stays)
 		return
 	}
 	x.trace(Acked, nil)
-	var err error
-	if verified {
-		err = x.carryVerified(u)
-	} else {
-		err = x.carryDraft(u, ended)
-	}
-	if err != nil {
+	if err := carry(u); err != nil {
 		x.trace(Failed, err)
 		_ = x.fail(err)
 	}
@@ -186,37 +156,11 @@ func (x *exchange) carryVerified(u network.Stream) error {
 	if err != nil {
 		return fmt.Errorf("final size: %w", err)
 	}
-	oldClosed, err := x.switchSending(u, true)
+	oldClosed, err := x.switchSending(u)
 	if err != nil {
 		return err
 	}
-	if err := x.switchReceiving(u, final, true); err != nil {
-		return err
-	}
-	x.finish(u, oldClosed)
-	return nil
-}
-
-// carryDraft does the same for an initiator that has only the draft (S3). ended says that
-// the old stream had ended before the ack was sent. While the ack leaves, it may arrive,
-// and the initiator, with nothing to send, answer with no more than its EOF.
-func (x *exchange) carryDraft(u network.Stream, ended bool) error {
-	s := x.s
-	// Memory for what is read from the old stream is reserved on the new one, since the old
-	// one's scope ends with its connection, which may hold data still.
-	x.moveScope(u)
-	if ended {
-		// That EOF does not prove that the ack has arrived; what comes on the new
-		// stream does.
-		if err := s.recv.firstOfNext(u); err != nil {
-			return err
-		}
-	}
-	if err := x.switchReceiving(u, 0, false); err != nil {
-		return err
-	}
-	oldClosed, err := x.switchSending(u, false)
-	if err != nil {
+	if err := x.switchReceiving(u, final); err != nil {
 		return err
 	}
 	x.finish(u, oldClosed)

@@ -104,7 +104,7 @@ func discount(u network.Stream) {
 // over, or lost, its handler has returned, and no exchange is under way.
 func (s *Stream) settle() {
 	s.mu.Lock()
-	if s.scope != nil && s.scope.own != nil && !s.serving && s.ex == nil && (s.over || s.lost) {
+	if s.scope != nil && s.scope.own != nil && !s.serving && s.ex == nil && s.life != lifeOpen {
 		s.scope.own.Done()
 		s.scope.own, s.scope.unpaid = nil, nil
 	}

@@ -25,27 +25,79 @@ type Stream struct {
 	send sendHalf
 	recv receiveHalf
 
-	unsent  atomic.Bool // the opening has not been sent (W1)
-	sending atomic.Bool // a Read has it sent
+	opening openingState
 
-	mu         sync.Mutex  // guards all below; taken before the halves'
-	scope      *scope      // nil until somebody asks for it
-	ex         *exchange   // the migration under way, or nil
-	waiting    []*exchange // the peer's, which come when it has ended, before any of ours
-	id         string      // set before the first migration
+	mu         sync.Mutex // guards all below; taken before the halves'
+	scope      *scope     // nil until somebody asks for it
+	ex         *exchange  // the migration under way, or nil
+	waiting    []*waiter  // the peer's, which come when it has ended, before any of ours
+	id         string     // set before the first migration
 	label      uint64
 	migrations int
 	counted    chan struct{} // closed when the accepting goroutine may return; nil: it may, see serve.go
 	serving    bool          // the application's handler runs
-	lost       bool          // nothing is kept of it any more, see lost.go
 	denied     bool          // M3
 	verifies   bool          // the peer is known to have the verified handover
-	over       bool          // closed by the application, or reset
-	aborted    bool          // reset, with code
-	code       network.StreamErrorCode
+	life       life
+	code       network.StreamErrorCode // of lifeReset
 }
 
 var _ network.Stream = (*Stream)(nil)
+
+// life is how far the application is with a stream. It goes on with free, shut and kill.
+type life uint8
+
+const (
+	lifeOpen   life = iota
+	lifeLost        // nothing can save it, and nothing is kept of it; see lost.go
+	lifeClosed      // by the application; a migration under way goes on (S7)
+	lifeReset       // by either end, or for a failure
+)
+
+// shut notes that the application has closed the stream. It says false where that is over
+// already. mu must be held.
+func (s *Stream) shut() bool {
+	if s.life >= lifeClosed {
+		return false
+	}
+	s.life = lifeClosed
+	return true
+}
+
+// kill notes that the stream is reset, and returns the code to do so with: where an exchange
+// fails after the application's reset, that has one code for all. mu must be held.
+func (s *Stream) kill(code network.StreamErrorCode) network.StreamErrorCode {
+	if s.life != lifeReset {
+		s.life, s.code = lifeReset, code
+	}
+	return s.code
+}
+
+// openingState is whether the opening of a stream has been sent (W1). Its zero value is that
+// of an acceptor, which has none.
+type openingState struct{ v atomic.Uint32 }
+
+const (
+	openingSent    uint32 = iota
+	openingUnsent         // it leaves with the first Write, or is sent by a Read
+	openingSending        // a Read has it sent
+)
+
+func (o *openingState) load() uint32 { return o.v.Load() }
+
+// begin notes that there is one to be sent.
+func (o *openingState) begin() { o.v.Store(openingUnsent) }
+
+// take says whether the caller is to send it.
+func (o *openingState) take() bool {
+	return o.v.Load() == openingUnsent && o.v.CompareAndSwap(openingUnsent, openingSending)
+}
+
+// giveUp follows take where it could not be sent.
+func (o *openingState) giveUp() { o.v.CompareAndSwap(openingSending, openingUnsent) }
+
+// sent notes that it was sent, by whomever, or that nobody needs it any more.
+func (o *openingState) sent() { o.v.Store(openingSent) }
 
 func newStream(h *Host, u network.Stream, proto protocol.ID, label uint64) *Stream {
 	s := &Stream{
@@ -77,11 +129,11 @@ func (s *Stream) Migrations() int {
 
 // Read implements network.MuxedStream.
 func (s *Stream) Read(p []byte) (int, error) {
-	if s.unsent.Load() && s.sending.CompareAndSwap(false, true) {
+	if s.opening.take() {
 		// An opener that reads first: the acceptor has to learn of the stream. The
 		// read deadline shall hold although the opening may block.
 		go func() {
-			defer s.sending.Store(false)
+			defer s.opening.giveUp()
 			s.sendOpening()
 		}()
 	}
@@ -95,7 +147,7 @@ func (s *Stream) Read(p []byte) (int, error) {
 // Write implements network.MuxedStream.
 func (s *Stream) Write(p []byte) (int, error) {
 	n, err := s.send.write(p)
-	if s.unsent.Load() {
+	if s.opening.load() != openingSent {
 		s.noteOpening()
 	}
 	if err != nil {
@@ -113,7 +165,7 @@ func (s *Stream) noteOpening() {
 	s.send.mu.Lock()
 	defer s.send.mu.Unlock()
 	if s.send.opening == nil {
-		s.unsent.Store(false)
+		s.opening.sent()
 	}
 }
 
@@ -133,13 +185,12 @@ func (s *Stream) CloseRead() error {
 // migration goes on: what was written is still delivered (S7).
 func (s *Stream) Close() error {
 	s.mu.Lock()
-	over, migrating := s.over, s.ex != nil
-	s.over = true
+	first, migrating := s.shut(), s.ex != nil
 	if migrating {
 		s.ex.interrupt()
 	}
 	s.mu.Unlock()
-	if over {
+	if !first {
 		return nil
 	}
 	if migrating {
@@ -201,10 +252,7 @@ func (s *Stream) ResetWithError(code network.StreamErrorCode) error {
 func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 	s.mu.Lock()
 	ex := s.ex
-	if s.aborted {
-		code = s.code // the exchange ends after the application's reset: one code for all
-	}
-	s.over, s.aborted, s.code = true, true, code
+	code = s.kill(code)
 	if ex != nil {
 		ex.interrupt()
 	}
@@ -228,7 +276,7 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 func (s *Stream) forget() {
 	s.mu.Lock()
 	gone := []uint64{s.label}
-	if s.ex != nil && s.ex.entered {
+	if s.ex != nil && s.ex.new != nil {
 		gone = append(gone, s.ex.id)
 	}
 	s.mu.Unlock()

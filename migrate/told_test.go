@@ -136,28 +136,31 @@ func TestGivingWayToADraftOnlyPeer(t *testing.T) {
 		_, err := s.begin(ours)
 		require.NoError(t, err)
 		require.True(t, ours.attach(next))
-		require.True(t, ours.hold(false))
+		require.True(t, ours.hold())
 		return s, old, ours, theirs
 	}
 	t.Run("closed in between", func(t *testing.T) {
 		s, old, ours, theirs := begin(t)
-		require.NoError(t, s.beginNext(theirs, false, false))
+		w, err := s.beginNext(theirs, false)
+		require.NoError(t, err)
 		require.NoError(t, s.CloseRead())
-		ours.fallBack(true)
-		<-theirs.turn
-		require.True(t, s.stopWaiting(theirs), "theirs begins")
-		require.True(t, theirs.hold(false))
+		ours.doubt()
+		ours.end(stays)
+		<-w.turn
+		require.True(t, s.stopWaiting(w), "theirs begins")
+		require.True(t, theirs.hold())
 		require.True(t, s.recv.awaitProof())
 		require.False(t, old.readClosed)
-		theirs.fallBack(false)
+		theirs.end(stays)
 		old.wait(func() bool { return old.readClosed })
 	})
 	t.Run("closed before", func(t *testing.T) {
 		s, _, ours, theirs := begin(t)
 		require.NoError(t, s.CloseRead())
-		require.ErrorIs(t, s.beginNext(theirs, false, false), errNoProof)
+		_, err := s.beginNext(theirs, false)
+		require.ErrorIs(t, err, errNoProof)
 		require.True(t, ours.commit(), "ours goes on")
-		ours.fallBack(false)
+		ours.end(stays)
 	})
 }
 
@@ -301,7 +304,7 @@ func TestPlaceThatBecomesFree(t *testing.T) {
 	require.NoError(t, ends.Close())
 	require.Nil(t, s.scope.unpaid)
 	require.Equal(t, echoID, waits.proto)
-	require.False(t, h.owes.Load())
+	require.False(t, h.debts.some.Load())
 
 	// A stream whose connection is gone is not charged any more.
 	s.scope.unpaid, waits.proto = waits, ""

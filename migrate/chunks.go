@@ -1,0 +1,50 @@
+package migrate
+
+// chunks is a queue of bytes. Its zero value is empty. All chunks but the first and the
+// last are full, however small the pieces in which a peer sends: what the queue holds is
+// what has been reserved for it, and one buffer at each end.
+type chunks struct {
+	list [][]byte
+	len  int
+}
+
+// add takes b over, unless there was room for all of it: then b is the caller's again.
+func (c *chunks) add(b []byte) (taken bool) {
+	c.len += len(b)
+	if i := len(c.list) - 1; i >= 0 {
+		last := c.list[i]
+		n := copy(last[len(last):cap(last)], b)
+		c.list[i] = last[:len(last)+n]
+		b = b[:copy(b, b[n:])]
+	}
+	if len(b) > 0 {
+		c.list = append(c.list, b)
+	}
+	return len(b) > 0
+}
+
+// append takes over what is in other.
+func (c *chunks) append(other *chunks) {
+	for _, b := range other.list {
+		c.add(b)
+	}
+	*other = chunks{}
+}
+
+func (c *chunks) take(p []byte) (n int) {
+	for n < len(p) && c.len > 0 {
+		m := copy(p[n:], c.list[0])
+		n += m
+		c.len -= m
+		if m == len(c.list[0]) {
+			c.list[0] = nil
+			c.list = c.list[1:]
+		} else {
+			c.list[0] = c.list[0][m:]
+		}
+	}
+	if c.len == 0 {
+		c.list = nil
+	}
+	return n
+}
