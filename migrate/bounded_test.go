@@ -72,8 +72,9 @@ func TestDripsAreKeptTogether(t *testing.T) {
 				r.old.feeds("x", nil)
 			}
 			synctest.Wait()
-			require.Equal(t, drips, r.ready.len)
-			require.LessOrEqual(t, kept(r.ready), drips+readChunk)
+			ready, _ := r.waiting()
+			require.Equal(t, drips, ready)
+			require.LessOrEqual(t, kept(r.cur.got), drips+readChunk)
 			require.Equal(t, drips+1, r.scope.reserved())
 		})
 	})
@@ -86,8 +87,8 @@ func TestDripsAreKeptTogether(t *testing.T) {
 				r.next.feeds("x", nil)
 			}
 			synctest.Wait()
-			require.Equal(t, drips, r.ahead.len)
-			require.LessOrEqual(t, kept(r.ahead), drips+readChunk)
+			require.Equal(t, drips, r.waitsAhead())
+			require.LessOrEqual(t, kept(r.moving.next.got), drips+readChunk)
 		})
 	})
 }

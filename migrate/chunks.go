@@ -1,8 +1,9 @@
 package migrate
 
-// chunks is a queue of bytes. Its zero value is empty. All chunks but the first and the
-// last are full, however small the pieces in which a peer sends: what the queue holds is
-// what has been reserved for it, and one buffer at each end.
+import "bytes"
+
+// chunks is a queue of bytes. Its zero value is empty. However small the pieces in which a
+// peer sends, the queue holds what has been reserved for it, and one buffer at each end.
 type chunks struct {
 	list [][]byte
 	len  int
@@ -23,11 +24,12 @@ func (c *chunks) add(b []byte) (taken bool) {
 	return len(b) > 0
 }
 
-// append takes over what is in other.
+// append takes over what is in other. It copies no more than what is in one buffer.
 func (c *chunks) append(other *chunks) {
-	for _, b := range other.list {
-		c.add(b)
+	if i := len(c.list) - 1; i >= 0 && other.len > 0 && len(c.list[i]) < cap(c.list[i]) {
+		c.list[i] = bytes.Clone(c.list[i]) // its room will not be used any more
 	}
+	c.list, c.len = append(c.list, other.list...), c.len+other.len
 	*other = chunks{}
 }
 

@@ -60,11 +60,7 @@ func (p *rawPeer) hasLabel(label uint64) {
 // holds waits until the host has read an end of the old stream, and keeps it back.
 func (p *rawPeer) holds(s *Stream) {
 	p.t.Helper()
-	WaitFor(p.t, "the host to read the end of the old stream", func() bool {
-		s.recv.mu.Lock()
-		defer s.recv.mu.Unlock()
-		return s.recv.ended != nil
-	})
+	WaitFor(p.t, "the host to read the end of the old stream", s.recv.keepsBack)
 }
 
 // reading begins a Read of the application. It fails the test where that ends with
@@ -402,7 +398,7 @@ func TestDraftNeverReadingSide(t *testing.T) {
 // CloseRead takes effect after all.
 func TestDraftClosesWhileTheAckLeaves(t *testing.T) {
 	old := newFake()
-	h := &receiveHalf{cur: old}
+	h := receivingFrom(old, "")
 	require.True(t, h.awaitProof())
 	h.hold()
 	require.NoError(t, h.closeRead())
@@ -639,11 +635,7 @@ func TestDraftResetBeforeAck(t *testing.T) {
 		take(t, asked, "the request to arrive")
 		require.NoError(t, next.Reset())
 		take(t, reset, "the host to notice")
-		WaitFor(t, "the attempt to be over", func() bool {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return s.ex == nil
-		})
+		WaitFor(t, "the attempt to be over", func() bool { return s.exchange() == nil })
 		p.talk(s, old)
 		p.hasLabel(old.label)
 

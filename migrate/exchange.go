@@ -206,13 +206,6 @@ func (x *exchange) fail(cause error) error {
 	return err
 }
 
-// budget is what the receive half reserves its buffers in.
-func (x *exchange) budget() *span {
-	x.s.mu.Lock()
-	defer x.s.mu.Unlock()
-	return &span{parent: x.s.scopeLocked()}
-}
-
 // switchSending lets Writes go to u, the new stream, behind the final size where the
 // handover is verified (S2, S3, S12), and closes the old one for writing. The channel
 // is closed when that is done, which can take long on a dead path.
@@ -244,13 +237,13 @@ func (x *exchange) switchSending(u network.Stream) (<-chan struct{}, error) {
 	return oldClosed, nil
 }
 
-// switchReceiving waits until everything has been read from the old stream, and lets
-// Reads go to u, the new one (S4).
-func (x *exchange) switchReceiving(u network.Stream, final uint64) error {
+// switchReceiving waits until everything has been read from the old stream, as the goal
+// tells, and lets Reads go to the next one (S4).
+func (x *exchange) switchReceiving(next *source, g goal) error {
 	s := x.s
-	s.recv.handover(u, final, x.verified, x.budget())
+	s.recv.handover(next, g, x.memory())
 	hold := s.host.cfg.stall
-	if sharesWindow(u.Conn()) {
+	if sharesWindow(next.stream.Conn()) {
 		hold = maxHold
 	}
 	w := watch{x: x}
@@ -260,6 +253,13 @@ func (x *exchange) switchReceiving(u network.Stream, final uint64) error {
 	}
 	x.trace(ReceiveSwitched, nil)
 	return nil
+}
+
+// memory is what the receiving half reserves its buffers in.
+func (x *exchange) memory() memory {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	return x.s.scopeLocked()
 }
 
 // sharesWindow says whether what waits unread in a stream can keep data of the

@@ -150,11 +150,7 @@ func (j *journey) moving(t testing.TB, side int, s [2]*Stream) (wait func() erro
 func (j *journey) settled(t testing.TB, s [2]*Stream) {
 	t.Helper()
 	for side, st := range s {
-		WaitFor(t, fmt.Sprintf("the %s's side of the migration to end", endName(side)), func() bool {
-			st.mu.Lock()
-			defer st.mu.Unlock()
-			return st.ex == nil
-		})
+		WaitFor(t, fmt.Sprintf("the %s's side of the migration to end", endName(side)), func() bool { return st.exchange() == nil })
 	}
 }
 
@@ -424,11 +420,7 @@ func (j *journey) blocked(t testing.TB, s *Stream, b []byte) <-chan written {
 		n, err := s.Write(b)
 		done <- written{n, err}
 	}()
-	WaitFor(t, "a Write that is inside the underlying stream", func() bool {
-		s.send.mu.Lock()
-		defer s.send.mu.Unlock()
-		return s.send.inside
-	})
+	WaitFor(t, "a Write that is inside the underlying stream", s.send.writesInside)
 	return done
 }
 

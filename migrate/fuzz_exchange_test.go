@@ -377,12 +377,10 @@ func (st *stage) trace(e Event) {
 
 // exchangeTo is the stream to which the exchange under way leads, or nil.
 func (s *Stream) exchangeTo() network.Stream {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ex == nil {
-		return nil
+	if x := s.exchange(); x != nil {
+		return x.next()
 	}
-	return s.ex.new
+	return nil
 }
 
 func (st *stage) do(command int, arg byte) {

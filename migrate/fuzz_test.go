@@ -236,7 +236,7 @@ func FuzzHandleStream(f *testing.F) {
 				require.Equal(t, label, got.(*Stream).Label())
 				require.Equal(t, ref.answered+inner.answered, u.taken())
 				require.Equal(t, inner.rest, readAll(got))
-				require.Equal(t, uint64(len(inner.rest)), got.(*Stream).recv.count)
+				require.Equal(t, uint64(len(inner.rest)), got.(*Stream).recv.reads())
 			case err == nil && m.GetMigrate() != nil && alive.Migrations() > 0:
 				migrated = true
 				require.Equal(t, m.GetMigrate().GetId(), alive.Label())

@@ -251,16 +251,18 @@ func (x *exchange) carry(u network.Stream, ack *pb.AckMigrate) error {
 	if err != nil {
 		return err
 	}
-	var final uint64
+	var g goal = untilEOF{}
 	if x.verified {
 		x.s.mu.Lock()
 		x.s.verifies = true
 		x.s.mu.Unlock()
-		if final, err = readFinalSize(u); err != nil {
+		final, err := readFinalSize(u)
+		if err != nil {
 			return fmt.Errorf("final size: %w", err)
 		}
+		g = finalSize(final)
 	}
-	if err := x.switchReceiving(u, final); err != nil {
+	if err := x.switchReceiving(&source{stream: u}, g); err != nil {
 		return err
 	}
 	x.finish(u, oldClosed)

@@ -124,7 +124,7 @@ func TestAllocations(t *testing.T) {
 	}
 	s := &Stream{}
 	var u still
-	s.send.cur, s.recv.cur = &u, &u
+	s.send.cur, s.recv.cur = &u, &source{stream: &u}
 	buf := make([]byte, 1<<10)
 	require.Zero(t, testing.AllocsPerRun(1000, func() {
 		_, _ = s.Write(buf)

@@ -151,7 +151,7 @@ func TestReadBehind(t *testing.T) {
 			if cut == 0 {
 				u = newFake().feeds(all, io.EOF)
 			}
-			h := &receiveHalf{cur: u, expect: expect}
+			h := receivingFrom(u, expect)
 			var got bytes.Buffer
 			buf := make([]byte, room)
 			var err error
@@ -162,15 +162,15 @@ func TestReadBehind(t *testing.T) {
 			}
 			require.Equal(t, io.EOF, err, "cut %d room %d", cut, room)
 			require.Equal(t, "data", got.String(), "cut %d room %d", cut, room)
-			require.Equal(t, uint64(4), h.count, "the answer does not count as the application's (S12)")
+			require.Equal(t, uint64(4), h.reads(), "the answer does not count as the application's (S12)")
 		}
 	}
 	// An end within the answer is not the application's.
 	for cut := range len(expect) {
-		h := &receiveHalf{cur: newFake().feeds(expect[:cut], io.EOF), expect: expect}
+		h := receivingFrom(newFake().feeds(expect[:cut], io.EOF), expect)
 		_, err := h.read(make([]byte, 100))
 		require.Equal(t, io.ErrUnexpectedEOF, err, "after %d bytes", cut)
-		h = &receiveHalf{cur: newFake().feeds(expect[:cut], network.ErrReset), expect: expect}
+		h = receivingFrom(newFake().feeds(expect[:cut], network.ErrReset), expect)
 		_, err = h.read(make([]byte, 100))
 		require.Equal(t, network.ErrReset, err, "after %d bytes", cut)
 	}

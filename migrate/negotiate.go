@@ -52,7 +52,7 @@ func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pid
 	}
 	s := newStream(h, u, pref, label)
 	s.send.opening = opening(label, pref)
-	s.recv.expect = answer(pref)
+	s.recv.cur.expect = answer(pref)
 	s.opening.begin()
 	return s, h.enter(s)
 }
@@ -297,8 +297,8 @@ func (h *Host) acceptStream(n *negotiator, label uint64) error {
 	}
 	s := newStream(h, u, proto, label)
 	if rest := n.rest(); len(rest) > 0 {
-		s.recv.ready.add(bytes.Clone(rest))
-		s.recv.count = uint64(len(rest))
+		s.recv.cur.got.add(bytes.Clone(rest))
+		s.recv.cur.count = uint64(len(rest))
 	}
 	if !h.labels.add(p, label, s) {
 		return fmt.Errorf("%w: label %d is alive", errViolation, label)

@@ -50,7 +50,7 @@ type receiver struct {
 func newReceiver(t *testing.T) *receiver {
 	r := &receiver{old: newFake(), next: newFake(), scope: new(fakeScope), stream: new(Stream), path: new(oldPath)}
 	r.receiveHalf, r.all = &r.stream.recv, []*Stream{r.stream}
-	r.cur = r.old
+	r.cur = &source{stream: r.old}
 	t.Cleanup(r.ends)
 	return r
 }
@@ -58,7 +58,11 @@ func newReceiver(t *testing.T) *receiver {
 // hands begins the handover; verified where final is not negative.
 func (r *receiver) hands(final int, stall time.Duration) {
 	r.hold()
-	r.handover(r.next, uint64(max(0, final)), final >= 0, &span{parent: r.scope})
+	var g goal = untilEOF{}
+	if final >= 0 {
+		g = finalSize(final)
+	}
+	r.handover(&source{stream: r.next}, g, r.scope)
 	r.awaited = make(chan error, 1)
 	go func() {
 		err := r.await(stall, maxHold, r.look)
@@ -70,24 +74,30 @@ func (r *receiver) hands(final int, stall time.Duration) {
 	synctest.Wait()
 }
 
-func (r *receiver) look() time.Time { return r.path.look(r.old.conn, r.receiveHalf, see(r, &r.all)) }
+func (r *receiver) look() time.Time { return r.path.look(r.old.conn, r.receiveHalf, r.peers()) }
 
 // waitsAhead is how much has been read of the next stream.
 func (r *receiver) waitsAhead() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.ahead.len
+	_, ahead := r.waiting()
+	return ahead
 }
 
-// see returns what a field is. A drain may change it at the same moment of virtual time.
-func see[T any](r *receiver, field *T) T {
+// peers are all streams with the same peer. The test may change that at the same moment of
+// virtual time.
+func (r *receiver) peers() []*Stream {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return *field
+	return r.all
 }
 
-// reads begins a Read of up to size bytes.
-func (r *receiver) reads(size int) chan readResult {
+// kept is how much has been read of the old stream, or since the switch, and not taken.
+func (r *receiver) kept() int {
+	now, _ := r.waiting()
+	return now
+}
+
+// begins begins a Read of up to size bytes.
+func (r *receiver) begins(size int) chan readResult {
 	ch := make(chan readResult, 1)
 	go func() {
 		p := make([]byte, size)
@@ -103,7 +113,7 @@ func (r *receiver) wants(t *testing.T, data string) {
 	var got strings.Builder
 	for got.Len() < len(data) {
 		select {
-		case v := <-r.reads(len(data) - got.Len()):
+		case v := <-r.begins(len(data) - got.Len()):
 			require.NoError(t, v.err)
 			got.WriteString(v.data)
 		default:
@@ -141,7 +151,7 @@ func (r *receiver) ends() {
 func TestReadOfOpenHalf(t *testing.T) {
 	u := newFake().feeds("hello", nil).feeds("", nil).feeds("end", io.EOF).feeds("!", nil).feeds("", io.EOF)
 	u.lies = true
-	h := &receiveHalf{cur: u}
+	h := receivingFrom(u, "")
 	p := make([]byte, 3)
 	for _, want := range []string{"hel", "lo"} {
 		n, err := h.read(p)
@@ -158,21 +168,22 @@ func TestReadOfOpenHalf(t *testing.T) {
 		_, err = h.read(p)
 		require.Equal(t, io.EOF, err, "one that was given stays given (S6)")
 	}
-	require.Equal(t, uint64(9), h.count)
+	require.Equal(t, uint64(9), h.reads())
 
 	broken := errors.New("broken")
-	h = &receiveHalf{cur: newFake().feeds("", os.ErrDeadlineExceeded).feeds("x", broken)}
+	u = newFake().feeds("", os.ErrDeadlineExceeded).feeds("x", broken)
+	h = receivingFrom(u, "")
 	_, err = h.read(p)
 	require.Equal(t, os.ErrDeadlineExceeded, err)
 	n, err = h.read(p)
 	require.Equal(t, "x", string(p[:n]))
 	require.Equal(t, broken, err)
-	h.cur.(*fakeStream).feeds("more", nil)
+	u.feeds("more", nil)
 	n, err = h.read(p)
 	require.Zero(t, n)
 	require.Equal(t, broken, err, "an error that was given stays given")
 
-	h = &receiveHalf{cur: newFake().feeds("more", nil)}
+	h = receivingFrom(newFake().feeds("more", nil), "")
 	_ = h.closeRead()
 	_, err = h.read(p)
 	require.ErrorIs(t, err, errReadClosed)
@@ -188,7 +199,7 @@ func TestReadOfHeldHalf(t *testing.T) {
 			r.wants(t, "data")
 			r.old.feeds("last", end)
 			r.wants(t, "last")
-			got := r.reads(10)
+			got := r.begins(10)
 			later(t, got, "the end")
 			require.True(t, r.hasEnded())
 			r.release()
@@ -202,7 +213,7 @@ func TestDeadlineOfHeldHalf(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		r := newReceiver(t)
 		r.hold()
-		got := r.reads(10)
+		got := r.begins(10)
 		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
 		later(t, got, "the Read")
 		time.Sleep(time.Second)
@@ -212,7 +223,7 @@ func TestDeadlineOfHeldHalf(t *testing.T) {
 		// Of a Read that waits for the meaning of an end, too.
 		require.NoError(t, r.setDeadline(time.Time{}))
 		r.old.feeds("", io.EOF)
-		got = r.reads(10)
+		got = r.begins(10)
 		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
 		time.Sleep(time.Second)
 		require.Equal(t, readResult{"", os.ErrDeadlineExceeded}, now(t, got, "the Read"))
@@ -225,7 +236,7 @@ func TestDeadlineOfHeldHalf(t *testing.T) {
 func TestSwitchOver(t *testing.T) {
 	bubble(t, "draft, at EOF", func(t *testing.T) {
 		r := newReceiver(t)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(-1, time.Minute)
 		r.next.feeds("new", nil)
 		later(t, got, "the Read")
@@ -235,7 +246,7 @@ func TestSwitchOver(t *testing.T) {
 	})
 	bubble(t, "draft, EOF with the last data", func(t *testing.T) {
 		r := newReceiver(t)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(-1, time.Minute)
 		r.old.feeds("old", io.EOF)
 		require.Equal(t, readResult{"old", nil}, now(t, got, "the Read"), "the EOF is the migration's")
@@ -246,7 +257,7 @@ func TestSwitchOver(t *testing.T) {
 		r := newReceiver(t)
 		r.hold()
 		r.old.feeds("", io.EOF)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(-1, time.Minute)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.next.feeds("new", nil)
@@ -256,7 +267,7 @@ func TestSwitchOver(t *testing.T) {
 		r := newReceiver(t)
 		r.old.feeds("abc", nil)
 		r.wants(t, "abc")
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(5, time.Minute)
 		later(t, r.awaited, "await")
 		r.old.feeds("de", nil)
@@ -264,13 +275,13 @@ func TestSwitchOver(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.next.feeds("new", nil)
 		r.wants(t, "new")
-		require.Equal(t, uint64(3), see(r, &r.count), "the count begins anew")
+		require.Equal(t, uint64(3), r.reads(), "the count begins anew")
 	})
 	bubble(t, "verified, all there is was read", func(t *testing.T) {
 		r := newReceiver(t)
 		r.old.feeds("abc", nil)
 		r.wants(t, "abc")
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(3, time.Minute)
 		require.NoError(t, now(t, r.awaited, "await"))
 		// The Read is still inside the old stream. It is called out by CloseRead.
@@ -281,7 +292,7 @@ func TestSwitchOver(t *testing.T) {
 	})
 	bubble(t, "verified, more than the final size", func(t *testing.T) {
 		r := newReceiver(t)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(3, time.Minute)
 		r.old.feeds("abcd", nil)
 		v := now(t, got, "the Read")
@@ -292,7 +303,7 @@ func TestSwitchOver(t *testing.T) {
 	})
 	bubble(t, "verified, more after the switch", func(t *testing.T) {
 		r := newReceiver(t)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(0, time.Minute)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.old.feeds("x", nil)
@@ -303,7 +314,7 @@ func TestSwitchOver(t *testing.T) {
 		r.hold()
 		r.old.feeds("abc", network.ErrReset)
 		r.wants(t, "abc")
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(3, time.Minute)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.next.feeds("new", nil)
@@ -318,7 +329,7 @@ func TestEndsThatAreNotBelieved(t *testing.T) {
 		r.hands(-1, time.Minute)
 		r.old.feeds("abc", errors.New("broken"))
 		require.ErrorContains(t, now(t, r.awaited, "await"), "broken")
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, network.ErrReset)
 	})
 	bubble(t, "draft, EOF of a dead connection", func(t *testing.T) {
 		r := newReceiver(t)
@@ -326,14 +337,14 @@ func TestEndsThatAreNotBelieved(t *testing.T) {
 		r.old.conn.dies()
 		r.old.feeds("abc", io.EOF)
 		require.ErrorIs(t, now(t, r.awaited, "await"), errLost)
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, network.ErrReset)
 	})
 	bubble(t, "draft, EOF of a dead connection that was held", func(t *testing.T) {
 		r := newReceiver(t)
 		r.hold()
 		r.old.conn.dies()
 		r.old.feeds("", io.EOF)
-		got := r.reads(10)
+		got := r.begins(10)
 		later(t, got, "the end")
 		r.hands(-1, time.Minute)
 		require.ErrorIs(t, now(t, r.awaited, "await"), errLost)
@@ -352,19 +363,19 @@ func TestEndsThatAreNotBelieved(t *testing.T) {
 		r := newReceiver(t)
 		r.old.feeds("abc", nil).feeds("", io.EOF)
 		r.wants(t, "abc")
-		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err)
+		require.Equal(t, io.EOF, now(t, r.begins(10), "Read").err)
 		r.hands(5, time.Minute)
 		require.ErrorIs(t, now(t, r.awaited, "await"), errLost)
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, network.ErrReset)
 	})
 	bubble(t, "verified, an EOF that was right", func(t *testing.T) {
 		r := newReceiver(t)
 		r.old.feeds("abc", nil).feeds("", io.EOF)
 		r.wants(t, "abc")
-		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err)
+		require.Equal(t, io.EOF, now(t, r.begins(10), "Read").err)
 		r.hands(3, time.Minute)
 		require.NoError(t, now(t, r.awaited, "await"))
-		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err, "an EOF that was given stays given (S6)")
+		require.Equal(t, io.EOF, now(t, r.begins(10), "Read").err, "an EOF that was given stays given (S6)")
 	})
 	bubble(t, "untrusted", func(t *testing.T) {
 		r := newReceiver(t)
@@ -373,13 +384,13 @@ func TestEndsThatAreNotBelieved(t *testing.T) {
 		r.release()
 		r.noteOwnEnd()
 		r.old.feeds("abc", io.EOF)
-		v := now(t, r.reads(10), "Read")
+		v := now(t, r.begins(10), "Read")
 		require.Equal(t, "abc", v.data)
 		if v.err == nil {
-			v = now(t, r.reads(10), "Read")
+			v = now(t, r.begins(10), "Read")
 		}
 		require.ErrorIs(t, v.err, network.ErrReset)
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errUntrustedEnd)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, errUntrustedEnd)
 	})
 }
 
@@ -422,7 +433,7 @@ func TestReread(t *testing.T) {
 	})
 	bubble(t, "for a reader", func(t *testing.T) {
 		r := newReceiver(t)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(3, time.Minute)
 		r.old.feeds("", io.EOF)
 		later(t, got, "the Read")
@@ -453,16 +464,16 @@ func TestDrain(t *testing.T) {
 		}
 		r.old.feeds("", io.EOF)
 		synctest.Wait()
-		require.LessOrEqual(t, see(r, &r.ready.len), maxDrained)
-		require.Greater(t, see(r, &r.ready.len), maxDrained-readChunk)
-		require.Equal(t, see(r, &r.ready.len), r.scope.reserved())
+		require.LessOrEqual(t, r.kept(), maxDrained)
+		require.Greater(t, r.kept(), maxDrained-readChunk)
+		require.Equal(t, r.kept(), r.scope.reserved())
 		later(t, r.awaited, "await")
 		time.Sleep(59 * time.Minute)
 		later(t, r.awaited, "await") // a full buffer is no stall
 
 		r.wants(t, block)
 		synctest.Wait()
-		require.Greater(t, see(r, &r.ready.len), maxDrained-readChunk, "what was read makes room")
+		require.Greater(t, r.kept(), maxDrained-readChunk, "what was read makes room")
 		for range blocks - 1 {
 			r.wants(t, block)
 		}
@@ -482,7 +493,7 @@ func TestDrainReadsNoFurther(t *testing.T) {
 		r.hands(5, time.Minute)
 		r.old.feeds("abcdefgh", nil)
 		require.NoError(t, now(t, r.awaited, "await"))
-		require.Equal(t, 5, see(r, &r.ready.len))
+		require.Equal(t, 5, r.kept())
 		require.Equal(t, 5, r.scope.reserved())
 		r.wants(t, "abcde")
 	})
@@ -498,8 +509,8 @@ func TestDrainWithoutMemory(t *testing.T) {
 		r.hands(50_000, time.Minute)
 		r.old.feeds(strings.Repeat("x", 40_000), nil)
 		synctest.Wait()
-		require.Zero(t, see(r, &r.ready.len))
-		require.True(t, see(r, &r.starved))
+		require.Zero(t, r.kept())
+		require.True(t, r.starves())
 		time.Sleep(time.Hour)
 		later(t, r.awaited, "await")
 
@@ -508,7 +519,7 @@ func TestDrainWithoutMemory(t *testing.T) {
 		r.scope.limitTo(0)
 		time.Sleep(stallNotice)
 		synctest.Wait()
-		require.Equal(t, 30_000, see(r, &r.ready.len))
+		require.Equal(t, 30_000, r.kept())
 		r.old.feeds(strings.Repeat("y", 10_000), nil)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.wants(t, strings.Repeat("x", 30_000)+strings.Repeat("y", 10_000))
@@ -526,8 +537,8 @@ func TestStallBehindAWantOfMemory(t *testing.T) {
 		r := newReceiver(t)
 		r.scope.limit = 1
 		r.hands(5, 10*time.Second)
-		require.True(t, see(r, &r.starved))
-		r.reads(10)
+		require.True(t, r.starves())
+		r.begins(10)
 		time.Sleep(time.Minute)
 		require.ErrorIs(t, now(t, r.awaited, "the handover"), errStalled)
 	})
@@ -542,7 +553,7 @@ func TestReadAheadWithoutMemory(t *testing.T) {
 		r.next.feeds(strings.Repeat("x", 10), nil)
 		time.Sleep(stallNotice)
 		synctest.Wait()
-		require.True(t, see(r, &r.aheadOn))
+		require.True(t, r.readsAhead())
 		r.scope.limitTo(1)
 		r.next.feeds(strings.Repeat("x", readChunk), nil) // more than is reserved
 		time.Sleep(maxHold)
@@ -597,7 +608,7 @@ func TestDrainHasNoDeadline(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		r := newReceiver(t)
 		r.hands(5, time.Hour)
-		got := r.reads(10)
+		got := r.begins(10)
 		before := len(r.old.deadlines)
 		at := time.Now().Add(stallNotice / 2)
 		require.NoError(t, r.setDeadline(at))
@@ -609,9 +620,9 @@ func TestDrainHasNoDeadline(t *testing.T) {
 		r.old.feeds("abcde", nil)
 		require.NoError(t, now(t, r.awaited, "await"))
 		require.Equal(t, []time.Time{at}, r.next.deadlines, "it holds across the switch")
-		v := now(t, r.reads(10), "the Read")
+		v := now(t, r.begins(10), "the Read")
 		require.Equal(t, readResult{"abcde", nil}, v, "what is there is given, deadline or not")
-		require.Equal(t, os.ErrDeadlineExceeded, now(t, r.reads(10), "the Read").err)
+		require.Equal(t, os.ErrDeadlineExceeded, now(t, r.begins(10), "the Read").err)
 		require.NoError(t, r.setDeadline(time.Time{}))
 		r.next.feeds("new", nil)
 		r.wants(t, "new")
@@ -649,7 +660,7 @@ func TestReadAheadOutlivesNextMigration(t *testing.T) {
 		r.wants(t, "hello")
 		last := newFake()
 		r.hold()
-		r.handover(last, 0, true, &span{parent: r.scope})
+		r.handover(&source{stream: last}, finalSize(0), r.scope)
 		require.NoError(t, r.await(time.Minute, maxHold, r.look))
 		require.NoError(t, r.next.Reset())
 		synctest.Wait()
@@ -688,7 +699,7 @@ func TestStallTimeout(t *testing.T) {
 			drip := time.Since(start)
 			require.ErrorIs(t, <-r.awaited, errStalled)
 			require.Equal(t, drip+stall, time.Since(start))
-			require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+			require.ErrorIs(t, now(t, r.begins(10), "Read").err, network.ErrReset)
 			require.LessOrEqual(t, r.scope.peak, readChunk+100)
 		}
 	})
@@ -877,7 +888,7 @@ func TestReadAhead(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.wants(t, "first"+strings.Repeat("n", piece*pieces))
 		require.Zero(t, r.scope.reserved())
-		require.Equal(t, uint64(piece*pieces), see(r, &r.count))
+		require.Equal(t, uint64(piece*pieces), r.reads())
 	})
 	bubble(t, "progress", func(t *testing.T) {
 		// An old stream that drips does not keep the new one from being read.
@@ -939,21 +950,21 @@ func TestReadAhead(t *testing.T) {
 		r.hands(5, time.Hour)
 		time.Sleep(stallNotice)
 		r.next.awaitReader()
-		got := r.reads(100)
+		got := r.begins(100)
 		r.old.feeds("first", nil)
 		require.Equal(t, readResult{"first", nil}, now(t, got, "the Read"))
-		got = r.reads(100)
+		got = r.begins(100)
 		require.NoError(t, r.setDeadline(time.Now().Add(time.Second)))
 		time.Sleep(time.Second)
 		require.Equal(t, os.ErrDeadlineExceeded, now(t, got, "the Read").err, "a Read that waits for one that reads ahead")
 		require.NoError(t, r.setDeadline(time.Time{}))
-		got = r.reads(100)
+		got = r.begins(100)
 		r.next.feeds("new", io.EOF)
 		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
 		r.next.feeds("", io.EOF) // as a stream does
-		require.Equal(t, io.EOF, now(t, r.reads(100), "the Read").err)
+		require.Equal(t, io.EOF, now(t, r.begins(100), "the Read").err)
 		require.Zero(t, r.scope.reserved())
-		require.Equal(t, uint64(3), see(r, &r.count))
+		require.Equal(t, uint64(3), r.reads())
 	})
 	bubble(t, "blocked until the switch after that", func(t *testing.T) {
 		r := newReceiver(t)
@@ -1003,9 +1014,9 @@ func TestReadAhead(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.next.feeds("new", nil)
 		synctest.Wait()
-		require.Zero(t, see(r, &r.ready.len), "nobody will read this")
+		require.Zero(t, r.kept(), "nobody will read this")
 		require.Zero(t, r.scope.reserved())
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errReadClosed)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, errReadClosed)
 	})
 	bubble(t, "EOF", func(t *testing.T) {
 		r := newReceiver(t)
@@ -1019,14 +1030,14 @@ func TestReadAhead(t *testing.T) {
 		r.old.feeds("first", nil)
 		require.NoError(t, now(t, r.awaited, "await"))
 		r.wants(t, "first")
-		require.Equal(t, io.EOF, now(t, r.reads(10), "Read").err)
+		require.Equal(t, io.EOF, now(t, r.begins(10), "Read").err)
 	})
 	bubble(t, "reset", func(t *testing.T) {
 		r := newReceiver(t)
 		r.hands(5, time.Hour)
 		require.NoError(t, r.next.Reset())
 		require.ErrorIs(t, <-r.awaited, network.ErrReset) // S8
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, network.ErrReset)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, network.ErrReset)
 		r.ends()
 		require.Zero(t, r.scope.reserved())
 	})
@@ -1051,12 +1062,12 @@ func TestCloseReadDuringHandover(t *testing.T) {
 		r.hands(100, time.Hour)
 		r.old.feeds("abc", nil)
 		synctest.Wait()
-		require.Equal(t, 3, see(r, &r.ready.len))
+		require.Equal(t, 3, r.kept())
 		require.NoError(t, r.closeRead())
 		require.NoError(t, now(t, r.awaited, "await"))
 		require.True(t, r.old.readClosed)
 		require.Zero(t, r.scope.reserved())
-		require.ErrorIs(t, now(t, r.reads(10), "Read").err, errReadClosed)
+		require.ErrorIs(t, now(t, r.begins(10), "Read").err, errReadClosed)
 	})
 }
 
@@ -1065,7 +1076,7 @@ func TestCloseReadDuringHandover(t *testing.T) {
 func TestFailDuringHandover(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		r := newReceiver(t)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.hands(100, time.Hour)
 		r.old.feeds("abc", nil)
 		require.Equal(t, "abc", now(t, got, "the Read").data)
@@ -1078,7 +1089,7 @@ func TestFailDuringHandover(t *testing.T) {
 		r.fail(gone)
 		r.fail(errors.New("later"))
 		require.Equal(t, gone, now(t, r.awaited, "await"))
-		require.Equal(t, gone, now(t, r.reads(10), "Read").err)
+		require.Equal(t, gone, now(t, r.begins(10), "Read").err)
 		_, _ = r.old.Reset(), r.next.Reset()
 		synctest.Wait()
 		require.Zero(t, r.scope.reserved())
@@ -1086,7 +1097,7 @@ func TestFailDuringHandover(t *testing.T) {
 }
 
 // TestHandoverTwice: what the application has not read of one migration is there after
-// the next, reserved in the new budget.
+// the next, and reserved as long.
 func TestHandoverTwice(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		r := newReceiver(t)
@@ -1095,38 +1106,42 @@ func TestHandoverTwice(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		require.Equal(t, 3, r.scope.reserved())
 
-		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: new(fakeScope), path: new(oldPath)}
+		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: r.scope, path: new(oldPath)}
 		second.old.feeds("two", nil)
 		second.hands(3, time.Hour)
 		require.NoError(t, now(t, second.awaited, "await"))
-		require.Zero(t, r.scope.reserved())
-		require.Equal(t, 6, second.scope.reserved())
+		require.Equal(t, 6, r.scope.reserved())
 		second.next.feeds("three", nil).feeds("", io.EOF)
 		second.wants(t, "onetwothree")
-		require.Equal(t, io.EOF, now(t, second.reads(10), "Read").err)
+		require.Equal(t, io.EOF, now(t, second.begins(10), "Read").err)
 		require.Zero(t, second.scope.reserved())
 	})
 }
 
-// TestFirstOfNext: what proves that the ack has arrived is not lost (S3), and nothing may
+// TestProofOnTheNextStream: what proves that the ack has arrived is not lost (S3), and nothing may
 // follow an end that was given (S11).
-func TestFirstOfNext(t *testing.T) {
+func TestProofOnTheNextStream(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		r := newReceiver(t)
 		r.hold()
 		r.old.feeds("", io.EOF)
-		got := r.reads(10)
+		got := r.begins(10)
 		r.next.feeds("new", nil)
-		require.NoError(t, r.firstOfNext(r.next))
+		next := &source{stream: r.next}
+		require.NoError(t, r.prove(next))
 		later(t, got, "the Read")
-		r.hands(-1, time.Hour)
-		require.NoError(t, now(t, r.awaited, "await"))
+		r.handover(next, untilEOF{}, r.scope)
+		require.NoError(t, r.await(time.Hour, time.Hour, r.look))
 		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+		require.Zero(t, r.scope.reserved())
 
-		given := &receiveHalf{cur: newFake(), eof: true}
-		require.NoError(t, given.firstOfNext(newFake().feeds("", io.EOF)))
-		require.ErrorIs(t, given.firstOfNext(newFake().feeds("x", nil)), errViolation)
-		require.ErrorIs(t, given.firstOfNext(newFake().feeds("", network.ErrReset)), network.ErrReset)
+		given := receivingFrom(newFake().feeds("", io.EOF), "")
+		_, err := given.read(make([]byte, 1))
+		require.Equal(t, io.EOF, err)
+		proves := func(u *fakeStream) error { return given.prove(&source{stream: u}) }
+		require.NoError(t, proves(newFake().feeds("", io.EOF)))
+		require.ErrorIs(t, proves(newFake().feeds("x", nil)), errViolation)
+		require.ErrorIs(t, proves(newFake().feeds("", network.ErrReset)), network.ErrReset)
 	})
 }
 
@@ -1134,12 +1149,12 @@ func TestFirstOfNext(t *testing.T) {
 // prove that the ack has arrived (S3, S12): the initiator may have fallen back, and would
 // take our end of the old stream for the application's.
 func TestFalseProof(t *testing.T) {
-	dead := func(data string, err error) *fakeStream {
+	dead := func(data string, err error) *source {
 		f := newFake().feeds(data, err)
 		f.conn.dies()
-		return f
+		return &source{stream: f}
 	}
-	h := &receiveHalf{cur: newFake()}
-	require.ErrorIs(t, h.firstOfNext(dead("", io.EOF)), errUnproven)
-	require.NoError(t, h.firstOfNext(dead("x", io.EOF)), "data were sent after the ack, whatever became of the connection")
+	h := receivingFrom(newFake(), "")
+	require.ErrorIs(t, h.prove(dead("", io.EOF)), errUnproven)
+	require.NoError(t, h.prove(dead("x", io.EOF)), "data were sent after the ack, whatever became of the connection")
 }

@@ -160,7 +160,7 @@ func (x *exchange) carryVerified(u network.Stream) error {
 	if err != nil {
 		return err
 	}
-	if err := x.switchReceiving(u, final); err != nil {
+	if err := x.switchReceiving(&source{stream: u}, finalSize(final)); err != nil {
 		return err
 	}
 	x.finish(u, oldClosed)

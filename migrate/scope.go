@@ -137,17 +137,20 @@ func (c *scope) followLocked(next network.StreamScope, attached bool) error {
 	return err
 }
 
+// memory is what a span reserves in.
+type memory interface {
+	ReserveMemory(size int, prio uint8) error
+	ReleaseMemory(size int)
+}
+
 // span is memory that is released together. It lives in the scope of a logical
 // stream, not in that of an underlying one, which it may outlive. A nil span refuses
 // nothing and counts nothing.
 type span struct {
-	parent interface {
-		ReserveMemory(int, uint8) error
-		ReleaseMemory(int)
-	}
-	mu   sync.Mutex // guards all below; taken before the parent's
-	size int
-	done bool
+	parent memory
+	mu     sync.Mutex // guards all below; taken before the parent's
+	size   int
+	done   bool
 }
 
 var _ network.ResourceScopeSpan = (*span)(nil)

@@ -485,11 +485,7 @@ func TestSendHalfThatFailed(t *testing.T) {
 		_, err := h.pause()
 		paused <- err
 	}()
-	WaitFor(t, "pause", func() bool {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		return h.state == sendPaused
-	})
+	WaitFor(t, "pause", h.isPaused)
 	h.fail(gone)
 	require.Equal(t, gone, take(t, paused, "pause"))
 	notYet(t, w, "a Write inside the stream")

@@ -18,9 +18,8 @@ import (
 // kept returns how much of the new stream, and of the old one, the host keeps for
 // the application.
 func (p *rawPeer) kept(s *Stream) (ahead, ready int) {
-	s.recv.mu.Lock()
-	defer s.recv.mu.Unlock()
-	return s.recv.ahead.len, s.recv.ready.len
+	ready, ahead = s.recv.waiting()
+	return ahead, ready
 }
 
 // TestPeerThatNeverSendsFinalSize: it has acked, and goes no further. The old stream
@@ -202,11 +201,7 @@ func TestPeerThatNeverReads(t *testing.T) {
 			_, err := s.Write(data)
 			wrote <- err
 		}()
-		WaitFor(t, "the Write to be inside the old stream", func() bool {
-			s.send.mu.Lock()
-			defer s.send.mu.Unlock()
-			return s.send.inside
-		})
+		WaitFor(t, "the Write to be inside the old stream", s.send.writesInside)
 		moved, next := p.asked(s)
 		next.acks(ackVerified)
 		final := next.finalSize()
@@ -242,11 +237,7 @@ func TestDraftResponderInNoHurry(t *testing.T) {
 	next.acks(ackDraft)
 	old.wantsEOF()
 	// Longer than the stall timeout: the notice of a quiet old stream comes after it.
-	WaitFor(t, "the host to notice that the old stream is quiet", func() bool {
-		s.recv.mu.Lock()
-		defer s.recv.mu.Unlock()
-		return s.recv.aheadOn
-	})
+	WaitFor(t, "the host to notice that the old stream is quiet", s.recv.readsAhead)
 	old.sends("old")
 	old.closesWrite()
 	moved.is(nil)

@@ -108,7 +108,7 @@ func newStream(h *Host, u network.Stream, proto protocol.ID, label uint64) *Stre
 		label: label,
 	}
 	s.send.cur = u
-	s.recv.cur = u
+	s.recv.cur = &source{stream: u}
 	return s
 }
 
@@ -227,10 +227,7 @@ func (s *Stream) closeHalves() error {
 // the plain host does: on QUIC, closing for reading makes the acceptor's answer fail,
 // which not every implementation takes for what it is.
 func (s *Stream) awaitAnswer() {
-	s.recv.mu.Lock()
-	expect := s.recv.expect
-	s.recv.mu.Unlock()
-	if expect == "" {
+	if !s.recv.owesAnswer() {
 		return
 	}
 	_ = s.send.flush()

@@ -50,7 +50,7 @@ func TestErrorsThatPassForSomethingElse(t *testing.T) {
 			require.Contains(t, err.Error(), cause.Error())
 		})
 	}
-	h := &receiveHalf{cur: newFake().feeds("", yamuxDown)}
+	h := receivingFrom(newFake().feeds("", yamuxDown), "")
 	_, err := h.read(make([]byte, 1))
 	require.ErrorIs(t, err, network.ErrReset)
 	require.NotErrorIs(t, err, io.EOF, "outside of a migration, too")
