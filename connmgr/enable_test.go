@@ -276,6 +276,23 @@ func TestEnableBeforeTheFirstConnection(t *testing.T) {
 	require.NoError(t, o.s.Reset())
 }
 
+// Whatever programs assert on the host that libp2p.New returns, they can with Enable, too.
+func TestEnableHidesNothing(t *testing.T) {
+	plain, enabled := newEnabled(t, onLoopback()...), newEnabled(t, onLoopback(connmgr.Enable())...)
+	for m := range reflect.TypeOf(plain).NumMethod() {
+		method := reflect.TypeOf(plain).Method(m)
+		_, has := reflect.TypeOf(enabled).MethodByName(method.Name)
+		require.True(t, has, method.Name)
+	}
+	all := enabled.(interface{ AllAddrs() []ma.Multiaddr }).AllAddrs()
+	require.NotEmpty(t, all)
+	m, ok := connmgr.Of(enabled)
+	require.True(t, ok)
+	wrapped, ok := m.Host()
+	require.True(t, ok)
+	require.Equal(t, all, wrapped.AllAddrs())
+}
+
 // Without a Routing, dials fail as they do without Enable.
 func TestEnableKeepsTheErrorsOfDials(t *testing.T) {
 	nobody, err := net.Listen("tcp", "127.0.0.1:0")

@@ -149,6 +149,7 @@ func TestOptionsAreChecked(t *testing.T) {
 	for name, opt := range map[string]Option{
 		"nil policy":        WithPolicy(nil),
 		"nil logger":        WithLogger(nil),
+		"nil slog logger":   WithSlog(nil),
 		"no settle delay":   WithSettleDelay(0),
 		"no quiet time":     WithQuietTime(-1),
 		"plain quiet time":  WithPlainQuietTime(0),

@@ -3,10 +3,12 @@ package connmgr
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"go.uber.org/zap"
 
+	"github.com/go-portage/portage/internal/slogcore"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
@@ -168,6 +170,19 @@ func WithLogger(log *zap.Logger) Option {
 			return errors.New("logger is nil")
 		}
 		c.log = log
+		return nil
+	}
+}
+
+// WithSlog is [WithLogger] for a logger of log/slog, with which go-libp2p logs too: each
+// line becomes a record, and each of its fields an attribute. Of the two options the last
+// one counts.
+func WithSlog(log *slog.Logger) Option {
+	return func(c *config) error {
+		if log == nil {
+			return errors.New("logger is nil")
+		}
+		c.log = slogcore.New(log.Handler())
 		return nil
 	}
 }

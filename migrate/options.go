@@ -3,12 +3,15 @@ package migrate
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/internal/slogcore"
 )
 
 // Option configures Wrap.
@@ -89,6 +92,18 @@ func WithLogger(log *zap.Logger) Option {
 			return errors.New("WithLogger: nil; leave the option out to log nothing")
 		}
 		c.log = log
+		return nil
+	}
+}
+
+// WithSlog is WithLogger for a logger of log/slog: each line becomes a record, and each of
+// its fields an attribute. Of the two options the last one counts.
+func WithSlog(log *slog.Logger) Option {
+	return func(c *config) error {
+		if log == nil {
+			return errors.New("WithSlog: nil; leave the option out to log nothing")
+		}
+		c.log = slogcore.New(log.Handler())
 		return nil
 	}
 }
