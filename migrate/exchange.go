@@ -197,8 +197,7 @@ func (x *exchange) hold() bool {
 // application sees, a network.ErrReset.
 func (x *exchange) fail(cause error) error {
 	if errors.Is(cause, errViolation) {
-		x.s.host.log.Warn("peer broke the stream-migration protocol",
-			zap.Stringer("peer", x.s.peer), zap.Uint64("label", x.from), zap.Error(cause))
+		x.s.host.warnViolation(x.s.peer, cause, zap.Uint64("label", x.from))
 	}
 	err := reset(cause)
 	_ = x.s.abort(err, codeFor(cause))
@@ -299,8 +298,7 @@ func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 func (x *exchange) expectEnd(u network.Stream) {
 	if n, _ := u.Read(make([]byte, 1)); n > 0 {
 		err := fmt.Errorf("%w: data after the end", errViolation)
-		x.s.host.log.Warn("peer broke the stream-migration protocol",
-			zap.Stringer("peer", x.s.peer), zap.Uint64("label", x.id), zap.Error(err))
+		x.s.host.warnViolation(x.s.peer, err, zap.Uint64("label", x.id))
 		_ = x.s.abort(reset(err), network.StreamProtocolViolation)
 	}
 }

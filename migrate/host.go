@@ -30,8 +30,10 @@ type Host struct {
 	cancel context.CancelFunc
 	debts  debts
 
-	autonat autoNAT
-	orphans atomic.Int64 // streams that are kept for a Migrate that may come; see lost.go
+	autonat     autoNAT
+	orphans     atomic.Int64 // streams that are kept for a Migrate that may come; see lost.go
+	violations  samples      // which lines about a peer are logged; see sampled.go
+	unaccounted samples
 }
 
 var _ host.Host = (*Host)(nil)
@@ -51,6 +53,7 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 		return nil, errors.New("migrate: the host handles " + string(ID) + " already; wrap it once")
 	}
 	mh := &Host{Host: h, cfg: cfg, log: cfg.log, labels: newLabels(h.ID())}
+	mh.violations.every, mh.unaccounted.every = sampleEvery, sampleEvery
 	mh.ctx, mh.cancel = context.WithCancel(context.Background())
 	// Both are never reached through the handler below: it serves ID itself, and what
 	// comes behind a label must be neither.

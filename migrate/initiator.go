@@ -139,8 +139,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 		x.doubt()
 		x.end(stays)
 		if errors.Is(err, errViolation) {
-			h.log.Warn("peer broke the stream-migration protocol",
-				zap.Stringer("peer", s.peer), zap.Uint64("label", x.from), zap.Error(err))
+			h.warnViolation(s.peer, err, zap.Uint64("label", x.from))
 		}
 		return x.unmoved(err)
 	}

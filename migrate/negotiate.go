@@ -262,8 +262,7 @@ func (h *Host) handleLabelled(u network.Stream, owed string) {
 
 // violation ends a stream on which the peer sent what it must not (W4).
 func (h *Host) violation(u network.Stream, err error) {
-	h.log.Warn("peer broke the stream-migration protocol",
-		zap.Stringer("peer", u.Conn().RemotePeer()), zap.Error(err))
+	h.warnViolation(u.Conn().RemotePeer(), err)
 	_ = u.ResetWithError(network.StreamProtocolViolation)
 }
 

@@ -85,7 +85,8 @@ func WithAcceptor(acceptor Acceptor) Option {
 }
 
 // WithLogger sets the logger. Each migration is logged at debug level, what a peer does
-// wrong at warn level. Default: nothing is logged.
+// wrong at warn level: its first violation, and then one line in 10 s at most, with the
+// number of those in between. Default: nothing is logged.
 func WithLogger(log *zap.Logger) Option {
 	return func(c *config) error {
 		if log == nil {

@@ -53,6 +53,7 @@ func TestViolationOnOpening(t *testing.T) {
 		core, logs := observer.New(zap.WarnLevel)
 		m.opts = append(m.opts, WithLogger(zap.New(core)))
 		p := m.meet(t)
+		p.host.violations.every = 0
 		s, old := p.hostAccepts()
 		mine, other := p.fresh(), p.fresh()
 		wrong := mine ^ 1
