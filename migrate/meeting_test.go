@@ -81,9 +81,8 @@ func TestMigrateOvertakesLabel(t *testing.T) {
 // business.
 func TestMigrateBeforeOpening(t *testing.T) {
 	p := meet(t, verified)
-	ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+	s, err := p.hostBegins(0, echoID)
 	require.NoError(t, err)
-	s := ns.(*Stream)
 	require.NoError(t, s.SetWriteDeadline(past))
 	moved := p.hostMigrates(s)
 	old, next := p.arrives(), p.arrives()

@@ -251,16 +251,33 @@ func (p *rawPeer) opens(i int, parts ...string) *rawStream {
 	return u
 }
 
+// hostBegins has the host open a labelled stream of one of ids on connection i, and does not
+// wait for the peer but where the protocol has to be negotiated. NewStream would go elsewhere
+// where the connection is slow to open one, as it can be on a busy machine.
+func (p *rawPeer) hostBegins(i int, ids ...protocol.ID) (*Stream, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), rawPatience)
+	defer cancel()
+	if err := p.host.awaitIdentify(ctx, p.ID()); err != nil {
+		return nil, err
+	}
+	u, err := p.ends[i].NewStream(ctx)
+	if err != nil {
+		return nil, err
+	}
+	s, err := p.host.begin(ctx, u, ids, false)
+	if err != nil {
+		_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
+		return nil, err
+	}
+	return s.(*Stream), nil
+}
+
 // hostOpens has the host open a labelled stream on the old connection, and accepts it.
 // A first byte has been exchanged each way.
 func (p *rawPeer) hostOpens() (*Stream, *rawStream) {
 	p.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), rawPatience)
-	defer cancel()
-	ns, err := p.host.NewStream(ctx, p.ID(), echoID)
+	s, err := p.hostBegins(0, echoID)
 	require.NoError(p.t, err)
-	s := ns.(*Stream)
-	require.Equal(p.t, p.ends[0], s.Conn())
 	p.writes(s, "!")
 	u := p.arrives()
 	u.label = s.Label()

@@ -157,17 +157,16 @@ func TestStallFillsNothing(t *testing.T) {
 		return ahead == maxAhead
 	})
 	// Another stream on the new connection.
-	p.host.cfg.selector = func(context.Context, peerID) network.Conn { return p.ends[1] }
-	ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+	s2, err := p.hostBegins(1, echoID)
 	require.NoError(t, err)
 	pays()
-	p.writes(ns.(*Stream), "hello")
+	p.writes(s2, "hello")
 	u := p.arrives()
 	pays()
-	u.wants(tMultistream, tMigration, labelBytes(ns.(*Stream).Label()), tMultistream, tEcho, "hello")
+	u.wants(tMultistream, tMigration, labelBytes(s2.Label()), tMultistream, tEcho, "hello")
 	pays()
 	u.sends(tMultistream, tMigration, tMultistream, tEcho, strings.Repeat("x", 100<<10))
-	p.reads(ns.(*Stream), strings.Repeat("x", 100<<10))
+	p.reads(s2, strings.Repeat("x", 100<<10))
 	pays()
 
 	ahead, ready := p.kept(s)

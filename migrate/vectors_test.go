@@ -143,9 +143,10 @@ func playVector(t *testing.T, v vectors.Exchange, side string) {
 		switch st.Event {
 		case "open":
 			p.countTo(goldenFrom)
-			ns, err := p.host.NewStream(testCtx(t), p.ID(), goldenProtocol)
+			var err error
+			s, err = p.hostBegins(0, goldenProtocol)
 			require.NoError(t, err, what)
-			s, before = ns.(*Stream), string(st.Bytes)
+			before = string(st.Bytes)
 			continue
 		case "write":
 			p.writes(s, string(st.Bytes))

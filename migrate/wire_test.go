@@ -104,9 +104,8 @@ func (p *rawPeer) countTo(label uint64) {
 func TestGoldenExchange(t *testing.T) {
 	p := meet(t, peerKind{ID, FinalSizeID, goldenProtocol})
 	p.countTo(goldenFrom)
-	ns, err := p.host.NewStream(testCtx(t), p.ID(), goldenProtocol)
+	s, err := p.hostBegins(0, goldenProtocol)
 	require.NoError(t, err)
-	s := ns.(*Stream)
 	p.writes(s, "hello")
 	old := p.arrives()
 	old.wants(golden(t, goldenOpening+goldenHello))
@@ -267,9 +266,9 @@ func TestOpeningIsOneWrite(t *testing.T) {
 // application begins with a Read, or ends its writing at once (W1).
 func TestOpenerThatReadsFirst(t *testing.T) {
 	open := func(t *testing.T, p *rawPeer) *Stream {
-		s, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+		s, err := p.hostBegins(0, echoID)
 		require.NoError(t, err)
-		return s.(*Stream)
+		return s
 	}
 	answer := tMultistream + tMigration + tMultistream + tEcho
 	t.Run("read", func(t *testing.T) {
@@ -315,9 +314,8 @@ func TestOpenerThatReadsFirst(t *testing.T) {
 // data.
 func TestAnswerInPieces(t *testing.T) {
 	p := meet(t, verified)
-	ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+	s, err := p.hostBegins(0, echoID)
 	require.NoError(t, err)
-	s := ns.(*Stream)
 	p.writes(s, "hello")
 	u := p.arrives()
 	u.wants(tMultistream, tMigration, labelBytes(s.Label()), tMultistream, tEcho, "hello")
@@ -337,9 +335,8 @@ func TestAnswerThatIsNone(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := meet(t, verified)
-			ns, err := p.host.NewStream(testCtx(t), p.ID(), echoID)
+			s, err := p.hostBegins(0, echoID)
 			require.NoError(t, err)
-			s := ns.(*Stream)
 			p.writes(s, "hello")
 			u := p.arrives()
 			u.sends(tc.answer)
@@ -466,13 +463,13 @@ func TestHostNegotiatesBehindLabel(t *testing.T) {
 	const other, third protocol.ID = "/test/other/1.0.0", "/test/third/1.0.0"
 	tOther, tThird := tok(other), tok(third)
 	type opened struct {
-		s   network.Stream
+		s   *Stream
 		err error
 	}
 	open := func(t *testing.T, p *rawPeer) chan opened {
 		done := make(chan opened, 1)
 		go func() {
-			s, err := p.host.NewStream(testCtx(t), p.ID(), other, third)
+			s, err := p.hostBegins(0, other, third)
 			done <- opened{s, err}
 		}()
 		return done
@@ -489,7 +486,7 @@ func TestHostNegotiatesBehindLabel(t *testing.T) {
 		o := take(t, done, "NewStream")
 		require.NoError(t, o.err)
 		require.Equal(t, third, o.s.Protocol())
-		s := o.s.(*Stream)
+		s := o.s
 		require.Equal(t, uint64(600), s.Label())
 		p.talk(s, u)
 
