@@ -10,14 +10,21 @@ import (
 	"unicode/utf8"
 )
 
-// chart is a picture of one transfer: what arrived over time, by connection, and
-// the moments that mattered.
-type chart struct {
+// picture is what happened in one transfer, or in two that stand one above the other, with
+// the same axes.
+type picture struct {
 	title    string
 	subtitle string
-	elapsed  time.Duration // until the last byte
-	series   []series      // stacked, the first at the bottom
-	marks    []mark        // in the order of time
+	charts   []chart
+}
+
+// chart is one transfer: what arrived over time, by connection, and the moments that
+// mattered.
+type chart struct {
+	name    string
+	elapsed time.Duration // until the last byte
+	series  []series      // stacked, the first at the bottom
+	marks   []mark        // in the order of time
 }
 
 // series is what arrived over one connection.
@@ -33,19 +40,25 @@ type mark struct {
 	label string
 }
 
-// The picture, in pixels. Between the title and the plot is a row for each label.
+// The picture, in pixels. Of a chart, the name comes first, then a row for each label, then
+// the plot.
 const (
-	chartWidth   = 900
-	chartHeight  = 480
+	pictureWidth = 900
 	plotLeft     = 66
-	plotRight    = chartWidth - 24
-	plotBottom   = chartHeight - 52
-	labelsTop    = 78
+	plotRight    = pictureWidth - 24
+	plotHeight   = 300 // of one chart
+	sharedHeight = 170 // of each of two
+	chartsTop    = 62
+	nameHeight   = 30
 	rowHeight    = 17
-	labelIndent  = 5  // from the line to its label
-	labelPadding = 10 // least room between labels of a row
-	legendLine   = chartHeight - 12
+	ticksHeight  = 32  // below a plot
+	footHeight   = 44  // below the ticks of the last one
+	labelIndent  = 5   // from the line to its label
+	labelPadding = 10  // least room between labels of a row
 	charWidth    = 6.2 // of a label, on the safe side
+
+	// Moments that are closer than this part of the picture are one to the eye.
+	together = 0.01
 )
 
 const (
@@ -53,15 +66,9 @@ const (
 	toColor   = "#3b78d8"
 )
 
-// chartOf returns what is to be drawn of a transfer.
-func chartOf(s *summary) chart {
-	with := fmt.Sprintf("%s to %s, with Portage", s.cfg.from.title(), s.cfg.to.title())
-	if s.cfg.without {
-		with = fmt.Sprintf("%s with %s beside it, on plain go-libp2p", s.cfg.from.title(), s.cfg.to.title())
-	}
-	if !s.whole() {
-		with += ": lost"
-	}
+// pictureOf returns what is to be drawn of a transfer, and of the same one without Portage,
+// which may be nil.
+func pictureOf(s, without *summary) picture {
 	shaped := "Bytes that the receiver reads."
 	if s.cfg.rate > 0 {
 		shaped += fmt.Sprintf(" The sender is paced to %s/s.", formatSize(s.cfg.rate))
@@ -70,10 +77,30 @@ func chartOf(s *summary) chart {
 		shaped += fmt.Sprintf(" The path to the relay is shaped to %s/s, its limit is %s.",
 			formatSize(s.cfg.relay.rate), formatSize(s.cfg.relay.data))
 	}
-	return chart{
-		title:    fmt.Sprintf("%s in %s, %s", formatSize(s.cfg.size), plural(s.cfg.streams, "stream"), with),
+	p := picture{
+		title: fmt.Sprintf("%s in %s: %s first, then %s beside it",
+			formatSize(s.cfg.size), plural(s.cfg.streams, "stream"), s.cfg.from.title(), s.cfg.to.title()),
 		subtitle: shaped,
-		elapsed:  s.record.elapsed,
+		charts:   []chart{chartOf(s)},
+	}
+	if without != nil {
+		p.charts = append(p.charts, chartOf(without))
+	}
+	return p
+}
+
+func chartOf(s *summary) chart {
+	with := "With Portage"
+	if s.cfg.without {
+		with = "Without"
+	}
+	outcome := fmt.Sprintf("all has arrived after %.1f s", s.record.elapsed.Seconds())
+	if !s.whole() {
+		outcome = fmt.Sprintf("ends after %s", formatSize(s.arrived))
+	}
+	return chart{
+		name:    with + ": " + outcome,
+		elapsed: s.record.elapsed,
 		series: []series{
 			{s.cfg.from.title(), fromColor, s.record.bins[s.cfg.from]},
 			{s.cfg.to.title(), toColor, s.record.bins[s.cfg.to]},
@@ -83,37 +110,76 @@ func chartOf(s *summary) chart {
 }
 
 // marksOf names the moments of a transfer. Of many streams it takes the first
-// Migrate, and the last of what follows it.
+// Migrate, and the last of what follows it. Moments that nobody could tell apart in the
+// picture are one mark.
 func marksOf(s *summary) []mark {
+	var marks []mark
+	moments := s.record.marked()
+	for len(moments) > 0 {
+		n := 1
+		for n < len(moments) && float64(moments[n].at-moments[0].at) < together*float64(s.record.elapsed) {
+			n++
+		}
+		marks = append(marks, mark{moments[0].at, s.labelOf(moments[:n])})
+		moments = moments[n:]
+	}
+	return marks
+}
+
+// labelOf names moments that are together. The steps of a migration are one move then.
+func (s *summary) labelOf(moments []moment) string {
+	steps := 0
+	for _, m := range moments {
+		if m.kind.isStep() {
+			steps++
+		}
+	}
+	var labels []string
+	for _, m := range moments {
+		switch {
+		case !m.kind.isStep() || steps == 1:
+			labels = append(labels, s.label(m))
+		case steps > 1:
+			labels = append(labels, fmt.Sprintf("%s moved to %s", plural(s.cfg.streams, "stream"), s.cfg.to.title()))
+			steps = 0 // said for all of them
+		}
+	}
+	return strings.Join(labels, ", ")
+}
+
+// isStep says whether a moment belongs to a migration.
+func (k momentKind) isStep() bool {
+	return k == asked || k == acked || k == sendSwitched || k == receiveSwitched
+}
+
+func (s *summary) label(m moment) string {
 	first, last := "", ""
 	if s.cfg.streams > 1 {
 		first = fmt.Sprintf("first of %d: ", s.cfg.streams)
 		last = fmt.Sprintf("last of %d: ", s.cfg.streams)
 	}
 	from, to := s.cfg.from.title(), s.cfg.to.title()
-	var marks []mark
-	for _, m := range s.record.marked() {
-		var label string
-		switch m.kind {
-		case secondUp:
-			label = to + " connection up"
-		case asked:
-			label = first + "Migrate leaves the " + string(m.side)
-		case acked:
-			label = last + "ack reaches the " + string(m.side)
-		case sendSwitched:
-			label = last + "sender writes to " + to
-		case receiveSwitched:
-			label = last + "receiver reads from " + to
-		case firstDown:
-			label = from + " connection closed"
-			if !s.whole() {
-				label = fmt.Sprintf("%s connection lost, after %s", from, formatSize(s.arrived))
-			}
+	switch m.kind {
+	case secondUp:
+		return to + " connection up"
+	case asked:
+		return first + "Migrate leaves the " + string(m.side)
+	case acked:
+		return last + "ack reaches the " + string(m.side)
+	case sendSwitched:
+		return last + "sender writes to " + to
+	case receiveSwitched:
+		return last + "receiver reads from " + to
+	default: // firstDown
+		switch {
+		case s.whole():
+			return from + " connection closed"
+		case s.cfg.without && s.cfg.from == relay:
+			return "the relay cuts at its limit"
+		default:
+			return from + " connection lost"
 		}
-		marks = append(marks, mark{m.at, label})
 	}
-	return marks
 }
 
 // marked returns one moment of each kind that the chart shows, in the order of
@@ -132,51 +198,72 @@ func (r record) marked() []moment {
 	return shown
 }
 
-// draw returns the chart as an SVG document.
-func (c chart) draw() []byte {
-	span := c.span()
-	x := func(t time.Duration) float64 {
-		return plotLeft + float64(t)/float64(span)*(plotRight-plotLeft)
+// draw returns the picture as an SVG document.
+func (p picture) draw() []byte {
+	span, peak := time.Duration(0), 0.0
+	for _, c := range p.charts {
+		span = max(span, c.span())
+		for _, s := range c.steps() {
+			peak = max(peak, s.rate[len(s.rate)-1])
+		}
 	}
-	labels := layOut(c.marks, x)
-	rows := 1
-	for _, l := range labels {
-		rows = max(rows, l.row+1)
+	height := float64(plotHeight)
+	if len(p.charts) > 1 {
+		height = sharedHeight
 	}
-	plotTop := float64(labelsTop + rows*rowHeight)
-
-	steps := c.steps()
-	peak := 0.0
-	for _, s := range steps {
-		peak = max(peak, s.rate[len(s.rate)-1])
-	}
-	tick := niceStep(peak / 4)
+	tick := niceStep(peak / (height / 60))
 	if tick == 0 {
 		tick = 1
 	}
-	top := tick * math.Ceil(peak*1.05/tick)
-	top = max(top, tick)
-	y := func(rate float64) float64 {
-		return plotBottom - rate/top*(plotBottom-plotTop)
+	top := max(tick*math.Ceil(peak*1.05/tick), tick)
+	x := func(t time.Duration) float64 {
+		return plotLeft + float64(t)/float64(span)*(plotRight-plotLeft)
 	}
 
 	d := &drawing{}
-	d.open(c.title)
-	d.text(plotLeft, 30, `class="title"`, c.title)
-	d.text(plotLeft, 50, `class="note"`, c.subtitle)
-	d.grid(span, x, plotTop, top, tick, y)
-	for i, s := range c.series {
-		d.area(steps, i, s.color, x, y)
+	at := float64(chartsTop)
+	for _, c := range p.charts {
+		at = d.chart(c, at, height, axes{span, x, top, tick})
 	}
-	d.frame(plotTop)
+	d.text((plotLeft+plotRight)/2, at+8, `text-anchor="middle"`, "seconds since the transfer began")
+	at += footHeight
+	d.legend(p.charts[0].series, at-12)
+	return d.document(p, at)
+}
+
+// axes are what the charts of a picture share.
+type axes struct {
+	span time.Duration
+	x    func(time.Duration) float64
+	top  float64 // MiB/s
+	tick float64 // MiB/s
+}
+
+// chart draws c below at, and returns where it ends.
+func (d *drawing) chart(c chart, at, height float64, ax axes) float64 {
+	labels := layOut(c.marks, ax.x)
+	rows := 0
+	for _, l := range labels {
+		rows = max(rows, l.row+1)
+	}
+	plotTop := at + nameHeight + float64(rows)*rowHeight
+	plotBottom := plotTop + height
+	y := func(rate float64) float64 { return plotBottom - rate/ax.top*height }
+
+	d.text(plotLeft, at+16, `class="name"`, c.name)
+	d.grid(ax, plotTop, plotBottom, y)
+	steps := c.steps()
+	for i, s := range c.series {
+		d.area(steps, i, s.color, ax.x, y)
+	}
+	d.line(plotLeft, plotTop, plotLeft, plotBottom, `class="axis"`)
+	d.line(plotLeft, plotBottom, plotRight, plotBottom, `class="axis"`)
 	for _, l := range labels {
 		base := plotTop - 8 - float64(l.row)*rowHeight
 		d.line(l.x, base-9, l.x, plotBottom, `class="mark"`)
 		d.label(l.x+labelIndent, base, l.mark)
 	}
-	d.legend(c.series)
-	d.close()
-	return d.bytes()
+	return plotBottom + ticksHeight
 }
 
 // span is the time that the chart covers: all of the transfer and all marks, with
@@ -282,25 +369,30 @@ func niceStep(least float64) float64 {
 type drawing struct{ b strings.Builder }
 
 func (d *drawing) printf(format string, args ...any) { fmt.Fprintf(&d.b, format+"\n", args...) }
-func (d *drawing) bytes() []byte                     { return []byte(d.b.String()) }
 
-func (d *drawing) open(title string) {
-	d.printf(`<svg xmlns="http://www.w3.org/2000/svg" width="%[1]d" height="%[2]d" viewBox="0 0 %[1]d %[2]d" role="img">`,
-		chartWidth, chartHeight)
-	d.printf(`<title>%s</title>`, escape(title))
-	d.printf(`<style>
+// document returns the whole, of that height, around what has been drawn.
+func (d *drawing) document(p picture, height float64) []byte {
+	whole := &drawing{}
+	whole.printf(`<svg xmlns="http://www.w3.org/2000/svg" width="%[1]d" height="%.0[2]f" viewBox="0 0 %[1]d %.0[2]f" role="img">`,
+		pictureWidth, height)
+	whole.printf(`<title>%s</title>`, escape(p.title))
+	whole.printf(`<style>
 text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; font-size: 12px; fill: #444 }
 .title { font-size: 17px; font-weight: 600; fill: #222 }
+.name { font-size: 14px; font-weight: 600; fill: #222 }
 .note, .tick { fill: #707070 }
 .label, .label .note { font-size: 11px }
 .grid { stroke: #e6e6e6 }
 .axis { stroke: #999 }
 .mark { stroke: #333; stroke-opacity: .55 }
 </style>`)
-	d.printf(`<rect width="%d" height="%d" fill="#fff"/>`, chartWidth, chartHeight)
+	whole.printf(`<rect width="%d" height="%.0f" fill="#fff"/>`, pictureWidth, height)
+	whole.text(plotLeft, 28, `class="title"`, p.title)
+	whole.text(plotLeft, 48, `class="note"`, p.subtitle)
+	whole.b.WriteString(d.b.String())
+	whole.printf(`</svg>`)
+	return []byte(whole.b.String())
 }
-
-func (d *drawing) close() { d.printf(`</svg>`) }
 
 func (d *drawing) text(x, y float64, attributes, text string) {
 	d.printf(`<text x="%.1f" y="%.1f" %s>%s</text>`, x, y, attributes, escape(text))
@@ -316,30 +408,24 @@ func (d *drawing) line(x1, y1, x2, y2 float64, attributes string) {
 }
 
 // grid draws the ticks of both axes, their lines and what they measure.
-func (d *drawing) grid(span time.Duration, x func(time.Duration) float64, plotTop, top, tick float64, y func(float64) float64) {
-	for i := 0; float64(i)*tick <= top*(1+1e-9); i++ {
-		v := float64(i) * tick
+func (d *drawing) grid(ax axes, plotTop, plotBottom float64, y func(float64) float64) {
+	for i := 0; float64(i)*ax.tick <= ax.top*(1+1e-9); i++ {
+		v := float64(i) * ax.tick
 		d.line(plotLeft, y(v), plotRight, y(v), `class="grid"`)
 		d.text(plotLeft-8, y(v)+4, `class="tick" text-anchor="end"`, tickText(v))
 	}
-	seconds := niceStep(span.Seconds() / 8)
-	for i := 0; float64(i)*seconds <= span.Seconds(); i++ {
+	seconds := niceStep(ax.span.Seconds() / 8)
+	for i := 0; float64(i)*seconds <= ax.span.Seconds(); i++ {
 		v := float64(i) * seconds
-		at := x(time.Duration(v * float64(time.Second)))
+		at := ax.x(time.Duration(v * float64(time.Second)))
 		d.line(at, plotBottom, at, plotBottom+5, `class="axis"`)
 		d.text(at, plotBottom+19, `class="tick" text-anchor="middle"`, tickText(v))
 	}
-	d.text((plotLeft+plotRight)/2, plotBottom+40, `text-anchor="middle"`, "seconds since the transfer began")
 	middle := (plotTop + plotBottom) / 2
 	d.text(20, middle, fmt.Sprintf(`text-anchor="middle" transform="rotate(-90 20 %.1f)"`, middle), "MiB/s")
 }
 
 func tickText(v float64) string { return strconv.FormatFloat(v, 'g', 4, 64) }
-
-func (d *drawing) frame(plotTop float64) {
-	d.line(plotLeft, plotTop, plotLeft, plotBottom, `class="axis"`)
-	d.line(plotLeft, plotBottom, plotRight, plotBottom, `class="axis"`)
-}
 
 // area draws series i, between the sum of those below it and its own.
 func (d *drawing) area(steps []step, i int, color string, x func(time.Duration) float64, y func(float64) float64) {
@@ -360,13 +446,13 @@ func (d *drawing) area(steps []step, i int, color string, x func(time.Duration) 
 	d.printf(`<path d="%sZ" fill="%s" fill-opacity=".85"/>`, path.String(), color)
 }
 
-// legend names the series, in the lower right corner.
-func (d *drawing) legend(all []series) {
+// legend names the series, on the right.
+func (d *drawing) legend(all []series, line float64) {
 	right := float64(plotRight)
 	for i := len(all) - 1; i >= 0; i-- {
 		right -= 7*float64(utf8.RuneCountInString(all[i].name)) + 18
-		d.text(right+17, legendLine, "", all[i].name)
-		d.printf(`<rect x="%.1f" y="%d" width="12" height="12" rx="2" fill="%s"/>`, right, legendLine-10, all[i].color)
+		d.text(right+17, line, "", all[i].name)
+		d.printf(`<rect x="%.1f" y="%.1f" width="12" height="12" rx="2" fill="%s"/>`, right, line-10, all[i].color)
 		right -= 14
 	}
 }

@@ -54,20 +54,28 @@ func sample(streams int) *summary {
 func TestChartIsWellFormedAndComplete(t *testing.T) {
 	lost := sample(1)
 	lost.cfg.without = true
-	lost.verified = 0
+	lost.verified, lost.arrived = 0, 8<<20
 	lost.fail(errors.New("cut"))
+	spread := sample(1)
+	for i := range spread.record.moments {
+		spread.record.moments[i].at = time.Duration(i) * 300 * time.Millisecond
+	}
 	empty := &summary{cfg: sample(1).cfg, begun: true}
 	for name, test := range map[string]struct {
-		s    *summary
-		want []string
+		s       *summary
+		without *summary
+		want    []string
 	}{
-		"one stream":   {sample(1), []string{"QUIC connection up", "Migrate leaves the receiver", "ack", "sender writes", "receiver reads", "relayed connection closed", "MiB/s", "seconds"}},
-		"many streams": {sample(100), []string{"first of 100: Migrate", "last of 100: ack", "last of 100: sender", "last of 100: receiver"}},
-		"lost":         {lost, []string{"plain go-libp2p: lost", "relayed connection lost"}},
-		"nothing":      {empty, nil},
+		"one stream":       {sample(1), nil, []string{"With Portage: all has arrived after 5.8 s", "QUIC connection up", "1 stream moved to QUIC", "receiver reads from QUIC, relayed connection closed", "MiB/s", "seconds"}},
+		"a long move":      {spread, nil, []string{"Migrate leaves the receiver", "ack reaches the receiver", "sender writes to QUIC", "receiver reads from QUIC"}},
+		"many streams":     {sample(100), nil, []string{"100 streams moved to QUIC", "last of 100: receiver"}},
+		"lost":             {lost, nil, []string{"Without: ends after 8 MiB", "the relay cuts at its limit"}},
+		"with and without": {sample(1), lost, []string{"With Portage: all has arrived", "Without: ends after 8 MiB"}},
+		"nothing":          {empty, nil, nil},
+		"beside nothing":   {sample(1), empty, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			doc := chartOf(test.s).draw()
+			doc := pictureOf(test.s, test.without).draw()
 			for _, want := range test.want {
 				if !bytes.Contains(doc, []byte(want)) {
 					t.Errorf("the chart does not say %q", want)
@@ -82,10 +90,7 @@ func TestChartIsWellFormedAndComplete(t *testing.T) {
 // picture.
 func checkDrawing(t *testing.T, doc []byte) {
 	t.Helper()
-	limits := map[string]float64{
-		"x": chartWidth, "x1": chartWidth, "x2": chartWidth,
-		"y": chartHeight, "y1": chartHeight, "y2": chartHeight,
-	}
+	limits := map[string]float64{"x": pictureWidth, "x1": pictureWidth, "x2": pictureWidth}
 	for decoder := xml.NewDecoder(bytes.NewReader(doc)); ; {
 		token, err := decoder.Token()
 		if err == io.EOF {
@@ -96,6 +101,13 @@ func checkDrawing(t *testing.T, doc []byte) {
 		element, ok := token.(xml.StartElement)
 		if !ok {
 			continue
+		}
+		if element.Name.Local == "svg" {
+			height, err := strconv.ParseFloat(attribute(element, "height"), 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			limits["y"], limits["y1"], limits["y2"] = height, height, height
 		}
 		for _, a := range element.Attr {
 			limit, ok := limits[a.Name.Local]

@@ -162,3 +162,31 @@ func TestTimeoutSaysSo(t *testing.T) {
 		t.Errorf("error is %q; want one that names the flag", got.Error)
 	}
 }
+
+// The picture shows the transfer, and below it what it would have been without Portage.
+func TestPictureHasBothRuns(t *testing.T) {
+	t.Parallel()
+	var log logBuffer
+	file := filepath.Join(t.TempDir(), "both.svg")
+	cfg, err := parseFlags([]string{"-size", "8MiB", "-after", "600ms", "-timeout", "5m", "-svg", file}, &log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg.relay.data, cfg.relay.time = 2*cfg.size, 10*time.Minute // for a machine that is busy
+	var out bytes.Buffer
+	if status := cfg.run(t.Context(), &out, &log); status != 0 {
+		t.Fatalf("exit status %d\n%s\n%s", status, &out, &log)
+	}
+	doc, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkDrawing(t, doc)
+	with, without := bytes.Index(doc, []byte("With Portage: all has arrived")), bytes.Index(doc, []byte("Without: all has arrived"))
+	if with < 0 || without < with {
+		t.Errorf("the picture has the run with Portage at %d, the one without at %d; want both, in this order", with, without)
+	}
+	if bytes.Contains(out.Bytes(), []byte("plain go-libp2p")) {
+		t.Errorf("the summary tells of the comparison:\n%s", &out)
+	}
+}

@@ -7,12 +7,14 @@
 // connection. The receiver checks the SHA-256 of what has arrived.
 //
 //	go run ./integration/demo                    # relay to QUIC, 64 MiB, one stream
-//	go run ./integration/demo -without           # the same on plain go-libp2p
+//	go run ./integration/demo -without           # only what happens on plain go-libp2p
 //	go run ./integration/demo -from tcp -to quic # two direct connections
 //	go run ./integration/demo -streams 100       # many transfers at once
 //
 // What is shaped, so that there is something to see: the sender is paced, and
 // the path through the relay is narrow. All else is as fast as it gets.
+//
+// It is drawn, with the same on plain go-libp2p below it, which is run for that.
 //
 // The exit status is 0 only if all of the file arrived, and, unless -without is
 // given, if one connection is left.
@@ -60,7 +62,7 @@ func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 	sum := demonstrate(ctx, cfg, rec, con)
 
 	if cfg.svg != "" && sum.begun {
-		if err := os.WriteFile(cfg.svg, chartOf(sum).draw(), 0o644); err != nil {
+		if err := os.WriteFile(cfg.svg, pictureOf(sum, compare(ctx, cfg, sum, con)).draw(), 0o644); err != nil {
 			sum.fail(fmt.Errorf("chart: %w", err))
 		} else {
 			sum.chart = cfg.svg
@@ -81,6 +83,23 @@ func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 		return 1
 	}
 	return 0
+}
+
+// compare runs the same on plain go-libp2p, where that shows a difference and somebody
+// looks. It returns nil otherwise.
+func compare(ctx context.Context, cfg config, sum *summary, con *console) *summary {
+	if cfg.without || cfg.from != relay || cfg.json || sum.err != nil {
+		return nil
+	}
+	con.say("the same without Portage, for the picture")
+	cfg.without = true
+	without := demonstrate(ctx, cfg, newRecorder(cfg), con)
+	if !without.begun || ctx.Err() != nil {
+		con.say("there is nothing to compare with: %v", without.err)
+		return nil
+	}
+	con.say("without Portage %s of %s arrived", formatSize(without.arrived), formatSize(cfg.size))
+	return without
 }
 
 // settleTime is how long the demo waits, after the transfer, for the first
