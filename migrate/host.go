@@ -7,12 +7,13 @@ import (
 	"reflect"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
-	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	msmux "github.com/multiformats/go-multistream"
 	"go.uber.org/zap"
 )
 
@@ -26,6 +27,8 @@ type Host struct {
 	labels *labels
 	paths  oldPaths
 	late   late
+	told   identified
+	own    reflect.Value   // the wrapped host's own negotiation timeout, or invalid
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	debts  debts
@@ -52,9 +55,21 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 	if slices.Contains(h.Mux().Protocols(), ID) {
 		return nil, errors.New("migrate: the host handles " + string(ID) + " already; wrap it once")
 	}
+	own := negotiationTimeout(h)
+	if !cfg.negotiates && own.IsValid() {
+		cfg.negotiation = max(0, time.Duration(own.Int()))
+	}
 	mh := &Host{Host: h, cfg: cfg, log: cfg.log, labels: newLabels(h.ID())}
 	mh.violations.every, mh.unaccounted.every = sampleEvery, sampleEvery
 	mh.ctx, mh.cancel = context.WithCancel(context.Background())
+	if !cfg.negotiates {
+		mh.own = own
+	}
+	mh.told.watched = append([]protocol.ID{ID, FinalSizeID}, cfg.protocols...)
+	if err := mh.told.follow(mh); err != nil {
+		mh.cancel()
+		return nil, fmt.Errorf("migrate: %w", err)
+	}
 	// Both are never reached through the handler below: it serves ID itself, and what
 	// comes behind a label must be neither.
 	// FinalSizeID goes first: identify may tell of one before it tells of the other.
@@ -67,11 +82,53 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 	return mh, nil
 }
 
+// negotiationTimeout finds the negotiation timeout of a go-libp2p host, or of one that is
+// wrapped around it. There is no method that tells it, so it is read where it stands: as
+// long as nobody knows whether a stream will have a label, NewStream must wait exactly as
+// long as that host would. Where it is not found, the result is invalid.
+func negotiationTimeout(h host.Host) reflect.Value {
+	v := reflect.ValueOf(h)
+	for range 16 { // pointers, interfaces, and hosts around hosts
+		switch v.Kind() {
+		case reflect.Pointer, reflect.Interface:
+			v = v.Elem()
+		case reflect.Struct:
+			for _, name := range []string{"negtimeout", "Host", "host"} {
+				f, ok := v.Type().FieldByName(name)
+				if !ok {
+					continue
+				}
+				next, err := v.FieldByIndexErr(f.Index)
+				if err != nil {
+					return reflect.Value{}
+				}
+				if next.Type() == reflect.TypeFor[time.Duration]() {
+					return next
+				}
+				v = next
+				break
+			}
+		}
+	}
+	return reflect.Value{}
+}
+
+// timeout is how long NewStream may take where its context has no deadline. Zero or less:
+// any time.
+func (h *Host) timeout() time.Duration {
+	if h.own.IsValid() {
+		return time.Duration(h.own.Int())
+	}
+	return h.cfg.negotiation
+}
+
 // Close closes the wrapped host, and with it all of its streams.
 func (h *Host) Close() error {
 	h.cancel()
 	h.autonat.close()
-	return h.Host.Close()
+	err := h.Host.Close()
+	h.told.close()
+	return err
 }
 
 // Supports says whether p is known to speak the protocol: from identify, or because there
@@ -94,11 +151,6 @@ func (s *Stream) verifiable() bool {
 func (h *Host) speaks(p peer.ID, id protocol.ID) bool {
 	supported, err := h.Peerstore().SupportsProtocols(p, id)
 	return err == nil && len(supported) > 0
-}
-
-// migratesWith says whether new streams with p can be labelled.
-func (h *Host) migratesWith(p peer.ID) bool {
-	return h.speaks(p, ID) && (!h.cfg.verified || h.verifies(p))
 }
 
 // Streams returns the labelled streams that have an underlying stream on c, in no
@@ -137,8 +189,8 @@ func (s *Stream) on(c network.Conn) bool {
 // relay, hole punching, AutoNAT), or ctx comes from WithoutLabel. Without a label it is
 // what the wrapped host would return.
 //
-// It blocks until ctx ends; without a deadline of its own, 10 s at most (see
-// WithNegotiationTimeout).
+// It blocks until ctx ends; where that has no deadline, for as long as the wrapped host
+// would (see WithNegotiationTimeout).
 func (h *Host) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (network.Stream, error) {
 	if len(pids) == 0 || slices.ContainsFunc(pids, func(id protocol.ID) bool { return perConnection[id] }) {
 		return h.innerStream(ctx, p, pids)
@@ -147,22 +199,18 @@ func (h *Host) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (n
 	if unlabelled && h.named(ctx, p) == nil {
 		return h.innerStream(ctx, p, pids)
 	}
-	if _, ok := ctx.Deadline(); !ok && h.cfg.negotiation > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, h.cfg.negotiation)
-		defer cancel()
+	if _, ok := ctx.Deadline(); !ok {
+		if d := h.timeout(); d > 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, d)
+			defer cancel()
+		}
 	}
 	if noDial, _ := network.GetNoDial(ctx); !noDial {
 		if err := h.Connect(ctx, peer.AddrInfo{ID: p}); err != nil {
 			return nil, err
 		}
 		ctx = network.WithNoDial(ctx, "already dialed")
-	}
-	if !unlabelled {
-		if err := h.awaitIdentify(ctx, p); err != nil {
-			return nil, err
-		}
-		unlabelled = !h.migratesWith(p)
 	}
 	named := h.named(ctx, p)
 	if unlabelled && named == nil {
@@ -198,17 +246,13 @@ func (h *Host) observe(c network.Conn, id protocol.ID, dir network.Direction) {
 }
 
 // begin makes u, which was just opened, a stream of one of pids: with a label, unless the
-// peer, after identify on this connection, does not support that.
+// other end, after identify on this connection, does not support that.
 func (h *Host) begin(ctx context.Context, u network.Stream, pids []protocol.ID, unlabelled bool) (network.Stream, error) {
-	p := u.Conn().RemotePeer()
-	if ids := h.identify(); ids != nil {
-		select {
-		case <-ids.IdentifyWait(u.Conn()):
-		case <-ctx.Done():
-			return nil, fmt.Errorf("identify failed to complete: %w", ctx.Err())
-		}
+	c := u.Conn()
+	if err := h.awaitIdentify(ctx, c); err != nil {
+		return nil, err
 	}
-	supported, err := h.Peerstore().SupportsProtocols(p, pids...)
+	supported, err := h.Peerstore().SupportsProtocols(c.RemotePeer(), pids...)
 	if err != nil {
 		return nil, err
 	}
@@ -216,44 +260,43 @@ func (h *Host) begin(ctx context.Context, u network.Stream, pids []protocol.ID, 
 	if len(supported) > 0 {
 		pref = supported[0]
 	}
-	if unlabelled || !h.migratesWith(p) {
-		return h.plain(ctx, u, pref, pids)
+	l := never
+	if !unlabelled {
+		l = h.labellingOn(c)
 	}
-	s, err := h.open(ctx, u, pref, pids)
+	before := prelude
+	switch l {
+	case never:
+		return h.plain(ctx, u, pref, pids)
+	case ask:
+		selected, err := h.askFor(ctx, u, pids)
+		if err != nil {
+			return nil, err
+		}
+		if selected != ID {
+			return h.agreed(u, selected)
+		}
+		before = ""
+	}
+	s, err := h.openBehind(ctx, u, before, pref, pids)
 	if err != nil {
 		return nil, err
 	}
 	return s, nil
 }
 
-// identify returns the host's identify service, or nil where it has none.
-func (h *Host) identify() identify.IDService {
-	if ih, ok := h.Host.(interface{ IDService() identify.IDService }); ok {
-		return ih.IDService()
+// askFor negotiates ID, or else one of pids.
+func (h *Host) askFor(ctx context.Context, u network.Stream, pids []protocol.ID) (protocol.ID, error) {
+	selected, err := h.selectOneOf(ctx, append([]protocol.ID{ID}, pids...), u)
+	var none msmux.ErrNotSupported[protocol.ID]
+	switch {
+	case errors.As(err, &none):
+		h.told.tell(u.Conn(), h.told.only(ID, false))
+		// The application has not asked for ID.
+		return "", notNegotiated(msmux.ErrNotSupported[protocol.ID]{Protos: pids})
+	case err != nil:
+		return "", err
 	}
-	return nil
-}
-
-// awaitIdentify waits until it is known whether p supports the protocol: until identify
-// has ended with an answer on one of the connections, or without one on all of them.
-func (h *Host) awaitIdentify(ctx context.Context, p peer.ID) error {
-	ids := h.identify()
-	if ids == nil || h.speaks(p, ID) {
-		return nil
-	}
-	cases := []reflect.SelectCase{{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ctx.Done())}}
-	for _, c := range h.Network().ConnsToPeer(p) {
-		cases = append(cases, reflect.SelectCase{Dir: reflect.SelectRecv, Chan: reflect.ValueOf(ids.IdentifyWait(c))})
-	}
-	for len(cases) > 1 && !h.speaks(p, ID) {
-		i, _, _ := reflect.Select(cases)
-		if i == 0 {
-			return fmt.Errorf("identify failed to complete: %w", ctx.Err())
-		}
-		if known, err := h.Peerstore().GetProtocols(p); err == nil && len(known) > 0 {
-			return nil
-		}
-		cases = slices.Delete(cases, i, i+1)
-	}
-	return nil
+	h.told.tell(u.Conn(), h.told.only(ID, selected == ID))
+	return selected, nil
 }

@@ -92,7 +92,6 @@ func (p *pair) openOn(t testing.TB, id protocol.ID, i int) *Stream {
 	defer cancel()
 	// Not with NewStream, which goes elsewhere where the connection is slow to open one,
 	// as it can be on a busy machine.
-	require.NoError(t, p.hosts[0].awaitIdentify(ctx, p.hosts[1].ID()))
 	u, err := p.conns[0][i].NewStream(ctx)
 	require.NoError(t, err)
 	s, err := p.hosts[0].begin(ctx, u, []protocol.ID{id}, false)

@@ -11,7 +11,6 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
-	msmux "github.com/multiformats/go-multistream"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/pb"
@@ -33,11 +32,18 @@ const negotiationBuffer = 512
 // open negotiates a labelled stream over u, which was just opened. pref is the one of
 // pids that the peer is known to speak, or empty.
 func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pids []protocol.ID) (*Stream, error) {
+	return h.openBehind(ctx, u, prelude, pref, pids)
+}
+
+// openBehind is open where a part of the prelude has been negotiated, and before is left.
+func (h *Host) openBehind(ctx context.Context, u network.Stream, before string, pref protocol.ID, pids []protocol.ID) (*Stream, error) {
 	p := u.Conn().RemotePeer()
 	label := h.labels.fresh(p)
+	negotiated := len(prelude) - len(before)
+	begin := opening(label, pref)[negotiated:]
 	if pref == "" {
 		var err error
-		if pref, err = h.selectProtocol(ctx, u, label, pids); err != nil {
+		if pref, err = h.selectOneOf(ctx, pids, &labelled{Stream: u, before: begin, expect: before}); err != nil {
 			return nil, err
 		}
 		_ = h.Peerstore().AddProtocols(p, pref) // as the plain host: helpful, not critical
@@ -51,8 +57,8 @@ func (h *Host) open(ctx context.Context, u network.Stream, pref protocol.ID, pid
 		return nil, err
 	}
 	s := newStream(h, u, pref, label)
-	s.send.opening = opening(label, pref)
-	s.recv.cur.expect = answer(pref)
+	s.send.opening = begin
+	s.recv.cur.expect = answer(pref)[negotiated:]
 	s.opening.begin()
 	return s, h.enter(s)
 }
@@ -65,30 +71,6 @@ func (h *Host) enter(s *Stream) error {
 	}
 	s.noteGone()
 	return nil
-}
-
-// selectProtocol negotiates one of pids behind a label, obeying ctx.
-func (h *Host) selectProtocol(ctx context.Context, u network.Stream, label uint64, pids []protocol.ID) (protocol.ID, error) {
-	type result struct {
-		pid protocol.ID
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		pid, err := msmux.SelectOneOf(pids, &labelled{Stream: u, before: opening(label, ""), expect: prelude})
-		done <- result{pid, err}
-	}()
-	select {
-	case r := <-done:
-		if r.err != nil {
-			return "", fmt.Errorf("failed to negotiate protocol: %w", r.err)
-		}
-		return r.pid, nil
-	case <-ctx.Done():
-		_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
-		<-done
-		return "", fmt.Errorf("failed to negotiate protocol: %w", ctx.Err())
-	}
 }
 
 // labelled puts the opening before what is written, and takes the answer to it from

@@ -20,12 +20,17 @@ import (
 // a plain host. Else the one named is tried, then the others, each for as long as a
 // stream takes that opens at once; and only if none does, the swarm chooses, and waits.
 
-// atOnce is how long a stream may take to open that opens at once. Opening needs nothing
-// of the peer, unless the credit that it has given is used up (256 streams on QUIC, 256
-// that it has not acknowledged on yamux) or so much is being sent that not even the
-// opening can be queued: then it takes a round trip, or for ever. This is far below one
-// that matters, and far above what a busy machine needs to open a stream.
-const atOnce = 5 * time.Millisecond
+// A stream opens at once if it has within ticks times tick. Opening needs nothing of the
+// peer, unless the credit that it has given is used up (256 streams on QUIC, 256 that it
+// has not acknowledged on yamux) or so much is being sent that not even the opening can be
+// queued: then it takes a round trip, or for ever. Together this is less than most round
+// trips. It is counted in ticks, since a process that gets no time for a while sees at most
+// one of them pass, and not the end.
+const (
+	tick   = time.Millisecond
+	ticks  = 8
+	atOnce = ticks * tick
+)
 
 // named returns the connection that the selector names for a stream to p, if it is open
 // and ctx allows it; else nil.
@@ -181,13 +186,20 @@ func (h *Host) openAtOnce(ctx context.Context, c network.Conn) network.Stream {
 			_ = u.Reset()
 		}
 	}()
-	timer := time.NewTimer(atOnce)
+	timer := time.NewTimer(tick)
 	defer timer.Stop()
-	select {
-	case u := <-opened:
-		return u
-	case <-timer.C:
-	case <-ctx.Done():
+	for n := 1; ; n++ {
+		select {
+		case u := <-opened:
+			return u
+		case <-timer.C:
+			if n < ticks {
+				timer.Reset(tick)
+				continue
+			}
+		case <-ctx.Done():
+		}
+		break
 	}
 	h.late.add(c)
 	close(gone)

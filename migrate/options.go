@@ -3,6 +3,7 @@ package migrate
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -23,8 +24,10 @@ type config struct {
 	acceptor    Acceptor
 	tracer      func(Event)
 	observers   []func(network.Conn, protocol.ID, network.Direction)
-	verified    bool // RequireVerifiedHandover
-	negotiation time.Duration
+	verified    bool          // RequireVerifiedHandover
+	negotiates  bool          // negotiation was given
+	negotiation time.Duration // else the wrapped host's
+	protocols   []protocol.ID // WithPeerProtocols
 	labelWait   time.Duration
 	busyWait    time.Duration
 	stall       time.Duration
@@ -137,6 +140,18 @@ func WithStreamObserver(begins func(c network.Conn, id protocol.ID, dir network.
 	}
 }
 
+// WithPeerProtocols names protocols that Host.Speaks can be asked about, besides those of
+// this package: six at most, all in all. Default: none.
+func WithPeerProtocols(ids ...protocol.ID) Option {
+	return func(c *config) error {
+		c.protocols = append(c.protocols, ids...)
+		if n := maxWatched - 2; len(c.protocols) > n {
+			return fmt.Errorf("WithPeerProtocols: %d protocols; %d at most", len(c.protocols), n)
+		}
+		return nil
+	}
+}
+
 // RequireVerifiedHandover refuses, in both roles, to migrate streams with peers that
 // have only the draft: streams with them are not labelled, and their migrations are
 // denied. Default: they are served, with the guarantees that the draft allows; what
@@ -149,14 +164,14 @@ func RequireVerifiedHandover() Option {
 }
 
 // WithNegotiationTimeout bounds the negotiation of a stream: all of an inbound one, and
-// NewStream where its context has no deadline. Zero: no bound. Default: 10 s, as
-// go-libp2p's own hosts.
+// NewStream where its context has no deadline. Zero: no bound. Default: that of the
+// wrapped host, where it is one of go-libp2p's; else 10 s, as go-libp2p's default.
 func WithNegotiationTimeout(d time.Duration) Option {
 	return func(c *config) error {
 		if d < 0 {
 			return errors.New("WithNegotiationTimeout: negative; use 0 for no bound")
 		}
-		c.negotiation = d
+		c.negotiates, c.negotiation = true, d
 		return nil
 	}
 }

@@ -26,6 +26,15 @@ func (h *Host) plain(ctx context.Context, u network.Stream, pref protocol.ID, pi
 		}
 		return &plainStream{Stream: u, rw: msmux.NewMSSelect(u, pref)}, nil
 	}
+	selected, err := h.selectOneOf(ctx, pids, u)
+	if err != nil {
+		return nil, err
+	}
+	return h.agreed(u, selected)
+}
+
+// selectOneOf negotiates one of pids over u, obeying ctx.
+func (h *Host) selectOneOf(ctx context.Context, pids []protocol.ID, u network.Stream) (protocol.ID, error) {
 	type result struct {
 		pid protocol.ID
 		err error
@@ -35,18 +44,23 @@ func (h *Host) plain(ctx context.Context, u network.Stream, pref protocol.ID, pi
 		pid, err := msmux.SelectOneOf(pids, u)
 		done <- result{pid, err}
 	}()
-	var selected protocol.ID
 	select {
 	case r := <-done:
 		if r.err != nil {
-			return nil, fmt.Errorf("failed to negotiate protocol: %w", r.err)
+			return "", notNegotiated(r.err)
 		}
-		selected = r.pid
+		return r.pid, nil
 	case <-ctx.Done():
 		_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
 		<-done
-		return nil, fmt.Errorf("failed to negotiate protocol: %w", ctx.Err())
+		return "", notNegotiated(ctx.Err())
 	}
+}
+
+func notNegotiated(err error) error { return fmt.Errorf("failed to negotiate protocol: %w", err) }
+
+// agreed makes u a stream of the protocol that was negotiated.
+func (h *Host) agreed(u network.Stream, selected protocol.ID) (network.Stream, error) {
 	if err := u.SetProtocol(selected); err != nil {
 		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
 		return nil, err

@@ -257,9 +257,6 @@ func (p *rawPeer) opens(i int, parts ...string) *rawStream {
 func (p *rawPeer) hostBegins(i int, ids ...protocol.ID) (*Stream, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), rawPatience)
 	defer cancel()
-	if err := p.host.awaitIdentify(ctx, p.ID()); err != nil {
-		return nil, err
-	}
 	u, err := p.ends[i].NewStream(ctx)
 	if err != nil {
 		return nil, err

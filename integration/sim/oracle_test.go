@@ -893,7 +893,8 @@ func stacksIn(names ...string) string {
 	buf = buf[:runtime.Stack(buf, true)]
 	all := strings.Split(string(buf), "\n\n")
 	all = slices.DeleteFunc(all, func(s string) bool {
-		return strings.Contains(s, "/protocol/identify.") || !slices.ContainsFunc(names, func(name string) bool { return strings.Contains(s, name) })
+		// A host follows what identify tells for as long as it has connections.
+		return strings.Contains(s, "/protocol/identify.") || strings.Contains(s, "migrate.(*identified).take") || !slices.ContainsFunc(names, func(name string) bool { return strings.Contains(s, name) })
 	})
 	return strings.Join(all, "\n\n")
 }
