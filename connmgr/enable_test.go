@@ -194,13 +194,14 @@ func requireNothingLeft(t *testing.T, before goleak.Option) {
 
 // What libp2p.New would have used is underneath, and nothing else is different.
 func TestEnableKeepsTheInnerManager(t *testing.T) {
-	inner, err := basic.NewConnManager(7, 9)
-	require.NoError(t, err)
-	for name, opts := range map[string][]libp2p.Option{
-		"before": {libp2p.ConnectionManager(inner), connmgr.Enable()},
+	for name, opts := range map[string]func(inner libp2p.Option) []libp2p.Option{
+		"before": func(inner libp2p.Option) []libp2p.Option { return []libp2p.Option{inner, connmgr.Enable()} },
+		"after":  func(inner libp2p.Option) []libp2p.Option { return []libp2p.Option{connmgr.Enable(), inner} },
 	} {
 		t.Run(name, func(t *testing.T) {
-			m, ok := connmgr.Of(newEnabled(t, onLoopback(opts...)...))
+			inner, err := basic.NewConnManager(7, 9)
+			require.NoError(t, err)
+			m, ok := connmgr.Of(newEnabled(t, onLoopback(opts(libp2p.ConnectionManager(inner))...)...))
 			require.True(t, ok)
 			require.Same(t, inner, m.Inner())
 		})
@@ -252,28 +253,33 @@ func TestEnableReachesTheRouting(t *testing.T) {
 	require.Same(t, wrapped, inside)
 }
 
-// There is no gap: what is opened as soon as there is a connection can move.
+// There is no gap: what either end opens as soon as there is a connection can move.
 func TestEnableBeforeTheFirstConnection(t *testing.T) {
-	b := newEnabled(t, onLoopback(connmgr.Enable())...)
 	type opened struct {
+		by  string
 		s   network.Stream
 		err error
 	}
-	got := make(chan opened, 1)
-	a := newEnabled(t, onLoopback(connmgr.Enable())...)
-	a.Network().Notify(&network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
-		go func() {
-			ctx, cancel := context.WithTimeout(context.Background(), hosttest.Patience)
-			defer cancel()
-			s, err := a.NewStream(ctx, c.RemotePeer(), echoID)
-			got <- opened{s, err}
-		}()
-	}})
-	connect(t, a, b)
-	o := <-got
-	require.NoError(t, o.err)
-	require.IsType(t, (*migrate.Stream)(nil), o.s)
-	require.NoError(t, o.s.Reset())
+	got := make(chan opened, 2)
+	newHost := func(name string) host.Host {
+		h := newEnabled(t, onLoopback(connmgr.Enable())...)
+		h.Network().Notify(&network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
+			go func() {
+				ctx, cancel := context.WithTimeout(context.Background(), hosttest.Patience)
+				defer cancel()
+				s, err := h.NewStream(ctx, c.RemotePeer(), echoID)
+				got <- opened{name, s, err}
+			}()
+		}})
+		return h
+	}
+	connect(t, newHost("dialler"), newHost("listener"))
+	for range 2 {
+		o := <-got
+		require.NoError(t, o.err, o.by)
+		require.IsType(t, (*migrate.Stream)(nil), o.s, o.by)
+		require.NoError(t, o.s.Reset())
+	}
 }
 
 // Whatever programs assert on the host that libp2p.New returns, they can with Enable, too.
@@ -497,6 +503,27 @@ func TestOneManagerForTwoHosts(t *testing.T) {
 	require.Equal(t, 1, logs.Len())
 	require.Contains(t, logs.All()[0].Message, "given to two hosts")
 	require.Equal(t, first.ID().String(), logs.All()[0].ContextMap()["host"])
+}
+
+// The same where the second host is never wrapped.
+func TestOneManagerForTwoHostsUnnoticed(t *testing.T) {
+	core, logs := observer.New(zap.ErrorLevel)
+	m, err := connmgr.New(coreconnmgr.NullConnMgr{}, connmgr.WithLogger(zap.New(core)))
+	require.NoError(t, err)
+	first := newEnabled(t, onLoopback(libp2p.ConnectionManager(m))...)
+	_, err = m.Wrap(first)
+	require.NoError(t, err)
+	second := newEnabled(t, onLoopback(libp2p.ConnectionManager(m))...)
+	require.NoError(t, second.Close())
+	require.Equal(t, 1, logs.Len())
+
+	m, err = connmgr.New(coreconnmgr.NullConnMgr{}, connmgr.WithLogger(zap.New(core)))
+	require.NoError(t, err)
+	only := newEnabled(t, onLoopback(libp2p.ConnectionManager(m))...)
+	_, err = m.Wrap(only)
+	require.NoError(t, err)
+	require.NoError(t, only.Close())
+	require.Equal(t, 1, logs.Len(), "nothing is wrong with one")
 }
 
 // TestEnableRests names what Enable rests on that go-libp2p does not promise. Where a new
