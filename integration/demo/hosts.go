@@ -82,22 +82,12 @@ func (bed *testbed) start(who side, rec *recorder, con *console, opts ...libp2p.
 		return nil, err
 	}
 	opts = append(opts, libp2p.ResourceManager(resources), libp2p.DisableMetrics(), bed.dials())
-	var port *portage
 	if !bed.cfg.without {
-		if port, err = newPortage(bed.cfg, who, rec, con.logger(who, bed.cfg.verbose)); err != nil {
-			return nil, fmt.Errorf("%s: %w", who, err)
-		}
-		opts = append(opts, libp2p.ConnectionManager(port.manager))
+		opts = append(opts, withPortage(bed.cfg, who, rec, con.logger(who, bed.cfg.verbose)))
 	}
 	h, err := libp2p.New(opts...)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", who, err)
-	}
-	if port != nil {
-		plain := h
-		if h, err = port.manager.Wrap(plain); err != nil {
-			return nil, errors.Join(fmt.Errorf("%s: %w", who, err), plain.Close())
-		}
 	}
 	bed.closers = append(bed.closers, h.Close)
 	return h, nil

@@ -4,6 +4,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/libp2p/go-libp2p"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/connmgr"
@@ -11,22 +12,14 @@ import (
 	"github.com/go-portage/portage/policy"
 )
 
-// portage is all that the demo needs of Portage on one host. The host is made with
-// its manager, and then wrapped by it:
-//
-//	h, err := libp2p.New(libp2p.ConnectionManager(p.manager), ...)
-//	h, err = p.manager.Wrap(h)
-type portage struct {
-	manager *connmgr.Manager
-}
-
 // settleDelay is how long the manager lets two connections stand side by side
 // before it decides. It is longer than loopback needs, so that it can be seen in the
 // picture.
 const settleDelay = 300 * time.Millisecond
 
-func newPortage(cfg config, who side, rec *recorder, log *zap.Logger) (*portage, error) {
-	manager, err := connmgr.New(nil,
+// withPortage is all that the demo needs of Portage on one host.
+func withPortage(cfg config, who side, rec *recorder, log *zap.Logger) libp2p.Option {
+	return connmgr.Enable(
 		connmgr.WithPolicy(policyFor(cfg.from, cfg.to)),
 		connmgr.WithLogger(log),
 		connmgr.WithSettleDelay(settleDelay),
@@ -35,10 +28,6 @@ func newPortage(cfg config, who side, rec *recorder, log *zap.Logger) (*portage,
 			migrate.WithTracer(trace(who, rec)),
 		),
 	)
-	if err != nil {
-		return nil, err
-	}
-	return &portage{manager}, nil
 }
 
 // policyFor returns the default policy where it prefers to over from, and else one
