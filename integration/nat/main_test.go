@@ -12,7 +12,6 @@ package nat
 import (
 	"context"
 	"flag"
-	"fmt"
 	"os"
 	"os/signal"
 	"syscall"
@@ -35,12 +34,16 @@ func TestMain(m *testing.M) {
 	}
 	// Namespaces must not outlive an interrupt.
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	go func() {
-		<-ctx.Done()
+	removed := make(chan struct{})
+	context.AfterFunc(ctx, func() {
+		defer close(removed)
 		stop() // a second one ends the process at once
-		fmt.Fprintln(os.Stderr, "interrupted: removing the network namespaces")
 		natbed.CloseAll()
-		os.Exit(1)
-	}()
-	os.Exit(m.Run())
+	})
+	code := m.Run()
+	if ctx.Err() != nil {
+		<-removed
+		code = 1
+	}
+	os.Exit(code)
 }

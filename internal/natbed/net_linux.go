@@ -122,6 +122,9 @@ var (
 	netCount  atomic.Int64
 	sweepOnce sync.Once
 	nets      sync.Map // *Net to nothing: those of this process
+
+	interrupted    atomic.Bool
+	errInterrupted = errors.New("interrupted")
 )
 
 // New builds the namespaces. Their names have the number of this process and a counter, so
@@ -137,7 +140,14 @@ func New(opts Options) (*Net, error) {
 		},
 	}
 	nets.Store(n, nil)
-	if err := n.build(opts); err != nil {
+	// CloseAll waits until there is something whole to remove.
+	n.mu.Lock()
+	err := errInterrupted
+	if !interrupted.Load() {
+		err = n.build(opts)
+	}
+	n.mu.Unlock()
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("network namespaces: %w", err), n.Close())
 	}
 	return n, nil
@@ -305,8 +315,10 @@ func (n *Net) Close() error {
 	return errors.Join(errs...)
 }
 
-// CloseAll closes every Net of this process, for a program that is interrupted.
+// CloseAll closes every Net of this process, for a program that is interrupted. There will
+// be no other.
 func CloseAll() {
+	interrupted.Store(true)
 	var wg sync.WaitGroup
 	nets.Range(func(n, _ any) bool {
 		wg.Go(func() { _ = n.(*Net).Close() })
