@@ -73,7 +73,10 @@ func pictureOf(s, without *summary) picture {
 	if s.cfg.rate > 0 {
 		shaped += fmt.Sprintf(" The sender is paced to %s/s.", formatSize(s.cfg.rate))
 	}
-	if s.cfg.from == relay {
+	switch {
+	case s.cfg.nat:
+		shaped += fmt.Sprintf(" Both hosts are behind NATs; the relay's limit is %s.", formatSize(s.cfg.relay.data))
+	case s.cfg.from == relay:
 		shaped += fmt.Sprintf(" The path to the relay is shaped to %s/s, its limit is %s.",
 			formatSize(s.cfg.relay.rate), formatSize(s.cfg.relay.data))
 	}

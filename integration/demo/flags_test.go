@@ -54,6 +54,10 @@ func TestBadFlagsSayWhatToDo(t *testing.T) {
 		{"-file /does/not/exist", "-file"},
 		{"-file . -from tcp", "not a regular file"},
 		{"-file flags_test.go -size 5MiB", "without -file"},
+		{"-nat -to ws", "quic and tcp only"},
+		{"-nat -size 64KiB", "more than 128 KiB"},
+		{"-nat -from tcp", "leave out -from"},
+		{"-nat -streams 2", "leave out -streams"},
 		{"photo.jpg", "use -file photo.jpg"},
 		{"-unknown", "-h lists them"},
 	} {

@@ -10,6 +10,7 @@
 //	go run ./integration/demo -without           # only what happens on plain go-libp2p
 //	go run ./integration/demo -from tcp -to quic # two direct connections
 //	go run ./integration/demo -streams 100       # many transfers at once
+//	go run ./integration/demo -nat               # between real NATs, as root on Linux
 //
 // What is shaped, so that there is something to see: the sender is paced, and
 // the path through the relay is narrow. All else is as fast as it gets.
@@ -33,6 +34,7 @@ import (
 )
 
 func main() {
+	beNode()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	status := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
@@ -59,7 +61,7 @@ func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 	ctx, cancel := context.WithTimeoutCause(ctx, cfg.timeout,
 		fmt.Errorf("not done after %v: -timeout gives it more time", cfg.timeout))
 	defer cancel()
-	sum := demonstrate(ctx, cfg, rec, con)
+	sum := cfg.show(ctx, rec, con)
 
 	if cfg.svg != "" && sum.begun {
 		if err := os.WriteFile(cfg.svg, pictureOf(sum, compare(ctx, cfg, sum, con)).draw(), 0o644); err != nil {
@@ -85,6 +87,14 @@ func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 	return 0
 }
 
+// show goes through the whole story, where -nat says that it takes place.
+func (cfg config) show(ctx context.Context, rec *recorder, con *console) *summary {
+	if cfg.nat {
+		return demonstrateNAT(ctx, cfg, rec, con)
+	}
+	return demonstrate(ctx, cfg, rec, con)
+}
+
 // compare runs the same on plain go-libp2p, where that shows a difference and somebody
 // looks. It returns nil otherwise.
 func compare(ctx context.Context, cfg config, sum *summary, con *console) *summary {
@@ -93,7 +103,7 @@ func compare(ctx context.Context, cfg config, sum *summary, con *console) *summa
 	}
 	con.say("the same without Portage, for the picture")
 	cfg.without = true
-	without := demonstrate(ctx, cfg, newRecorder(cfg), con)
+	without := cfg.show(ctx, newRecorder(cfg), con)
 	if !without.begun || ctx.Err() != nil {
 		con.say("there is nothing to compare with: %v", without.err)
 		return nil

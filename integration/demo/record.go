@@ -96,10 +96,13 @@ func newRecorder(cfg config) *recorder {
 }
 
 // start starts the clock. What was before is not part of the record.
-func (r *recorder) start() {
+func (r *recorder) start() { r.startAt(time.Now()) }
+
+// startAt is start for what is recorded later than it happened.
+func (r *recorder) startAt(begin time.Time) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.begin = time.Now()
+	r.begin = begin
 }
 
 // stop ends the record: the hosts are about to be closed.

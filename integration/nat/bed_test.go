@@ -205,15 +205,7 @@ func (w *world) dial(from natbed.Side) {
 }
 
 // relayed is where a side is reached over the relay.
-func (w *world) relayed(side natbed.Side) natbed.Info {
-	info := natbed.Info{ID: w.info[side].ID}
-	for _, a := range w.info[side].Addrs {
-		if strings.Contains(a, "/p2p-circuit") {
-			info.Addrs = append(info.Addrs, a)
-		}
-	}
-	return info
-}
+func (w *world) relayed(side natbed.Side) natbed.Info { return w.info[side].Relayed() }
 
 // open has a side open a stream to the other, and returns what connection it is on.
 func (w *world) open(from natbed.Side, s natbed.Stream) (transport string) {

@@ -300,7 +300,7 @@ func (n *nodeProcess) moved(e migrate.Event) {
 		text += ": " + e.Err.Error()
 	}
 	if e.To != nil {
-		n.tell(Event{Kind: Move, Text: text, Conn: connOf(e.To)})
+		n.tell(Event{Kind: Move, Text: text, Initiator: e.Initiator, Conn: connOf(e.To)})
 	}
 }
 

@@ -182,15 +182,21 @@ func content(opener bool) io.Reader {
 }
 
 func (t *traffic) send(ctx context.Context) error {
-	if t.OneWay && !t.opener {
-		return t.under.CloseWrite()
-	}
 	source, sum := content(t.opener), sha256.New()
 	defer func() {
 		t.mu.Lock()
 		t.result.SentSum = sumOf(sum)
 		t.mu.Unlock()
 	}()
+	if t.OneWay && !t.opener {
+		// The opener takes this end for a receipt.
+		select {
+		case <-t.finish:
+			return t.under.CloseWrite()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 	pace := rate.NewLimiter(rate.Inf, t.Chunk)
 	if t.Rate > 0 {
 		pace.SetLimit(rate.Limit(t.Rate))

@@ -4,6 +4,7 @@ package natbed
 
 import (
 	"encoding/json"
+	"strings"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -57,6 +58,17 @@ type Info struct {
 	Addrs []string `json:"addrs"`
 }
 
+// Relayed returns the same with only the addresses that lead over a relay.
+func (i Info) Relayed() Info {
+	relayed := Info{ID: i.ID}
+	for _, a := range i.Addrs {
+		if strings.Contains(a, "/p2p-circuit") {
+			relayed.Addrs = append(relayed.Addrs, a)
+		}
+	}
+	return relayed
+}
+
 // Kind is what an Event tells.
 type Kind string
 
@@ -65,18 +77,19 @@ const (
 	Connected    Kind = "connected"    // Conn
 	Disconnected Kind = "disconnected" // Conn
 	Punch        Kind = "punch"        // Text: what go-libp2p's hole puncher says
-	Move         Kind = "move"         // Text: what became of a migration; Conn: where to
+	Move         Kind = "move"         // Text: a step of a migration, as migrate names it; Conn: where to
 	Ended        Kind = "ended"        // Stream
-	Addresses    Kind = "addresses"    // Text: the node's addresses
 )
 
 // Event is something that happened at a node. The times of all nodes are of one clock.
 type Event struct {
-	At     time.Time `json:"at"`
-	Kind   Kind      `json:"kind"`
-	Text   string    `json:"text,omitempty"`
-	Conn   *Conn     `json:"conn,omitempty"`
-	Stream *Result   `json:"stream,omitempty"`
+	At   time.Time `json:"at"`
+	Kind Kind      `json:"kind"`
+	Text string    `json:"text,omitempty"`
+	// Initiator is whether it was this node that asked for the migration.
+	Initiator bool    `json:"initiator,omitempty"`
+	Conn      *Conn   `json:"conn,omitempty"`
+	Stream    *Result `json:"stream,omitempty"`
 }
 
 // Conn is a connection to the other host, as a node sees it.
