@@ -224,7 +224,7 @@ func (x *exchange) request(u network.Stream) (*pb.AckMigrate, error) {
 	if _, err := u.Write(appendMessage([]byte(prelude), migrateMessage(x.id, x.from))); err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
-	if err := readExpected(u, prelude); err != nil {
+	if err := readExpected(u, prelude, 0); err != nil {
 		return nil, fmt.Errorf("answer: %w", err)
 	}
 	m, err := readMessage(byteReader{u})

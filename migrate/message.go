@@ -129,16 +129,16 @@ func (r byteReader) ReadByte() (byte, error) {
 	return b[0], err
 }
 
-// readExpected reads from r what the peer has to send: expect. A different answer is
-// reported as soon as it is seen, since no more may follow it.
-func readExpected(r io.Reader, expect string) error {
-	buf := make([]byte, len(expect))
-	for expect != "" {
-		n, err := r.Read(buf[:len(expect)])
-		if string(buf[:n]) != expect[:n] {
-			return refusal(buf[:n], expect)
+// readExpected reads from r what the peer has to send: expect, of which seen bytes were read
+// before. A different answer is reported as soon as it is seen, since no more may follow it.
+func readExpected(r io.Reader, expect string, seen int) error {
+	buf := make([]byte, len(expect)-seen)
+	for seen < len(expect) {
+		n, err := r.Read(buf[:len(expect)-seen])
+		if string(buf[:n]) != expect[seen:seen+n] {
+			return refusal(buf[:n], expect, seen)
 		}
-		if expect = expect[n:]; err != nil && expect != "" {
+		if seen += n; err != nil && seen < len(expect) {
 			return err
 		}
 	}

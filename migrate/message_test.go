@@ -123,20 +123,39 @@ func TestReadFinalSize(t *testing.T) {
 // TestReadExpected: an answer that differs is reported as soon as it is seen.
 func TestReadExpected(t *testing.T) {
 	const want = tMultistream + tMigration
-	require.NoError(t, readExpected(strings.NewReader(want), want))
-	require.NoError(t, readExpected(iotest.OneByteReader(strings.NewReader(want)), want))
-	require.NoError(t, readExpected(iotest.DataErrReader(strings.NewReader(want)), want))
+	require.NoError(t, readExpected(strings.NewReader(want), want, 0))
+	require.NoError(t, readExpected(iotest.OneByteReader(strings.NewReader(want)), want, 0))
+	require.NoError(t, readExpected(iotest.DataErrReader(strings.NewReader(want)), want, 0))
 	r := strings.NewReader(want + "rest")
-	require.NoError(t, readExpected(r, want))
+	require.NoError(t, readExpected(r, want, 0))
 	require.Equal(t, len("rest"), r.Len())
 
 	never := iotest.ErrReader(errors.New("read on behind an answer that differs"))
-	na := readExpected(io.MultiReader(strings.NewReader(tMultistream+tNA), never), want)
-	require.ErrorIs(t, na, msmux.ErrNotSupported[string]{})
+	na := readExpected(io.MultiReader(strings.NewReader(tMultistream+tNA), never), want, 0)
+	require.ErrorIs(t, na, msmux.ErrNotSupported[protocol.ID]{})
 	for cut := 1; cut < len(want); cut++ {
-		err := readExpected(io.MultiReader(strings.NewReader(want[:cut]+"?"), never), want)
+		err := readExpected(io.MultiReader(strings.NewReader(want[:cut]+"?"), never), want, 0)
 		require.ErrorContains(t, err, "unexpected answer", "after %d bytes", cut)
-		require.Equal(t, io.EOF, readExpected(strings.NewReader(want[:cut]), want), "after %d bytes", cut)
+		require.Equal(t, io.EOF, readExpected(strings.NewReader(want[:cut]), want, 0), "after %d bytes", cut)
+	}
+}
+
+// TestRefusal: a peer that lacks a protocol says so wherever Reads cut its answer, also
+// where the answer begins like the name of the protocol.
+func TestRefusal(t *testing.T) {
+	for _, app := range []protocol.ID{"/x", echoID} {
+		for lacks, answer := range map[protocol.ID]string{
+			ID:  tMultistream + tNA,
+			app: tMultistream + tMigration + tMultistream + tNA,
+		} {
+			for _, read := range []func(io.Reader) io.Reader{
+				func(r io.Reader) io.Reader { return r }, iotest.OneByteReader, iotest.HalfReader,
+			} {
+				never := iotest.ErrReader(errors.New("read on behind an answer that differs"))
+				err := readExpected(read(io.MultiReader(strings.NewReader(answer), never)), prelude+header+token(string(app)), 0)
+				require.Equal(t, msmux.ErrNotSupported[protocol.ID]{Protos: []protocol.ID{lacks}}, err)
+			}
+		}
 	}
 }
 

@@ -94,7 +94,7 @@ func (l *labelled) Write(p []byte) (int, error) {
 
 func (l *labelled) Read(p []byte) (int, error) {
 	if l.expect != "" {
-		err := readExpected(l.Stream, l.expect)
+		err := readExpected(l.Stream, l.expect, 0)
 		if l.expect = ""; err != nil {
 			// Wrapped, since an answer that lacks ID says nothing of the protocol that
 			// is negotiated behind it; and for good, since nothing more will come: the
@@ -261,6 +261,7 @@ func (h *Host) acceptStream(n *negotiator, label uint64) error {
 	}
 	proto, handle, err := h.Mux().Negotiate(n)
 	if err != nil {
+		_ = n.flush() // the refusals so far tell the opener more than a reset
 		h.refuse(u, err)
 		return nil
 	}

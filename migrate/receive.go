@@ -36,8 +36,9 @@ const (
 	receiveFailed                       // over, with err
 )
 
-// errReadClosed is what Read returns after CloseRead or Close.
-var errReadClosed = errors.New("read on a closed stream")
+// errReadClosed is what Read returns after CloseRead or Close: with every muxer a
+// network.ErrReset of this end.
+var errReadClosed error = &network.StreamError{TransportError: errors.New("read on a closed stream")}
 
 type receiveHalf struct {
 	mu       sync.Mutex // guards all below
@@ -358,12 +359,12 @@ func (h *receiveHalf) awaitAnswer(deadline time.Time) error {
 		return nil
 	}
 	h.take(cur, byApplication)
-	expect := cur.expect
+	expect, seen := cur.expect, int(cur.seen)
 	_ = cur.stream.SetReadDeadline(deadline)
 	h.mu.Unlock()
-	err := readExpected(cur.stream, expect)
+	err := readExpected(cur.stream, expect, seen)
 	h.mu.Lock()
-	cur.expect = ""
+	cur.note(len(expect))
 	h.book(cur, 0, err)
 	return err
 }
