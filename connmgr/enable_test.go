@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -447,6 +448,38 @@ type closeCounter struct {
 }
 
 func (c *closeCounter) Close() error { c.closed++; return nil }
+
+// A host that is closed while its streams move leaves nothing behind, and does not wait for
+// them.
+func TestEnableClosedInTheMiddle(t *testing.T) {
+	before := goleak.IgnoreCurrent()
+	at := connmgr.WithSettleDelay(time.Millisecond)
+	a, b := newExampleNode(connmgr.Enable(at)), newExampleNode(connmgr.Enable(at))
+	b.SetStreamHandler(echoID, echo)
+	stop := connectThroughRelay(a, b)
+	ctx, cancel := context.WithTimeout(network.WithAllowLimitedConn(t.Context(), "test"), hosttest.Patience)
+	defer cancel()
+	var streams []network.Stream
+	for range 20 {
+		s, err := a.NewStream(ctx, b.ID(), echoID)
+		require.NoError(t, err)
+		_, err = s.Write([]byte("hello"))
+		require.NoError(t, err)
+		streams = append(streams, s)
+	}
+	connectDirectly(a, b)
+	hosttest.WaitFor(t, "a stream to have moved", func() bool {
+		return slices.ContainsFunc(streams, func(s network.Stream) bool { return !s.Conn().Stat().Limited })
+	})
+	require.NoError(t, a.Close())
+	require.NoError(t, b.Close())
+	stop()
+	for _, s := range streams {
+		_, err := io.Copy(io.Discard, s)
+		require.Error(t, err, "no end is told that is none")
+	}
+	requireNothingLeft(t, before)
+}
 
 func TestOf(t *testing.T) {
 	enabled := newEnabled(t, onLoopback(connmgr.Enable())...)
