@@ -99,12 +99,11 @@ func (h *receiveHalf) readSlowly(p []byte) (int, error) {
 				return 0, os.ErrDeadlineExceeded
 			}
 			continue
-		case len(p) == 0:
-			return 0, nil
 		}
 		h.take(cur, byApplication)
+		answering := cur.expect != ""
 		n, err := h.pull(cur, p)
-		if n == 0 && err == nil {
+		if n == 0 && err == nil && (len(p) > 0 || answering) {
 			h.book(cur, 0, nil)
 			continue
 		}
@@ -128,7 +127,7 @@ func (h *receiveHalf) result(src *source, p []byte, n int, err error) (int, erro
 		return n, errReadClosed // what ended may have been the old stream only
 	case h.closed:
 		return n, orElse(err, errReadClosed)
-	case n > 0 && (kept || err == nil):
+	case n > 0 && (kept || err == nil), !kept && err == nil && len(p) == 0:
 		return n, nil
 	case kept || err == nil:
 		return h.readSlowly(p)

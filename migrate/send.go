@@ -130,7 +130,7 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 			return n, err
 		case entered && n == len(p):
 			return n, nil // QUIC may take everything and report a deadline all the same
-		case h.closed:
+		case h.closed && !(len(p) == 0 && h.state == sendOpen): // one of nothing is cur's to judge
 			return n, errWriteClosed
 		case saved:
 			if !h.changed.wait(&h.mu, h.deadline) {
