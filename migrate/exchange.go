@@ -25,6 +25,8 @@ type exchange struct {
 	new    network.Stream // from phaseAsked on; id is in the table of labels as long
 	unpaid bool           // new is not charged to the application's protocol yet; see charging.go
 	stop   func()         // ends the opening of new; nil until that begins
+
+	silence silence
 }
 
 // phase is how far an exchange has come. Its transitions are begin, attach, yield, commit
@@ -193,13 +195,14 @@ func (x *exchange) hold() bool {
 	return !x.s.told()
 }
 
-// fail ends an exchange that was acked: both streams are reset (S8). It returns what the
-// application sees, a network.ErrReset.
+// fail ends an exchange from which there is no way back: both streams are reset (S8, S10).
+// It returns what the application sees, a network.ErrReset.
 func (x *exchange) fail(cause error) error {
 	if errors.Is(cause, errViolation) {
 		x.s.host.warnViolation(x.s.peer, cause, zap.Uint64("label", x.from))
 	}
 	err := reset(cause)
+	x.trace(Failed, err)
 	_ = x.s.abort(err, codeFor(cause))
 	x.end(broken)
 	return err
@@ -245,7 +248,7 @@ func (x *exchange) switchReceiving(next *source, g goal) error {
 	if sharesWindow(next.stream.Conn()) {
 		hold = maxHold
 	}
-	w := watch{x: x}
+	w := watch{s: s, c: x.old.Conn(), own: &s.recv}
 	defer w.end()
 	if err := s.recv.await(s.host.cfg.stall, hold, w.look); err != nil {
 		return err

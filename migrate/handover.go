@@ -319,15 +319,15 @@ func latest(a, b time.Time) time.Time {
 	return b
 }
 
-// oldPaths are the old connections of handovers that take long. Safe for concurrent use.
-type oldPaths struct {
+// flows are the connections that exchanges look at which take long. Safe for concurrent use.
+type flows struct {
 	mu sync.Mutex // guards all below
-	of map[network.Conn]*oldPath
+	of map[network.Conn]*flow
 }
 
-// oldPath is what the streams of a connection have brought, for all handovers from it.
-type oldPath struct {
-	watchers int // guarded by oldPaths.mu
+// flow is what the streams of a connection have brought, for all exchanges that look at it.
+type flow struct {
+	watchers int // guarded by flows.mu
 
 	mu    sync.Mutex // guards all below
 	last  map[*receiveHalf]arrived
@@ -345,84 +345,87 @@ type arrived struct {
 	look  int
 }
 
-func (ps *oldPaths) watch(c network.Conn) *oldPath {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	p := ps.of[c]
-	if p == nil {
-		if ps.of == nil {
-			ps.of = make(map[network.Conn]*oldPath)
+func (fs *flows) watch(c network.Conn) *flow {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f := fs.of[c]
+	if f == nil {
+		if fs.of == nil {
+			fs.of = make(map[network.Conn]*flow)
 		}
-		p = new(oldPath)
-		ps.of[c] = p
+		f = new(flow)
+		fs.of[c] = f
 	}
-	p.watchers++
-	return p
+	f.watchers++
+	return f
 }
 
-func (ps *oldPaths) leave(c network.Conn) {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	p := ps.of[c]
-	if p.watchers--; p.watchers == 0 {
-		delete(ps.of, c)
+func (fs *flows) leave(c network.Conn) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f := fs.of[c]
+	if f.watchers--; f.watchers == 0 {
+		delete(fs.of, c)
 	}
 }
 
 // look looks at the streams that are on c, of all that there are with the peer, and returns
 // when any but own were last seen to have brought something, or all that they had to.
-func (p *oldPath) look(c network.Conn, own *receiveHalf, all []*Stream) time.Time {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.last == nil {
-		p.last = make(map[*receiveHalf]arrived)
+func (f *flow) look(c network.Conn, own *receiveHalf, all []*Stream) time.Time {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.last == nil {
+		f.last = make(map[*receiveHalf]arrived)
 	}
-	p.looks++
+	f.looks++
 	now := time.Now()
 	for _, s := range all {
 		h := &s.recv
 		conn, bytes := h.progress()
 		on := conn == c
-		before, known := p.last[h]
+		before, known := f.last[h]
 		if on {
-			p.last[h] = arrived{bytes, p.looks}
+			f.last[h] = arrived{bytes, f.looks}
 		}
 		more := on && bytes > before.bytes || known && !on // it has switched
-		if !more || p.looks == 1 {
+		if !more || f.looks == 1 {
 			continue
 		}
-		if p.by != h {
-			p.by, p.aliveToo = h, p.alive
+		if f.by != h {
+			f.by, f.aliveToo = h, f.alive
 		}
-		p.alive = now
+		f.alive = now
 	}
-	for h, a := range p.last {
-		if a.look != p.looks {
-			delete(p.last, h)
+	for h, a := range f.last {
+		if a.look != f.looks {
+			delete(f.last, h)
 		}
 	}
-	if p.by == own {
-		return p.aliveToo
+	if f.by == own {
+		return f.aliveToo
 	}
-	return p.alive
+	return f.alive
 }
 
-// watch is an exchange's view of its old connection. Its zero value but for x is ready.
+// watch is an exchange's view of a connection. It costs nothing before it looks.
 type watch struct {
-	x *exchange
-	p *oldPath // nil until it looks
+	s   *Stream
+	c   network.Conn
+	own *receiveHalf // does not count; may be nil
+	f   *flow        // nil until it looks
 }
 
 func (w *watch) look() time.Time {
-	h, c := w.x.s.host, w.x.old.Conn()
-	if w.p == nil {
-		w.p = h.paths.watch(c)
+	h := w.s.host
+	if w.f == nil {
+		w.f = h.flows.watch(w.c)
 	}
-	return w.p.look(c, &w.x.s.recv, h.labels.all(w.x.s.peer))
+	return w.f.look(w.c, w.own, h.labels.all(w.s.peer))
 }
 
 func (w *watch) end() {
-	if w.p != nil {
-		w.x.s.host.paths.leave(w.x.old.Conn())
+	if w.f != nil {
+		w.s.host.flows.leave(w.c)
+		w.f = nil
 	}
 }

@@ -25,7 +25,7 @@ type Host struct {
 	cfg    config
 	log    *zap.Logger
 	labels *labels
-	paths  oldPaths
+	flows  flows
 	late   late
 	told   identified
 	own    reflect.Value   // the wrapped host's own negotiation timeout, or invalid

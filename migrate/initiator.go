@@ -95,9 +95,10 @@ func (h *Host) Migrate(ctx context.Context, s network.Stream, to network.Conn) e
 func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	s, h := x.s, x.s.host
 	tryLater := func(err error) error {
+		err = x.unmoved(err)
 		x.trace(Failed, err)
 		x.end(stays)
-		return x.unmoved(err)
+		return err
 	}
 	if to == x.old.Conn() {
 		x.end(stays) // it is there already
@@ -128,13 +129,18 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	}
 	x.trace(Started, nil)
 
-	ack, err := x.request(u)
+	l := x.listen(u)
+	defer l.end()
+	ack, err := x.request(l)
+	if err != nil && l.cause(err) == errSilent && x.commit() {
+		return x.fail(errSilent)
+	}
 	if err == nil && !x.answered(ack) {
 		err = errSuperseded
 	}
 	if err != nil {
 		// A reset now may have crossed an ack (S5).
-		x.trace(Failed, err)
+		x.trace(Failed, x.unmoved(err))
 		_ = u.ResetWithError(x.code(err))
 		x.doubt()
 		x.end(stays)
@@ -151,7 +157,6 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	}
 	x.trace(Acked, nil)
 	if err := x.carry(u, ack); err != nil {
-		x.trace(Failed, err)
 		return x.fail(err)
 	}
 	return nil
@@ -220,14 +225,14 @@ func (x *exchange) code(err error) network.StreamErrorCode {
 }
 
 // request sends Migrate and waits for the answer.
-func (x *exchange) request(u network.Stream) (*pb.AckMigrate, error) {
-	if _, err := u.Write(appendMessage([]byte(prelude), migrateMessage(x.id, x.from))); err != nil {
+func (x *exchange) request(l *silence) (*pb.AckMigrate, error) {
+	if _, err := l.new.Write(appendMessage([]byte(prelude), migrateMessage(x.id, x.from))); err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
-	if err := readExpected(u, prelude, 0); err != nil {
+	if err := readExpected(l, prelude, 0); err != nil {
 		return nil, fmt.Errorf("answer: %w", err)
 	}
-	m, err := readMessage(byteReader{u})
+	m, err := readMessage(byteReader{l})
 	if err != nil {
 		return nil, fmt.Errorf("answer: %w", err)
 	}
@@ -255,10 +260,11 @@ func (x *exchange) carry(u network.Stream, ack *pb.AckMigrate) error {
 		x.s.mu.Lock()
 		x.s.verifies = true
 		x.s.mu.Unlock()
-		final, err := readFinalSize(u)
+		final, err := readFinalSize(&x.silence)
 		if err != nil {
-			return fmt.Errorf("final size: %w", err)
+			return fmt.Errorf("final size: %w", x.silence.cause(err))
 		}
+		x.silence.end()
 		g = finalSize(final)
 	}
 	if err := x.switchReceiving(&source{stream: u}, g); err != nil {

@@ -438,9 +438,9 @@ func (p *rawPeer) nothingLeft() {
 		return len(p.host.labels.peers) == 0
 	})
 	WaitFor(p.t, "the host to watch no path", func() bool {
-		p.host.paths.mu.Lock()
-		defer p.host.paths.mu.Unlock()
-		return len(p.host.paths.of) == 0
+		p.host.flows.mu.Lock()
+		defer p.host.flows.mu.Unlock()
+		return len(p.host.flows.of) == 0
 	})
 	for _, c := range p.ends {
 		WaitFor(p.t, "the host to free its streams", func() bool {

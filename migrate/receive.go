@@ -383,6 +383,13 @@ func (h *receiveHalf) view() (given, closed bool) {
 	return h.given, h.closed
 }
 
+// keepsError says whether an error of cur is kept back.
+func (h *receiveHalf) keepsError() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.state == receiveHeld && h.cur.end != nil && h.cur.end != io.EOF
+}
+
 // hasFailed says whether the half is over with an error.
 func (h *receiveHalf) hasFailed() bool {
 	h.mu.Lock()

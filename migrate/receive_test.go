@@ -43,12 +43,12 @@ type receiver struct {
 	scope     *fakeScope
 	awaited   chan error
 	stream    *Stream
-	path      *oldPath
+	path      *flow
 	all       []*Stream // with the same peer
 }
 
 func newReceiver(t *testing.T) *receiver {
-	r := &receiver{old: newFake(), next: newFake(), scope: new(fakeScope), stream: new(Stream), path: new(oldPath)}
+	r := &receiver{old: newFake(), next: newFake(), scope: new(fakeScope), stream: new(Stream), path: new(flow)}
 	r.receiveHalf, r.all = &r.stream.recv, []*Stream{r.stream}
 	r.cur = &source{stream: r.old}
 	t.Cleanup(r.ends)
@@ -1106,7 +1106,7 @@ func TestHandoverTwice(t *testing.T) {
 		require.NoError(t, now(t, r.awaited, "await"))
 		require.Equal(t, 3, r.scope.reserved())
 
-		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: r.scope, path: new(oldPath)}
+		second := &receiver{receiveHalf: r.receiveHalf, old: r.next, next: newFake(), scope: r.scope, path: new(flow)}
 		second.old.feeds("two", nil)
 		second.hands(3, time.Hour)
 		require.NoError(t, now(t, second.awaited, "await"))

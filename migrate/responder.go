@@ -138,23 +138,24 @@ func (x *exchange) answer(n *negotiator) {
 	x.commit()
 	if whole, err := n.finish(ackMessage(x.verified), x.s.host.cfg.negotiation); !whole {
 		// It has not left whole, so the initiator cannot have read it.
-		x.trace(Failed, err)
+		x.trace(Failed, x.unmoved(err))
 		_ = u.Reset()
 		x.end(stays)
 		return
 	}
 	x.trace(Acked, nil)
 	if err := carry(u); err != nil {
-		x.trace(Failed, err)
 		_ = x.fail(err)
 	}
 }
 
 // carryVerified moves both directions to u once the initiator's final size is there.
 func (x *exchange) carryVerified(u network.Stream) error {
-	final, err := readFinalSize(u)
+	l := x.listen(u)
+	final, err := readFinalSize(l)
+	l.end()
 	if err != nil {
-		return fmt.Errorf("final size: %w", err)
+		return fmt.Errorf("final size: %w", l.cause(err))
 	}
 	oldClosed, err := x.switchSending(u)
 	if err != nil {

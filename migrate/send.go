@@ -57,6 +57,7 @@ type sendHalf struct {
 	closed   bool // CloseWrite or Close was called
 	closing  bool // Close was, but the opening has to be sent first
 	held     bool // an exchange is under way that may save a Write which cur fails
+	kept     bool // and one was, since its connection is gone
 	lost     bool // the application was told that cur's connection is gone, with err
 }
 
@@ -120,6 +121,7 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		// death of the old stream is the application's: the rest of the buffer
 		// may yet take the new stream. The count n is exact in both cases.
 		saved := h.state == sendPaused || h.held && err != nil && !isDeadline(err, on)
+		h.kept = h.kept || h.held && err != nil && lostWith(err, on)
 		switch {
 		case err != nil && !saved && !(h.closed && isDeadline(err, on)):
 			// Of a stream that was closed meanwhile WebRTC reports that, and in no type of
@@ -263,7 +265,7 @@ func (h *sendHalf) setDeadline(t time.Time) error {
 func (h *sendHalf) hold(held bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.held = held
+	h.held, h.kept = held, h.kept && held
 	h.changed.broadcast()
 }
 
@@ -298,7 +300,7 @@ func (h *sendHalf) resume(next network.Stream) (closed bool, err error) {
 	if h.state == sendFailed {
 		return false, h.err
 	}
-	h.state, h.cur, h.written, h.held = sendOpen, next, 0, false
+	h.state, h.cur, h.written, h.held, h.kept = sendOpen, next, 0, false, false
 	h.opening = nil // a peer that names a label which it was not sent has no use for the rest
 	if !h.deadline.IsZero() {
 		_ = next.SetWriteDeadline(h.deadline)
@@ -315,6 +317,13 @@ func (h *sendHalf) fail(err error) {
 		h.state, h.err, h.opening = sendFailed, err, nil
 		h.changed.broadcast()
 	}
+}
+
+// keepsError says whether a Write waits that cur has failed.
+func (h *sendHalf) keepsError() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.kept
 }
 
 // hasLost says whether the application was told that the connection is gone. What it

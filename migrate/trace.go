@@ -25,8 +25,9 @@ const (
 	Finished
 	// Denied: the stream stays where it is, for good (M3).
 	Denied
-	// Failed: Err says why, and whether the stream stays where it is (ErrTryLater)
-	// or was reset.
+	// Failed: Err says why, and what became of the stream: it stays where it is
+	// (ErrTryLater, or ErrClosed where it is not to migrate any more), or was reset
+	// (network.ErrReset alone).
 	Failed
 )
 

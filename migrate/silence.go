@@ -1,0 +1,116 @@
+package migrate
+
+import (
+	"errors"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+)
+
+// Once Migrate or the ack has left there is no way back (S10), and while one waits for the
+// other end, errors of the old stream are kept back. So an end whose two paths are both dead
+// would tell its application of neither. It may always reset both streams: then all see an
+// error.
+
+const (
+	// maxSilence is how long the new stream may bring nothing when the old one is known to
+	// have failed: TCP repeats what was lost on a connection that is new after 1 s, and
+	// again 2 s later.
+	maxSilence = 4 * time.Second
+
+	// silenceLook is how often to look at the old stream meanwhile. The first answer of
+	// nearly every peer is there before that.
+	silenceLook = time.Second
+)
+
+var errSilent = errors.New("the old stream has failed, and the new connection brings nothing")
+
+// silence watches an exchange that waits for the other end. Reads of the new stream go
+// through it. Its zero value watches nothing.
+type silence struct {
+	x     *exchange
+	new   network.Stream
+	heard atomic.Int64 // bytes that new has brought
+
+	mu    sync.Mutex // guards all below but path; before the lock of flows
+	timer *time.Timer
+	over  bool
+	broke bool      // it has broken new off
+	seen  int64     // heard, when last looked at
+	since time.Time // since when the old stream is known to have failed, and nothing has come
+	path  watch     // the new connection, once the old stream has failed; for look alone
+}
+
+// listen watches the exchange until end is called.
+func (x *exchange) listen(new network.Stream) *silence {
+	l := &x.silence
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.x, l.new = x, new
+	l.timer = time.AfterFunc(silenceLook, l.look)
+	return l
+}
+
+// Read implements io.Reader.
+func (l *silence) Read(p []byte) (int, error) {
+	n, err := l.new.Read(p)
+	l.heard.Add(int64(n))
+	return n, err
+}
+
+func (l *silence) look() {
+	failed := l.x.oldFailed()
+	var others time.Time
+	if failed {
+		// What the answer waits behind may be other streams', on a slow path.
+		if l.path.s == nil {
+			l.path = watch{s: l.x.s, c: l.new.Conn()}
+		}
+		others = l.path.look()
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now, heard := time.Now(), l.heard.Load()
+	switch {
+	case l.over:
+		l.path.end()
+		return
+	case !failed || heard != l.seen:
+		l.since = time.Time{}
+	case l.since.IsZero():
+		l.since = now
+	case now.Sub(latest(l.since, others)) >= maxSilence:
+		l.broke = true
+		l.path.end()
+		go breakOff(l.new, network.StreamNoError)
+		return
+	}
+	l.seen = heard
+	l.timer.Reset(silenceLook)
+}
+
+// end ends the watch.
+func (l *silence) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.over = true; l.timer.Stop() {
+		l.path.end() // else look is under way, or was the last
+	}
+}
+
+// cause is why what was waited for has failed with err.
+func (l *silence) cause(err error) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.broke {
+		return errSilent
+	}
+	return err
+}
+
+// oldFailed says whether the old stream is known to have failed, and not only ended.
+func (x *exchange) oldFailed() bool {
+	return x.s.recv.keepsError() || x.s.send.keepsError() || x.old.Conn().IsClosed()
+}
