@@ -45,6 +45,11 @@ var _ host.Host = (*Host)(nil)
 // streams, of all protocols, and identify advertises ID and FinalSizeID. Use the
 // returned host in place of h; streams that are opened with h itself still work, but
 // cannot migrate. A host can be wrapped once. Close the returned host, which closes h.
+//
+// Wrap h before it listens, or right after. A peer that has identified h before learns of
+// the protocol from the push of identify that follows, and what it opens until then has no
+// label. Streams of other kinds are opened as a host of go-libp2p's opens them, whatever
+// the NewStream of h does.
 func Wrap(h host.Host, opts ...Option) (*Host, error) {
 	cfg := defaults()
 	for _, opt := range opts {
