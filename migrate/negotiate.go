@@ -117,12 +117,11 @@ func (h *Host) handleStream(u network.Stream) {
 			return
 		}
 	}
-	// The peer need not wait for our header, but it may. An error of it shows when we read,
-	// but for a deadline: what it has lost would be missing from the answer for good.
-	if _, err := io.WriteString(u, header); err != nil && isDeadline(err, u) {
-		h.refuse(u, err)
-		return
-	}
+	// The peer need not wait for our header, but it may. Nearly every one sends everything in
+	// one flight; then the header leaves with the answer.
+	greets := &greeting{stream: u}
+	timer := time.AfterFunc(answerDelay, greets.send)
+	defer timer.Stop()
 
 	// Nothing of an ordinary stream may be read ahead, since the application gets
 	// the raw stream: the first two tokens are read to the byte.
@@ -132,6 +131,7 @@ func (h *Host) handleStream(u network.Stream) {
 		h.refuse(u, err)
 		return
 	}
+	labelled := false
 	if string(first[:n]) == prelude[:n] {
 		m, err := io.ReadFull(u, first[n:])
 		n += m
@@ -139,12 +139,21 @@ func (h *Host) handleStream(u network.Stream) {
 			h.refuse(u, err)
 			return
 		}
-		if string(first) == prelude {
-			h.handleLabelled(u, prelude[len(header):])
-			return
-		}
+		labelled = string(first) == prelude
 	}
-	in := &replay{Stream: u, in: first[:n], drop: len(header)}
+	timer.Stop()
+	sent, err := greets.claim()
+	// An error of it shows when we read, but for a deadline: what it has lost would be
+	// missing from the answer for good.
+	if err != nil && isDeadline(err, u) {
+		h.refuse(u, err)
+		return
+	}
+	if labelled {
+		h.handleLabelled(u, prelude[sent:])
+		return
+	}
+	in := &replay{Stream: u, in: first[:n], drop: sent}
 	proto, handle, err := h.Mux().Negotiate(in)
 	if err == nil {
 		err = in.late
@@ -161,6 +170,33 @@ func (h *Host) handleStream(u network.Stream) {
 		h.observe(u.Conn(), proto, network.DirInbound)
 		_ = handle(proto, u)
 	}
+}
+
+// greeting is the header of an inbound stream that may leave before the peer has spoken.
+type greeting struct {
+	stream network.Stream
+	mu     sync.Mutex // guards all below, and is held while the header is written
+	over   bool       // it is sent, or will be by whom claim has told so
+	sent   int
+	err    error
+}
+
+func (g *greeting) send() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.over {
+		g.over, g.sent = true, len(header)
+		_, g.err = io.WriteString(g.stream, header)
+	}
+}
+
+// claim returns how many bytes of the header were sent, all or none, and keeps the rest from
+// being sent by itself.
+func (g *greeting) claim() (sent int, err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.over = true
+	return g.sent, g.err
 }
 
 // refuse ends a stream whose negotiation failed.

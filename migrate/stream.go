@@ -320,7 +320,9 @@ func (s *Stream) SetProtocol(id protocol.ID) error {
 func (s *Stream) Conn() network.Conn { return s.send.stream().Conn() }
 
 // Stat implements network.Stream. All but the direction, which says who opened the
-// logical stream, is that of the present underlying stream.
+// logical stream, is that of the present underlying stream. Those that Conn.GetStreams
+// lists are the underlying ones: where the stream has moved, their direction says who moved
+// it, which go-libp2p does not let anybody set.
 func (s *Stream) Stat() network.Stats {
 	stat := s.send.stream().Stat()
 	stat.Direction = s.dir
