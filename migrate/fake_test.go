@@ -403,6 +403,11 @@ func verifyingHost(opts ...Option) *Host {
 	return bareHost(playHost, func(protocol.ID) bool { return true }, opts...)
 }
 
+// bareNetwork has a resource manager that refuses nothing.
+type bareNetwork struct{ network.Network }
+
+func (bareNetwork) ResourceManager() network.ResourceManager { return new(network.NullResourceManager) }
+
 type bare struct {
 	host.Host
 	id    peer.ID
@@ -410,6 +415,7 @@ type bare struct {
 	store bareStore
 }
 
+func (b *bare) Network() network.Network       { return bareNetwork{} }
 func (b *bare) ID() peer.ID                    { return b.id }
 func (b *bare) Mux() protocol.Switch           { return b.mux }
 func (b *bare) Peerstore() peerstore.Peerstore { return b.store }
