@@ -1,7 +1,6 @@
 package migrate
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -17,6 +16,7 @@ type exchange struct {
 	initiator bool
 	verified  bool // the handover is (S12); until the initiator has the ack: the peer is known to have it
 	old       network.Stream
+	oldSource *source       // the receiving half's view of old, from its handover on
 	from, id  uint64        // the label before, and after; id is set before begin, and a responder's from
 	done      chan struct{} // closed when another exchange may begin
 
@@ -101,17 +101,16 @@ func (x *exchange) commit() bool {
 	return true
 }
 
-// openingContext is the context for opening the stream to move to. A connection may have
-// no room for it for a long time; whoever closes or resets the logical stream, or takes
+// mayStop says how to end the opening of the stream to move to. A connection may have no
+// room for it for a long time; whoever closes or resets the logical stream, or takes
 // precedence (M1), does not wait for that.
-func (x *exchange) openingContext(ctx context.Context) context.Context {
+func (x *exchange) mayStop(stop func()) {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
-	ctx, x.stop = context.WithCancel(ctx)
+	x.stop = stop
 	if x.phase == phaseYielded || x.s.life != lifeOpen {
-		x.stop()
+		stop()
 	}
-	return ctx
 }
 
 // interrupt ends the opening. It does nothing later on (S7, S10). s.mu must be held.
@@ -243,6 +242,7 @@ func (x *exchange) switchSending(u network.Stream) (<-chan struct{}, error) {
 // tells, and lets Reads go to the next one (S4).
 func (x *exchange) switchReceiving(next *source, g goal) error {
 	s := x.s
+	x.oldSource = s.recv.source()
 	s.recv.handover(next, g, x.memory())
 	hold := s.host.cfg.stall
 	if sharesWindow(next.stream.Conn()) {
@@ -277,11 +277,12 @@ func sharesWindow(c network.Conn) bool {
 // finish lets go of the old stream, whose both directions are done with.
 func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 	s := x.s
-	// Calls out a Read that is still inside, see receive.go. The deadline is for
-	// WebTransport, where CloseRead does not while the session ends; nothing is left
-	// that it could destroy.
-	_ = x.old.CloseRead()
-	_ = x.old.SetReadDeadline(past)
+	if s.recv.isRead(x.oldSource) {
+		// Calls it out, see handover.go. The deadline is for WebTransport, where CloseRead
+		// does not while the session ends; nothing is left that it could destroy.
+		_ = x.old.CloseRead()
+		_ = x.old.SetReadDeadline(past)
+	}
 	eof, closed := s.recv.view()
 	if closed {
 		_ = u.CloseRead() // S6

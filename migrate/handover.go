@@ -130,6 +130,20 @@ func (h *receiveHalf) handover(next *source, g goal, in memory) {
 	h.settle()
 }
 
+// isRead says whether somebody is inside a Read of src.
+func (h *receiveHalf) isRead(src *source) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return src.reader != byNobody
+}
+
+// source is what the half reads at the moment.
+func (h *receiveHalf) source() *source {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.cur
+}
+
 // settle looks whether the old source is done with, and switches. mu must be held,
 // and the state be receiveHandover.
 func (h *receiveHalf) settle() {

@@ -169,9 +169,9 @@ const roomWait = time.Second
 
 // openOn opens the stream to move to.
 func (x *exchange) openOn(ctx context.Context, to network.Conn) (network.Stream, error) {
-	opening, cancel := context.WithTimeoutCause(x.openingContext(ctx), roomWait, errNoRoom)
-	defer cancel()
-	defer x.stop()
+	opening, stop := context.WithTimeoutCause(ctx, roomWait, errNoRoom)
+	defer stop()
+	x.mayStop(stop)
 	u, err := to.NewStream(opening)
 	if err != nil && context.Cause(opening) == errNoRoom {
 		return nil, errNoRoom
@@ -232,7 +232,7 @@ func (x *exchange) request(l *silence) (*pb.AckMigrate, error) {
 	if err := readExpected(l, prelude, 0); err != nil {
 		return nil, fmt.Errorf("answer: %w", err)
 	}
-	m, err := readMessage(byteReader{l})
+	m, err := readMessage(l)
 	if err != nil {
 		return nil, fmt.Errorf("answer: %w", err)
 	}

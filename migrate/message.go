@@ -1,14 +1,13 @@
 package migrate
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/multiformats/go-varint"
-	"google.golang.org/protobuf/encoding/protodelim"
+	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/go-portage/portage/pb"
@@ -35,45 +34,171 @@ func token(s string) string {
 // errViolation is the sentinel of everything that a peer must not send.
 var errViolation = errors.New("protocol violation")
 
-// appendMessage appends m to b, with its length before it.
+// appendMessage appends m to b, with its length before it. No message is long enough for a
+// length of more than one byte.
 func appendMessage(b []byte, m *pb.StreamMigration) []byte {
-	buf := bytes.NewBuffer(b)
-	if _, err := protodelim.MarshalTo(buf, m); err != nil {
-		panic(err) // a required field that this package forgot
+	start := len(b)
+	begin := func(member protowire.Number) {
+		b = protowire.AppendTag(append(b, 0), member, protowire.BytesType)
+		b = append(b, 0)
 	}
-	return buf.Bytes()
+	number := func(field protowire.Number, v uint64) {
+		b = protowire.AppendVarint(protowire.AppendTag(b, field, protowire.VarintType), v)
+	}
+	truth := func(field protowire.Number, v *bool) {
+		if v != nil {
+			number(field, protowire.EncodeBool(*v))
+		}
+	}
+	body := 0 // where the member's begins
+	switch t := m.Type.(type) {
+	case *pb.StreamMigration_Label:
+		begin(fieldLabel)
+		body = len(b)
+		number(1, t.Label.GetId())
+	case *pb.StreamMigration_Migrate:
+		begin(fieldMigrate)
+		body = len(b)
+		number(1, t.Migrate.GetId())
+		number(2, t.Migrate.GetFrom())
+		truth(fieldFinalSize, t.Migrate.FinalSize)
+	case *pb.StreamMigration_AckMigrate:
+		begin(fieldAckMigrate)
+		body = len(b)
+		truth(1, t.AckMigrate.DenyMigrate)
+		truth(fieldFinalSize, t.AckMigrate.FinalSize)
+	case *pb.StreamMigration_FinalSize:
+		begin(fieldFinalSize)
+		body = len(b)
+		number(1, t.FinalSize.GetSize())
+	default:
+		panic("a message without a member")
+	}
+	b[start], b[body-1] = byte(len(b)-start-1), byte(len(b)-body)
+	return b
 }
 
-// messageReader is what readMessage reads from: it takes no byte more than the
-// message has.
-type messageReader interface {
-	io.Reader
-	io.ByteReader
+// The members of StreamMigration. fieldFinalSize is the extension's field in the other
+// messages, too.
+const (
+	fieldLabel      = 1
+	fieldMigrate    = 2
+	fieldAckMigrate = 3
+	fieldFinalSize  = 100
+)
+
+// readMessage reads one message, and no byte more. A message that is malformed, oversized or
+// without a member is an errViolation; an error of the stream is returned as it is. A required
+// field that is missing is 0.
+func readMessage(r io.Reader) (*pb.StreamMigration, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return nil, err
+	}
+	return parseMessage(body)
 }
 
-// readMessage reads one message. A message that is malformed, oversized or without a
-// member is an errViolation; an error of the stream is returned as it is. A required field
-// that is missing is 0.
-func readMessage(r messageReader) (*pb.StreamMigration, error) {
-	// Two errors look alike to the decoder: bytes that are no message, and a stream
-	// that ends. The tracker remembers whether it was the stream.
-	t := &tracker{r: r}
+func parseMessage(body []byte) (*pb.StreamMigration, error) {
+	if m := parsePlain(body); m != nil {
+		return m, nil
+	}
 	m := new(pb.StreamMigration)
-	opts := protodelim.UnmarshalOptions{MaxSize: maxMessage}
-	opts.AllowPartial = true // see zeros
-	err := opts.UnmarshalFrom(t, m)
-	switch {
-	case t.err == io.EOF && t.read > 0:
-		return nil, io.ErrUnexpectedEOF
-	case t.err != nil:
-		return nil, t.err
-	case err != nil:
+	// AllowPartial: see zeros.
+	if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(body, m); err != nil {
 		return nil, fmt.Errorf("%w: %w", errViolation, err)
-	case m.Type == nil:
+	}
+	if m.Type == nil {
 		return nil, fmt.Errorf("%w: a message without a member", errViolation)
 	}
 	zeros(m)
 	return m, nil
+}
+
+// parsePlain reads a message as nearly every encoder writes it: one member with the fields
+// that this version knows, each once at most and in their order. It returns nil for any other.
+func parsePlain(body []byte) *pb.StreamMigration {
+	member, typ, n := protowire.ConsumeTag(body)
+	if n < 0 || typ != protowire.BytesType {
+		return nil
+	}
+	fields, k := protowire.ConsumeBytes(body[n:])
+	if k < 0 || n+k != len(body) {
+		return nil
+	}
+	next := func(field protowire.Number) (v uint64, ok bool) {
+		num, typ, n := protowire.ConsumeTag(fields)
+		if n < 0 || num != field || typ != protowire.VarintType {
+			return 0, false
+		}
+		v, k := protowire.ConsumeVarint(fields[n:])
+		if k < 0 {
+			return 0, false
+		}
+		fields = fields[n+k:]
+		return v, true
+	}
+	truth := func(field protowire.Number) *bool {
+		if v, ok := next(field); ok {
+			return proto.Bool(protowire.DecodeBool(v))
+		}
+		return nil
+	}
+	m := new(pb.StreamMigration)
+	switch member {
+	case fieldLabel:
+		id, _ := next(1)
+		m.Type = &pb.StreamMigration_Label{Label: &pb.Label{Id: &id}}
+	case fieldMigrate:
+		id, _ := next(1)
+		from, _ := next(2)
+		m.Type = &pb.StreamMigration_Migrate{Migrate: &pb.Migrate{Id: &id, From: &from, FinalSize: truth(fieldFinalSize)}}
+	case fieldAckMigrate:
+		m.Type = &pb.StreamMigration_AckMigrate{AckMigrate: &pb.AckMigrate{DenyMigrate: truth(1), FinalSize: truth(fieldFinalSize)}}
+	case fieldFinalSize:
+		size, _ := next(1)
+		m.Type = &pb.StreamMigration_FinalSize{FinalSize: &pb.FinalSize{Size: &size}}
+	}
+	if len(fields) > 0 || m.Type == nil {
+		return nil
+	}
+	return m
+}
+
+// readBody reads what comes behind the length of a message.
+func readBody(r io.Reader) ([]byte, error) {
+	b := make([]byte, 32) // more than any message of this version has
+	length := uint64(0)
+	for shift := 0; ; shift += 7 {
+		if _, err := io.ReadFull(r, b[:1]); err != nil {
+			if shift > 0 {
+				err = unexpected(err)
+			}
+			return nil, err
+		}
+		if shift == 63 && b[0] > 1 {
+			return nil, fmt.Errorf("%w: the length of a message does not fit 64 bits", errViolation)
+		}
+		length |= uint64(b[0]&0x7f) << shift
+		if b[0] < 0x80 {
+			break
+		}
+	}
+	if length > maxMessage {
+		return nil, fmt.Errorf("%w: a message of %d bytes", errViolation, length)
+	}
+	if length > uint64(len(b)) {
+		b = make([]byte, length)
+	}
+	_, err := io.ReadFull(r, b[:length])
+	return b[:length], unexpected(err)
+}
+
+// unexpected is err of a stream that ends within a message.
+func unexpected(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
 }
 
 // zeros sets the required fields that are missing: proto3 encoders leave zeros out.
@@ -92,41 +217,6 @@ func zeros(m *pb.StreamMigration) {
 	case *pb.StreamMigration_FinalSize:
 		set(&t.FinalSize.Size)
 	}
-}
-
-type tracker struct {
-	r    messageReader
-	read int
-	err  error
-}
-
-func (t *tracker) Read(p []byte) (int, error) {
-	n, err := t.r.Read(p)
-	t.read += n
-	if n > 0 {
-		return n, nil
-	}
-	t.err = err
-	return n, err
-}
-
-func (t *tracker) ReadByte() (byte, error) {
-	b, err := t.r.ReadByte()
-	if err != nil {
-		t.err = err
-	} else {
-		t.read++
-	}
-	return b, err
-}
-
-// byteReader reads single bytes from a stream, and none too many.
-type byteReader struct{ io.Reader }
-
-func (r byteReader) ReadByte() (byte, error) {
-	var b [1]byte
-	_, err := io.ReadFull(r, b[:])
-	return b[0], err
 }
 
 // readExpected reads from r what the peer has to send: expect, of which seen bytes were read
@@ -198,7 +288,11 @@ func writeMessage(w io.Writer, m *pb.StreamMigration) error {
 // readFinalSize reads the FinalSize message with which each side begins on the new
 // stream of a verified handover (S12).
 func readFinalSize(r io.Reader) (uint64, error) {
-	m, err := readMessage(byteReader{r})
+	body, err := readBody(r)
+	if err != nil {
+		return 0, err
+	}
+	m, err := parseMessage(body)
 	if err != nil {
 		return 0, err
 	}

@@ -71,7 +71,7 @@ func TestReadMessage(t *testing.T) {
 			require.Equal(t, "rest", string(rest))
 
 			dripping := strings.NewReader(m + "rest")
-			again, err := readMessage(byteReader{iotest.OneByteReader(dripping)})
+			again, err := readMessage(iotest.OneByteReader(dripping))
 			require.NoError(t, err)
 			require.Equal(t, got.String(), again.String())
 			rest, _ = io.ReadAll(dripping)
@@ -87,7 +87,7 @@ func TestReadMessageViolations(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, err := readMessage(strings.NewReader(m))
 			require.ErrorIs(t, err, errViolation)
-			_, err = readMessage(byteReader{iotest.DataErrReader(strings.NewReader(m))})
+			_, err = readMessage(iotest.DataErrReader(strings.NewReader(m)))
 			require.ErrorIs(t, err, errViolation, "with EOF together with the last byte")
 		})
 	}
@@ -100,7 +100,7 @@ func TestReadMessageViolations(t *testing.T) {
 		} else {
 			require.Equal(t, io.ErrUnexpectedEOF, err, "after %d bytes", n)
 		}
-		_, err = readMessage(byteReader{io.MultiReader(strings.NewReader(full[:n]), iotest.ErrReader(broken))})
+		_, err = readMessage(io.MultiReader(strings.NewReader(full[:n]), iotest.ErrReader(broken)))
 		require.Equal(t, broken, err, "after %d bytes", n)
 	}
 	// Nothing is waited for, nor allocated, behind a length that is too big.

@@ -126,7 +126,9 @@ func (c *scope) followLocked(next network.StreamScope, attached bool) error {
 	if c.cur == next && c.charged == c.reserved {
 		return err
 	}
-	c.cur.ReleaseMemory(c.charged)
+	if c.charged > 0 { // the resource manager has one lock for the whole host
+		c.cur.ReleaseMemory(c.charged)
+	}
 	c.cur, c.charged = next, 0
 	if c.reserved > 0 {
 		if e := next.ReserveMemory(c.reserved, network.ReservationPriorityAlways); e != nil {
