@@ -318,12 +318,13 @@ func (h *Host) acceptStream(n *negotiator, label uint64) error {
 		s.recv.cur.got.add(bytes.Clone(rest))
 		s.recv.cur.count = uint64(len(rest))
 	}
+	counted := s.toServe()
 	if !h.labels.add(p, label, s) {
 		return fmt.Errorf("%w: label %d is alive", errViolation, label)
 	}
 	h.observe(u.Conn(), proto, network.DirInbound)
 	s.noteGone()
-	h.serve(s, proto, handle)
+	s.serve(counted, proto, handle)
 	return nil
 }
 

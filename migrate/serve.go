@@ -25,13 +25,17 @@ import (
 // its own.
 const longHandler = time.Second
 
+// toServe notes that a handler will get the stream, which nobody else knows yet. It returns
+// the channel that is closed when the stream is counted without the accepting goroutine.
+func (s *Stream) toServe() (counted <-chan struct{}) {
+	s.counted = make(chan struct{})
+	s.serving = true
+	return s.counted
+}
+
 // serve hands s to the application's handler. It returns when the handler has, or sooner if
 // the stream is counted without its caller, the goroutine that the swarm accepted it on.
-func (h *Host) serve(s *Stream, proto protocol.ID, handle msmux.HandlerFunc[protocol.ID]) {
-	counted := make(chan struct{})
-	s.mu.Lock()
-	s.serving, s.counted = true, counted
-	s.mu.Unlock()
+func (s *Stream) serve(counted <-chan struct{}, proto protocol.ID, handle msmux.HandlerFunc[protocol.ID]) {
 	go func() {
 		defer s.served() // also where the handler ends its goroutine
 		_ = handle(proto, s)
