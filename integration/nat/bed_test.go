@@ -76,6 +76,11 @@ type setup struct {
 // byDefault are the limits of go-libp2p's relay.
 var byDefault = &natbed.Limit{Duration: 2 * time.Minute, Data: 128 << 10}
 
+// generous are limits that nothing here comes near, but limits all the same: from a relay
+// without any, streams move only when the direct connection has proved itself, which takes
+// half a minute.
+var generous = &natbed.Limit{Duration: time.Hour, Data: 1 << 30}
+
 // String is the setup as part of the name of a case.
 func (s setup) String() string { return fmt.Sprintf("%s, %v, %v", s.transports, s.roundTrip, s.hosts) }
 
@@ -167,13 +172,25 @@ func (w *world) end() {
 	if w.t.Failed() {
 		for side, node := range w.node {
 			if node != nil {
-				w.t.Logf("host %v (%s):\n%s\nits log:\n%s", natbed.Side(side), node.ID, history(node), node.Log())
+				w.t.Logf("host %v (%s):\n%s%s\nits log:\n%s",
+					natbed.Side(side), node.ID, history(node), w.explain(natbed.Side(side)), node.Log())
 			}
 		}
 	}
 	if err := w.net.Close(); err != nil {
 		w.t.Error(err)
 	}
+}
+
+// explain returns what the manager of a side thinks of the other.
+func (w *world) explain(side natbed.Side) string {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(w.ctx), 10*time.Second)
+	defer cancel()
+	var text string
+	if err := w.node[side].Call(ctx, "explain", w.info[side.Other()].ID, &text); err != nil {
+		return err.Error()
+	}
+	return text
 }
 
 func history(n *natbed.Node) string {

@@ -10,16 +10,13 @@ import (
 	"github.com/go-portage/portage/internal/natbed"
 )
 
-// noLimits is a relay that carries anything.
-var noLimits *natbed.Limit
-
 // The direct path dies before anything has moved there. A stream on the relay need not know.
 func TestDirectPathDiesBeforeTheMove(t *testing.T) {
 	needAll(t)
 	t.Parallel()
 	results := newTable("done", "longest gap")
 	t.Cleanup(func() { results.print(t) })
-	for name, limit := range map[string]*natbed.Limit{"relay without limits": noLimits, "relay with limits": byDefault} {
+	for name, limit := range map[string]*natbed.Limit{"relay without limits": nil, "relay with limits": byDefault} {
 		for _, p := range paths() {
 			name := fmt.Sprintf("%s, %s, %v", name, p.transports, p.roundTrip)
 			repeat(t, name, func(t *testing.T) {
@@ -160,7 +157,7 @@ func TestPathDiesUnderAStream(t *testing.T) {
 func fallBesidePlain(t *testing.T, name string, p path, f fall, relayLeft bool, results *table) {
 	var m [2]aftermath
 	besidePlain(t, func(t *testing.T, i int, h hosts) {
-		m[i] = after(t, setup{path: p, limit: noLimits, hosts: h, streamFirst: h == portage}, f, relayLeft)
+		m[i] = after(t, setup{path: p, limit: generous, hosts: h, streamFirst: h == portage}, f, relayLeft)
 		results.add(name+", "+h.String(), m[i].whole == nil, map[string]time.Duration{
 			"error at A": m[i].known[natbed.A], "error at B": m[i].known[natbed.B],
 			"new stream of A": m[i].reached[natbed.A], "new stream of B": m[i].reached[natbed.B],
@@ -191,7 +188,7 @@ func TestDirectPathDiesDuringTheMove(t *testing.T) {
 	results := newTable("error at A", "error at B", "new stream of A", "new stream of B")
 	t.Cleanup(func() { results.print(t) })
 	for _, p := range paths() {
-		s := setup{path: p, limit: noLimits, hosts: portage, streamFirst: true}
+		s := setup{path: p, limit: generous, hosts: portage, streamFirst: true}
 		repeat(t, s.String(), func(t *testing.T) {
 			w := newWorld(t, s)
 			w.dial(natbed.A)

@@ -37,7 +37,7 @@ var workloads = []workload{
 		stream: natbed.Stream{Size: 64 << 10, Rate: 20 << 10, Chunk: 512},
 	},
 	{
-		name:   "unpaced, relay without limits",
+		name: "unpaced", limit: generous,
 		stream: natbed.Stream{Size: 64 << 20, Chunk: 64 << 10},
 	},
 }
@@ -122,7 +122,18 @@ func dialAtOnce(t *testing.T, s setup, results *table) {
 	for _, from := range []natbed.Side{natbed.A, natbed.B} {
 		w.open(from, natbed.Stream{Name: from.String(), Size: size, Rate: 50 << 10, Chunk: 1 << 10})
 	}
-	w.directUp()
+	// Where both hosts have dialled both punch, and on TCP one punch can be in the way of the
+	// other, so that go-libp2p gives up at once. Then there is nothing to move to.
+	first := w.await(natbed.A, "a direct connection, or the end of a stream", func(e natbed.Event) bool {
+		return e.Kind == natbed.Ended || w.about(natbed.A, e, natbed.Connected, false)
+	})
+	if first.Kind == natbed.Ended && s.hosts == portage {
+		t.Log("go-libp2p has found no direct connection: both of its punches have failed")
+		for _, from := range []natbed.Side{natbed.A, natbed.B} {
+			w.result(from, from.String())
+		}
+		return
+	}
 	whole := true
 	var gap time.Duration
 	for _, from := range []natbed.Side{natbed.A, natbed.B} {
