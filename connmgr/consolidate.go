@@ -1,9 +1,9 @@
 package connmgr
 
 import (
-	"container/heap"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -129,7 +129,7 @@ func (m *Manager) Consolidate(ctx context.Context, p peer.ID) (Report, error) {
 }
 
 func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
-	if !m.enter() {
+	if !m.begin() {
 		return Report{Peer: p}, ErrClosed
 	}
 	defer m.wg.Done()
@@ -141,45 +141,57 @@ func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
 	if n == nil {
 		return Report{Peer: p}, ErrNoNetwork
 	}
-	switch conns := openConns(n, p); len(conns) {
-	case 0:
-		return Report{Peer: p}, network.ErrNoConn
-	case 1:
-		return Report{Peer: p, Winner: newConnState(conns[0]).info()}, nil
+	start := time.Now()
+	report := Report{Peer: p}
+	for {
+		switch conns := openConns(n, p); len(conns) {
+		case 0:
+			return report, network.ErrNoConn
+		case 1:
+			report.Winner = newConnState(conns[0]).info()
+			return report, nil
+		}
+		d, err := m.takeRound(ctx, p)
+		if err != nil {
+			return report, m.orClosed(err)
+		}
+		v, plan, b := m.runRound(d, true)
+		m.mu.Lock()
+		came := !d.wanted.IsZero() // what the round has started may have an outcome already
+		waits := m.asking(d)
+		m.endRound(d, plan.next)
+		stir := d.stirred()
+		m.mu.Unlock()
+		m.wakeUp()
+		if !plan.decided && plan.err == nil && (came || waits) && ctx.Err() == nil {
+			if came {
+				continue
+			}
+			select {
+			case <-stir:
+				continue
+			case <-ctx.Done():
+			}
+		}
+		if b != nil {
+			select {
+			case <-b.done:
+			case <-ctx.Done():
+			}
+		}
+		if len(v.conns) < 2 {
+			continue
+		}
+		report = m.report(d, v, plan, b)
+		report.Duration = time.Since(start)
+		return report, m.orClosed(errOf(ctx, plan))
 	}
-	d, err := m.takeTurn(ctx, p)
-	if err != nil {
-		return Report{Peer: p}, m.orClosed(err)
-	}
-	report, next, err := m.round(ctx, d, true)
-	m.mu.Lock()
-	m.giveTurnBack(d, next)
-	m.mu.Unlock()
-	m.wakeUp()
-	return report, m.orClosed(err)
 }
 
-// takeTurn waits for p's turn.
-func (m *Manager) takeTurn(ctx context.Context, p peer.ID) (*duplicates, error) {
-	for {
-		m.mu.Lock()
-		d := m.entry(p)
-		m.mu.Unlock()
-		select {
-		case d.turn <- struct{}{}:
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
-		m.mu.Lock()
-		gone := d.gone
-		if d.index >= 0 {
-			heap.Remove(&m.due, d.index)
-		}
-		m.mu.Unlock()
-		if !gone {
-			return d, nil
-		}
-	}
+// asking says whether a connection has yet to answer whether it works. It must be called
+// with mu held.
+func (m *Manager) asking(d *peerState) bool {
+	return slices.ContainsFunc(d.conns, func(cs *connState) bool { return cs.path.asking })
 }
 
 // orClosed returns ErrClosed in place of err if the manager being closed is what is

@@ -28,40 +28,55 @@
 // # What happens to a peer
 //
 // Nothing, and nothing is kept about it, for as long as it has one connection. With the
-// second one begins a settle delay ([WithSettleDelay]); then there is a round:
-// connections are ranked ([WithPolicy]), new streams go to the winner from then on, and
-// all labelled streams of the losers are migrated at once. Streams that fail are tried
-// again with backoff ([WithRetry]). Streams that cannot move are waited for. There is
-// another round whenever a connection to the peer comes or goes or the peer has been
-// identified, and periodically ([WithInterval]) for as long as there are two or more.
+// second one, all of its connections are asked whether they work, and given time to settle
+// ([WithSettleDelay]). Then the policy ranks those that do ([WithPolicy]). New streams go to
+// the winner from then on, and the streams of the others move there at once, each moved by
+// the end that opened it. Streams that fail are tried again with backoff ([WithRetry]), and
+// streams that cannot move are waited for. The peer is looked at again whenever something is
+// heard of it, and every interval ([WithInterval]) while it has two connections or more.
 //
-// A connection wins over a newer one, and another one is closed for it, only after it has
-// answered a ping: the older of two connections is the dead one where a peer has lost its
-// network and come back before anybody noticed.
+// The file plan.go has every rule by which a connection lives or dies. What it decides is
+// what [Manager.Explain], [Report] and the log say.
+//
+// # Never worse than without
+//
+// Where the manager does not know, it does nothing:
+//
+//   - A connection whose answer is late is not thought dead: anything that came on it
+//     meanwhile shows that it lives. One that could not be asked loses to no older one.
+//   - A direct connection is never closed for a relayed one, and no stream moves from an
+//     unlimited connection to a limited one, or from one limited connection to another,
+//     unless that one is about to end.
+//   - A winner has to live for a while before the last other connection without a limit is
+//     closed, and before streams leave a relay that does not limit them ([WithProof]). A kind
+//     of path that has died young has to live for longer the next time.
+//   - A stream that cannot be opened on the winner at once goes to another connection.
+//   - Of a peer that has not been identified, nothing is closed.
+//   - A policy that panics, does not return or names what it was not given decides nothing.
 //
 // # When a connection is closed
 //
 // Nobody knows alone that a connection carries nothing: a stream that was closed here may
 // be unread at the other end, and closing the connection destroys what it carried. So the
-// peer is asked, over [DrainID], on the loser itself. It opens nothing more there, and
-// agrees when it has had no stream there for a quiet time ([WithQuietTime]); when there has
-// been none here either, the loser is closed with network.ConnSupplanted. A peer may
-// refuse, and is asked again later.
+// peer is asked, over [DrainID], on the connection itself. It opens nothing more there, and
+// says when it has had no stream there for a quiet time ([WithQuietTime]). When there has
+// been none here either, and the winner has shown once more that it works, the peer is asked
+// a last time, and the connection is closed with network.ConnSupplanted. A peer may refuse,
+// and is asked again later.
 //
-// A peer that runs no manager cannot be asked. A connection to it is closed when it has
-// had no stream at this end for much longer ([WithPlainQuietTime]). The same holds for a
-// Manager without Wrap.
+// A peer that runs no manager cannot be asked. A connection to it is closed when no stream
+// has been on it, however short, for much longer ([WithPlainQuietTime]), and when it leads to
+// the same process as the winner: replicas may share a key. The same holds for a Manager
+// without Wrap, which cannot see short streams.
 //
-// Never: a stream is not migrated from an unlimited connection to a limited one, the last
-// connection is not closed, no connection is closed while a migration touches it, and
-// nothing is done about what is exempt ([WithExempt]). A peer that is protected in inner
+// Nothing is done about what is exempt ([WithExempt]). A peer that is protected in inner
 // loses duplicates like any other, and its last connection never.
 //
 // # Who decides
 //
 // Two peers that decide apart could move streams to and fro for ever, or each close the
-// connection that the other one keeps. So the peer with the lower ID decides for both,
-// and the other one follows: it only steers its own new streams, by its own policy until
-// it is asked to drain. It takes over when nothing has happened for a while
-// ([WithTakeover]), or at once when the other one does not advertise [DrainID].
+// connection that the other one keeps. So the peer with the lower ID decides for both, and
+// tells the other one which connection it keeps. That one follows: it moves the streams that
+// it opened itself. It takes over when nothing has happened for a while ([WithTakeover]), or
+// at once when the other one does not advertise [DrainID]. Both ends log what happened.
 package connmgr

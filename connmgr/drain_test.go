@@ -1,21 +1,174 @@
 package connmgr
 
 import (
-	"bufio"
-	"context"
-	"io"
-	"net"
+	"errors"
+	"math"
 	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/pb"
 	"github.com/go-portage/portage/policy"
 )
+
+// What was asked of the peer, step by step.
+func TestDrainStates(t *testing.T) {
+	cfg := defaultConfig()
+	t0 := time.Now()
+	busy := func(ms uint32) *pb.DrainMessage { return busyMessage(time.Duration(ms) * time.Millisecond) }
+	type step func(d *drain, now time.Time)
+	ask := func(d *drain, now time.Time) { d.ask(now, false) }
+	confirm := func(d *drain, now time.Time) { d.ask(now, true) }
+	answer := func(m *pb.DrainMessage) step {
+		return func(d *drain, now time.Time) { d.answer(now, &cfg, m) }
+	}
+	fail := func(error) step {
+		return func(d *drain, now time.Time) { d.fail(now, &cfg) }
+	}
+	void := func(d *drain, now time.Time) { d.void(now) }
+	lapse := func(d *drain, now time.Time) { d.lapse(now) }
+	off := func(d *drain, _ time.Time) { d.off() }
+	wait := func(time.Duration) step { return nil } // a second passes in any case
+
+	for name, c := range map[string]struct {
+		steps []step // a second apart
+		want  drainPhase
+		until time.Duration // since the first step
+	}{
+		"nothing asked":                       {nil, drainOff, 0},
+		"asked":                               {[]step{ask}, drainAsked, 0},
+		"drained":                             {[]step{ask, answer(drainedMessage())}, drainAgreed, 0},
+		"drained again, asked to confirm":     {[]step{ask, answer(drainedMessage()), confirm, answer(drainedMessage())}, drainConfirmed, 0},
+		"drained again, not asked to confirm": {[]step{ask, answer(drainedMessage()), ask, answer(drainedMessage())}, drainAgreed, 0},
+		"busy, and when to ask again":         {[]step{ask, answer(busy(1500))}, drainBusy, 2500 * time.Millisecond},
+		"busy, the wait is bounded":           {[]step{ask, answer(busy(math.MaxUint32))}, drainBusy, time.Second + defaultInterval},
+		"busy, asking at once is not":         {[]step{ask, answer(busy(1))}, drainBusy, time.Second + minRoundGap},
+		"busy, nobody knows for how long":     {[]step{ask, answer(busy(0))}, drainBusy, 3 * time.Second},
+		"busy when asked to confirm":          {[]step{ask, answer(drainedMessage()), confirm, answer(busy(1500))}, drainBusy, 4500 * time.Millisecond},
+		"refused":                             {[]step{ask, answer(refusedMessage("no"))}, drainRefused, 2 * time.Second},
+		"refused twice":                       {[]step{ask, answer(refusedMessage("no")), ask, answer(refusedMessage("no"))}, drainRefused, 5 * time.Second},
+		"no answer":                           {[]step{ask, fail(errFakeReset)}, drainFailed, 2 * time.Second},
+		"no answer twice":                     {[]step{ask, fail(errFakeReset), ask, fail(errFakeReset)}, drainFailed, 5 * time.Second},
+		"a refusal after an answer":           {[]step{ask, fail(errFakeReset), ask, answer(drainedMessage()), ask, answer(refusedMessage("no"))}, drainRefused, 6 * time.Second},
+		"a stream voids what was agreed to":   {[]step{ask, answer(drainedMessage()), void}, drainBusy, 2 * time.Second},
+		"and what was confirmed":              {[]step{ask, answer(drainedMessage()), confirm, answer(drainedMessage()), void}, drainBusy, 4 * time.Second},
+		"there is nothing to void":            {[]step{ask, answer(refusedMessage("no")), void}, drainRefused, 2 * time.Second},
+		"nor while the answer is awaited":     {[]step{ask, void}, drainAsked, 0},
+		"off":                                 {[]step{ask, answer(drainedMessage()), off}, drainOff, 0},
+		"an answer after it was taken back":   {[]step{ask, off, answer(drainedMessage())}, drainOff, 0},
+		"a failure after it was taken back":   {[]step{ask, off, fail(errFakeReset)}, drainOff, 0},
+		"the lease goes on":                   {[]step{ask, answer(drainedMessage()), wait(0), lapse}, drainAgreed, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var d drain
+			now := t0
+			for _, s := range c.steps {
+				if s != nil {
+					s(&d, now)
+				}
+				now = now.Add(time.Second)
+			}
+			require.Equal(t, c.want, d.phase)
+			if c.until > 0 {
+				require.Equal(t, c.until, d.until.Sub(t0))
+			}
+		})
+	}
+
+	t.Run("the lease ends", func(t *testing.T) {
+		for _, m := range []*pb.DrainMessage{drainedMessage(), busy(0)} {
+			var d drain
+			d.ask(t0, false)
+			d.answer(t0.Add(time.Second), &cfg, m)
+			d.lapse(t0.Add(shortLease - 1))
+			require.NotEqual(t, drainOff, d.phase)
+			d.lapse(t0.Add(shortLease))
+			require.Equal(t, drainOff, d.phase, "it counts from when it was asked for")
+		}
+	})
+	t.Run("asking for long asks for a long lease", func(t *testing.T) {
+		var d drain
+		var leases []time.Duration
+		for range 6 {
+			d.ask(t0, false)
+			leases = append(leases, d.lease)
+			d.answer(t0, &cfg, busy(0))
+		}
+		require.Equal(t, []time.Duration{shortLease, shortLease, shortLease, shortLease, longLease, longLease}, leases)
+	})
+	t.Run("it is asked less and less often while nobody knows for how long", func(t *testing.T) {
+		var d drain
+		for range 100 {
+			d.ask(t0, false)
+			d.answer(t0, &cfg, busy(0))
+			require.Positive(t, d.until.Sub(t0))
+			require.LessOrEqual(t, d.until.Sub(t0), cfg.interval)
+		}
+	})
+	t.Run("what is known of the other end", func(t *testing.T) {
+		var cs connState
+		none := multistream.ErrNotSupported[protocol.ID]{Protos: []protocol.ID{DrainID}}
+		cs.heard(errors.New("reset"))
+		require.False(t, cs.serves || cs.lacks)
+		cs.heard(none)
+		require.True(t, cs.lacks && !cs.serves)
+		cs.heard(nil)
+		require.True(t, cs.serves && !cs.lacks)
+		cs.heard(none)
+		require.True(t, cs.serves && cs.lacks, "it has been switched off")
+	})
+	t.Run("the reason is clipped", func(t *testing.T) {
+		var d drain
+		d.ask(t0, false)
+		d.answer(t0, &cfg, refusedMessage(strings.Repeat("ü", maxReason)+"\xff"))
+		require.LessOrEqual(t, len(d.reason), maxReason)
+		require.True(t, strings.HasPrefix(d.reason, "üü"))
+	})
+}
+
+func TestTellingStates(t *testing.T) {
+	now := time.Now()
+	for name, c := range map[string]struct {
+		telling
+		due, over bool
+	}{
+		"not told":               {telling{}, true, false},
+		"under way":              {telling{phase: tellAsked}, false, false},
+		"kept, it moves":         {telling{phase: tellKept, until: now.Add(1)}, false, false},
+		"kept, it had its time":  {telling{phase: tellKept, until: now}, false, true},
+		"refused":                {telling{phase: tellRefused, until: now.Add(1)}, false, true},
+		"refused, some time ago": {telling{phase: tellRefused, until: now}, true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			require.Equal(t, c.due, c.telling.due(now), "due")
+			require.Equal(t, c.over, c.telling.over(now), "over")
+		})
+	}
+}
+
+// A peer that does not agree to what is kept is told again, less and less often.
+func TestRefusedKeepIsToldAgain(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		quic := w.connect(quicAddr)
+		quic.set(func() { quic.plain, quic.refuses = 1, "no" })
+		w.connect(tcpAddr).setPlain(1)
+		w.pass(time.Hour)
+		require.LessOrEqual(t, quic.timesKept(), 8+int(time.Hour/defaultMaxRetry))
+		require.GreaterOrEqual(t, quic.timesKept(), int(time.Hour/defaultMaxRetry)/2)
+		quic.set(func() { quic.refuses = "" })
+		w.pass(defaultMaxRetry + defaultInterval)
+		told := quic.timesKept()
+		w.pass(time.Hour)
+		require.Equal(t, told, quic.timesKept())
+	})
+}
 
 // D2: what the other end has not read keeps the connection.
 func TestUnreadAtThePeerKeepsTheConnection(t *testing.T) {
@@ -26,33 +179,63 @@ func TestUnreadAtThePeerKeepsTheConnection(t *testing.T) {
 		loser.set(func() { loser.unread = 1 })
 		w.pass(time.Hour)
 		require.False(t, loser.IsClosed())
-		require.Contains(t, w.m.Explain(higher).Conns[1].State, "waiting for the peer to have done with it")
-		require.Equal(t, 1, loser.timesAsked(), "it is asked once")
+		require.Contains(t, w.m.Explain(higher).Conns[1].State, "the peer has not done with it")
+		require.LessOrEqual(t, loser.timesAsked(), int(time.Hour/defaultInterval)+10)
+		loser.mu.Lock()
+		require.EqualValues(t, longLease/time.Second, loser.leases[len(loser.leases)-1])
+		loser.mu.Unlock()
+		require.Empty(t, loser.pipes(), "no stream is held while anybody waits")
 		loser.set(func() { loser.unread = 0 })
-		w.pass(time.Second)
-		require.True(t, loser.pruned(), "as soon as the peer says that it has done")
+		w.pass(defaultInterval + time.Second)
+		require.True(t, loser.pruned(), "soon after the peer has done")
+	})
+}
+
+// While a stream here keeps the connection, the peer is asked no more than the lease needs.
+func TestLeaseIsRenewed(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connect(quicAddr)
+		loser := w.connect(tcpAddr)
+		loser.setPlain(1)
+		w.pass(10 * time.Minute)
+		asked := loser.timesAsked()
+		w.pass(time.Hour)
+		require.InDelta(t, time.Hour/(longLease/3), loser.timesAsked()-asked, 2)
 	})
 }
 
 // D3: a stream that comes after Drained cancels nothing, but what came of it the peer
 // may not have read, so it is asked again.
 func TestStreamAfterDrained(t *testing.T) {
-	inVirtualTime(t, func(t *testing.T) {
-		w := newWorld(t, higher)
-		w.connect(quicAddr)
-		loser := w.connect(tcpAddr)
-		w.pass(defaultSettleDelay + defaultQuietTime/2)
-		require.Equal(t, 1, loser.timesAsked(), "fake peers answer at once")
-		loser.setPlain(1)
-		w.pass(maxQuietGap)
-		loser.set(func() { loser.plain, loser.unread = 0, 1 })
-		w.pass(time.Hour)
-		require.False(t, loser.IsClosed())
-		require.Equal(t, 2, loser.timesAsked())
-		loser.set(func() { loser.unread = 0 })
-		w.pass(time.Second)
-		require.True(t, loser.pruned())
-	})
+	for name, stream := range map[string]func(w *world, c *fakeConn){
+		"that is seen": func(w *world, c *fakeConn) {
+			c.setPlain(1)
+			w.pass(maxQuietGap)
+			c.setPlain(0)
+		},
+		"between two looks": func(w *world, c *fakeConn) {
+			w.m.began(c, "/test/short/1.0.0", network.DirInbound)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, higher)
+				w.connect(quicAddr)
+				loser := w.connect(tcpAddr)
+				w.pass(defaultSettleDelay + defaultQuietTime/2)
+				require.Equal(t, 1, loser.timesAsked(), "fake peers answer at once")
+				stream(w, loser)
+				loser.set(func() { loser.unread = 1 })
+				w.pass(time.Hour)
+				require.False(t, loser.IsClosed())
+				require.Greater(t, loser.timesAsked(), 1)
+				loser.set(func() { loser.unread = 0 })
+				w.pass(defaultInterval + time.Second)
+				require.True(t, loser.pruned())
+			})
+		})
+	}
 }
 
 func TestPeerRefuses(t *testing.T) {
@@ -65,7 +248,7 @@ func TestPeerRefuses(t *testing.T) {
 		require.False(t, loser.IsClosed())
 		require.LessOrEqual(t, loser.timesAsked(), 8+int(time.Hour/defaultMaxRetry), "it is not asked all the time")
 		require.GreaterOrEqual(t, loser.timesAsked(), int(time.Hour/defaultMaxRetry)/2)
-		require.Contains(t, w.m.Explain(higher).Conns[1].State, "kept: the peer refused: we like")
+		require.Contains(t, w.m.Explain(higher).Conns[1].State, `kept: the peer refused: "we like`)
 		said := w.logs.FilterMessageSnippet("refused").All()
 		require.Len(t, said, 1, "each reason is said once")
 		require.NotContains(t, said[0].Message, "\n", "a peer cannot write lines of its own")
@@ -81,51 +264,82 @@ func TestPeerRefuses(t *testing.T) {
 func TestPeerThatDoesNotDrainAfterAll(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher)
-		w.connect(quicAddr)
-		loser := w.connect(tcpAddr)
+		quic, loser := w.connect(quicAddr), w.connect(tcpAddr)
+		quic.set(func() { quic.noDrain = true })
 		loser.set(func() { loser.noDrain = true })
-		w.pass(defaultSettleDelay + defaultPlainQuietTime - time.Millisecond)
+		w.pass(defaultPlainQuietTime - time.Millisecond)
 		require.False(t, loser.IsClosed())
-		w.pass(maxQuietGap)
+		w.pass(defaultSettleDelay + maxQuietGap)
 		require.True(t, loser.pruned(), "the quiet time of plain peers holds")
 	})
 }
 
-// The drain is off where the loser wins after all.
+// Where one connection's end serves requests and the other's does not, they are two
+// processes, of which each has one connection.
+func TestReplicaWithoutAManager(t *testing.T) {
+	for name, first := range map[string]bool{"the first": true, "the second": false} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, higher)
+				quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+				without := tcp
+				if first {
+					without = quic
+				}
+				without.set(func() { without.noDrain = true })
+				w.pass(time.Hour)
+				require.False(t, quic.IsClosed() || tcp.IsClosed())
+				require.Contains(t, w.m.Explain(higher).State, "different processes")
+				require.Empty(t, w.steered(), "the swarm chooses, as it would without a manager")
+			})
+		})
+	}
+}
+
+// The drain is off where the loser wins after all, and a peer that has agreed to lose it is
+// told that it is kept.
 func TestWinnerIsNotDrained(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher)
 		quic := w.connect(quicAddr)
 		tcp := w.connect(tcpAddr)
+		relay := w.connectLimited()
+		relay.setPlain(1)
 		tcp.set(func() { tcp.unread = 1 })
 		w.pass(2 * defaultSettleDelay)
-		require.Len(t, tcp.pipes(), 1, "it is asked")
+		require.Positive(t, tcp.timesAsked())
+		require.Zero(t, tcp.timesKept())
+		asked := tcp.timesAsked()
 		quic.Close()
-		w.pass(time.Millisecond)
-		require.Empty(t, tcp.pipes(), "the last connection is not drained")
+		w.pass(time.Hour)
+		require.Equal(t, asked, tcp.timesAsked(), "the last one without a limit is not drained")
+		require.Equal(t, 1, tcp.timesKept())
 		require.False(t, tcp.IsClosed())
 	})
 }
 
-// A message that was not asked for, or is none, ends the drain, and nothing else.
+// An answer that does not fit the request, or is none, counts as none.
 func TestWrongAnswersToDrain(t *testing.T) {
-	for name, answers := range map[string][]*pb.DrainMessage{
-		"drain":               {drainMessage()},
-		"no member":           {{}},
-		"drained twice":       {drainedMessage(), drainedMessage()},
-		"drained, many times": {drainedMessage(), drainedMessage(), drainedMessage(), drainedMessage(), drainedMessage()},
+	for name, answer := range map[string]*pb.DrainMessage{
+		"a request":     drainMessage(0),
+		"of the other":  keptMessage(),
+		"no member":     {},
+		"nothing":       nil,
+		"another's ask": keepMessage(),
 	} {
 		t.Run(name, func(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
 				w := newWorld(t, higher)
 				w.connect(quicAddr).open(1)
 				loser := w.connect(tcpAddr)
-				loser.setPlain(1) // so that an answer changes nothing yet
-				loser.set(func() { loser.answers = answers })
+				loser.set(func() { loser.answer = func(*pb.DrainMessage) *pb.DrainMessage { return answer } })
 				w.pass(time.Minute)
-				require.Empty(t, loser.pipes(), "it is off, until the next attempt")
+				require.Empty(t, loser.pipes())
 				require.False(t, loser.IsClosed())
-				loser.set(func() { loser.answers, loser.plain = nil, 0 })
+				require.Greater(t, loser.timesAsked(), 2, "it is asked again")
+				require.Less(t, loser.timesAsked(), 10, "less and less often")
+				require.Contains(t, w.m.Explain(higher).Conns[1].State, "the peer did not answer")
+				loser.set(func() { loser.answer = nil })
 				w.pass(defaultMaxRetry + defaultInterval + defaultQuietTime)
 				require.True(t, loser.pruned())
 			})
@@ -133,72 +347,90 @@ func TestWrongAnswersToDrain(t *testing.T) {
 	}
 }
 
-// asked opens the peer's drain stream on c: the manager under test is the peer of the
-// one that drains. It returns the other end.
-func (w *world) asked(c *fakeConn) *fakePipe {
-	here, there := net.Pipe()
-	s := &fakePipe{pipe: here, conn: c}
-	c.mu.Lock()
-	c.streams = append(c.streams, s)
-	c.mu.Unlock()
-	go w.m.handleDrain(s)
-	w.t.Cleanup(func() { _ = there.Close() })
-	return &fakePipe{pipe: there, conn: c}
+// A peer that takes its time to answer, or never does, holds nothing up.
+func TestAnswerThatDoesNotCome(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithConcurrency(1))
+		w.connect(quicAddr)
+		loser := w.connect(tcpAddr)
+		loser.set(func() { loser.silent = true })
+		w.pass(defaultSettleDelay + openTimeout + time.Second)
+		require.False(t, loser.IsClosed())
+		other := higher + "2"
+		w.net.identify(other, DrainID)
+		w.net.connect(other, relayAddr, true).open(1)
+		direct := w.net.connect(other, quicAddr, false)
+		w.pass(fastSettle + rtt + 2*minRoundGap)
+		require.Equal(t, 1, direct.count())
+	})
 }
 
-// answered returns what the manager under test has answered, or nil if nothing, and
-// whether it has ended the stream.
-func answered(s *fakePipe) (m *pb.DrainMessage, ended bool) {
-	_ = s.SetReadDeadline(time.Now().Add(time.Millisecond))
-	m, err := readDrain(bufio.NewReader(s))
-	synctest.Wait()
-	if err != nil {
-		return nil, err == io.EOF || strings.Contains(err.Error(), "closed")
-	}
-	return m, false
-}
-
-// D1: from Drain on, nothing is opened on the connection, and Drained comes when there is
-// nothing else on it.
+// D1: from Drain on, nothing is opened on the connection, for the length of the lease, and
+// Drained comes when there is nothing else on it.
 func TestPledge(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
-		w := newWorld(t, lower, WithTakeover(1000))
+		w := newWorld(t, lower, WithTakeover(time.Hour))
 		quic := w.connect(quicAddr)
 		tcp := w.connect(tcpAddr)
 		tcp.setPlain(1)
 		quic.setPlain(1)
-		w.pass(defaultSettleDelay)
-		require.Equal(t, quic, w.m.steer(t.Context(), lower), "by its own policy")
+		w.pass(2 * defaultSettleDelay)
+		require.Equal(t, quic.id, w.steered(), "by its own policy")
 
-		s := w.asked(quic)
-		require.NoError(t, writeDrain(s, drainMessage()))
-		synctest.Wait()
-		require.Equal(t, tcp, w.m.steer(t.Context(), lower), "at once")
+		require.NotNil(t, w.request(quic, drainMessage(0)).GetBusy(), "there is a stream")
+		require.Equal(t, tcp.id, w.steered(), "at once")
 		require.Contains(t, w.m.Explain(lower).String(), "the peer wants to close it")
-		w.pass(time.Minute)
-		require.Equal(t, tcp, w.m.steer(t.Context(), lower), "it stays so")
-		m, ended := answered(s)
-		require.Nil(t, m, "there is a stream")
-		require.False(t, ended)
+		for range 3 {
+			w.pass(shortLease - time.Second)
+			require.Equal(t, tcp.id, w.steered(), "for as long as it is renewed")
+			require.NotNil(t, w.request(quic, drainMessage(0)).GetBusy())
+		}
 		quic.setPlain(0)
-		w.pass(defaultInterval + defaultQuietTime + maxQuietGap)
-		m, _ = answered(s)
-		require.NotNil(t, m.GetDrained())
+		w.pass(defaultInterval)
+		busy := w.request(quic, drainMessage(0)).GetBusy()
+		if busy != nil { // seen late
+			w.pass(time.Duration(busy.GetWait()) * time.Millisecond)
+		}
+		require.NotNil(t, w.request(quic, drainMessage(0)).GetDrained())
+		require.NotNil(t, w.request(quic, drainMessage(0)).GetDrained(), "as often as it is asked")
 
-		require.NoError(t, writeDrain(s, drainMessage()))
-		w.pass(defaultQuietTime + maxQuietGap)
-		m, _ = answered(s)
-		require.NotNil(t, m.GetDrained(), "as often as it is asked")
-
-		require.NoError(t, s.pipe.Close())
-		w.pass(time.Millisecond)
-		require.Equal(t, quic, w.m.steer(t.Context(), lower), "the drain is off")
-		w.pass(time.Minute)
-		require.Empty(t, w.m.pledges)
+		w.pass(shortLease - time.Second)
+		require.Equal(t, tcp.id, w.steered())
+		w.pass(time.Second + (patienceIntervals+1)*defaultInterval)
+		require.Equal(t, quic.id, w.steered(), "the lease has ended by itself")
 	})
 }
 
-// D1: at once also where a round is under way, which takes as long as its migrations.
+// The lease is what the peer asks for, within bounds.
+func TestLease(t *testing.T) {
+	for name, c := range map[string]struct {
+		seconds uint32
+		want    time.Duration
+	}{
+		"not given": {0, shortLease},
+		"short":     {5, 5 * time.Second},
+		"long":      {600, longLease},
+		"too long":  {601, longLease},
+		"for ever":  {math.MaxUint32, longLease},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, lower)
+				quic := w.connect(quicAddr)
+				w.connect(tcpAddr)
+				w.pass(defaultSettleDelay)
+				w.request(quic, drainMessage(c.seconds))
+				pledged := func() bool { return w.m.Explain(lower).Conns[1].RuledOut == "the peer wants to close it" }
+				w.pass(c.want - time.Millisecond)
+				require.True(t, pledged())
+				w.pass(time.Millisecond)
+				require.False(t, pledged())
+			})
+		})
+	}
+}
+
+// D1: at once also while streams move, which takes as long as it does.
 func TestPledgeDuringARound(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, lower)
@@ -206,25 +438,18 @@ func TestPledgeDuringARound(t *testing.T) {
 		tcp.open(1)
 		w.pass(defaultSettleDelay)
 		w.mover.setAnswer(func(*fakeStream) error { return errHang })
-		ctx, cancel := context.WithCancel(t.Context())
-		ended := make(chan struct{})
-		go func() {
-			defer close(ended)
-			_, _ = w.m.Consolidate(ctx, lower)
-		}()
-		synctest.Wait()
-		require.Equal(t, quic, w.m.steer(t.Context(), lower))
-		s := w.asked(quic)
-		require.NoError(t, writeDrain(s, drainMessage()))
+		go func() { _, _ = w.m.Consolidate(t.Context(), lower) }()
+		w.pass(rtt)
+		require.Equal(t, quic.id, w.steered())
+		require.NotNil(t, w.request(quic, drainMessage(0)).GetBusy(), "streams move there")
+		require.Equal(t, tcp.id, w.steered())
 		w.pass(time.Second)
-		require.Equal(t, tcp, w.m.steer(t.Context(), lower))
-		cancel()
-		<-ended
+		require.Equal(t, tcp.id, w.steered())
 	})
 }
 
 // That the peer wants to close a loser is no reason to have another winner, and least of
-// all at once: the streams of drains that begin look like ones that cannot move.
+// all at once.
 func TestPledgeForALoserLeavesTheWinner(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher, WithPolicy(policy.Chain(policy.PinnedStreams())))
@@ -232,11 +457,11 @@ func TestPledgeForALoserLeavesTheWinner(t *testing.T) {
 		for _, c := range conns {
 			c.setPlain(1)
 		}
-		w.pass(defaultSettleDelay)
+		w.pass(2 * defaultSettleDelay)
 		var winner *fakeConn
 		var losers []*fakeConn
 		for _, c := range conns {
-			if w.m.steer(t.Context(), higher) == network.Conn(c) {
+			if w.steered() == c.id {
 				winner = c
 			} else {
 				losers = append(losers, c)
@@ -244,39 +469,128 @@ func TestPledgeForALoserLeavesTheWinner(t *testing.T) {
 		}
 		require.Len(t, losers, 2)
 		losers[0].setPlain(2) // for a moment
-		s := w.asked(losers[1])
-		require.NoError(t, writeDrain(s, drainMessage()))
-		w.pass(time.Millisecond)
-		require.Equal(t, winner, w.m.steer(t.Context(), higher))
+		require.NotNil(t, w.request(losers[1], drainMessage(5)).GetBusy())
+		w.pass(minRoundGap)
+		require.Equal(t, winner.id, w.steered())
 		losers[0].setPlain(1)
-		w.pass(time.Minute)
-		require.Equal(t, winner, w.m.steer(t.Context(), higher))
-
+		w.pass(4 * time.Second)
+		require.Equal(t, winner.id, w.steered())
 		losers[0].setPlain(2)
-		require.NoError(t, s.pipe.Close())
-		w.pass(time.Millisecond)
-		require.Equal(t, winner, w.m.steer(t.Context(), higher), "nor that it does not want to any more")
+		w.pass(time.Second + minRoundGap)
+		require.Equal(t, winner.id, w.steered(), "nor that it does not want to any more")
 	})
 }
 
-// D1: the quiet time before Drained.
+// D1: the quiet time before Drained, and how long there is to wait for it.
 func TestDrainedComesAfterAQuietTime(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, lower)
 		quic := w.connect(quicAddr)
 		w.connect(tcpAddr)
-		s := w.asked(quic)
-		require.NoError(t, writeDrain(s, drainMessage()))
-		w.pass(defaultQuietTime - 2*time.Millisecond)
-		m, _ := answered(s)
-		require.Nil(t, m)
-		w.pass(2 * time.Millisecond)
-		m, _ = answered(s)
-		require.NotNil(t, m.GetDrained())
+		w.pass(time.Second)
+		require.EqualValues(t, 1000, w.request(quic, drainMessage(0)).GetBusy().GetWait())
+		w.pass(time.Second - time.Millisecond)
+		require.EqualValues(t, 1, w.request(quic, drainMessage(0)).GetBusy().GetWait())
+		w.m.began(quic, "/test/short/1.0.0", network.DirInbound)
+		w.pass(time.Millisecond)
+		require.EqualValues(t, 1999, w.request(quic, drainMessage(0)).GetBusy().GetWait(), "there was a stream")
+		w.pass(1999 * time.Millisecond)
+		require.NotNil(t, w.request(quic, drainMessage(0)).GetDrained())
+	})
+}
+
+// K1: Keep takes Drain back, at once.
+func TestKeepTakesDrainBack(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+		w.pass(2 * defaultSettleDelay)
+		require.NotNil(t, w.request(quic, drainMessage(600)).GetDrained())
+		require.Equal(t, tcp.id, w.steered())
+		require.NotNil(t, w.request(quic, keepMessage()).GetKept())
+		w.pass(minRoundGap)
+		require.Equal(t, quic.id, w.steered())
+		require.Empty(t, w.m.Explain(lower).Conns[0].RuledOut)
+		require.NotNil(t, w.request(tcp, drainMessage(0)).GetDrained(), "it is one that can take the other's place again")
+	})
+}
+
+// K1: Drain on the connection that was to be kept ends that.
+func TestDrainTakesKeepBack(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+		w.pass(2 * defaultSettleDelay)
+		require.NotNil(t, w.request(tcp, keepMessage()).GetKept())
+		w.pass(minRoundGap)
+		require.Equal(t, tcp.id, w.steered())
+		require.Nil(t, w.request(tcp, drainMessage(0)).GetRefused())
+		require.Equal(t, quic.id, w.steered())
+		w.pass(minRoundGap)
+		require.Equal(t, quic.id, w.steered())
+	})
+}
+
+func TestKeepIsRefused(t *testing.T) {
+	for name, c := range map[string]struct {
+		peer   func(w *world) *fakeConn
+		us     bool // decide
+		reason string
+	}{
+		"by the one that decides": {func(w *world) *fakeConn {
+			w.connect(tcpAddr)
+			return w.connect(quicAddr)
+		}, true, "this side decides"},
+		"limited, and another one is not": {func(w *world) *fakeConn {
+			w.connect(tcpAddr)
+			return w.connectLimited()
+		}, false, "it is limited, and there is one that is not"},
+		"it is being closed": {func(w *world) *fakeConn {
+			w.connect(quicAddr)
+			tcp := w.connect(tcpAddr)
+			tcp.blocks = make(chan struct{})
+			w.t.Cleanup(func() { close(tcp.blocks) })
+			_, err := w.m.Consolidate(w.t.Context(), lower)
+			require.NoError(w.t, err)
+			w.pass(10 * time.Second)
+			return tcp
+		}, false, "it is being closed"},
+		"the manager is closed": {func(w *world) *fakeConn {
+			w.connect(tcpAddr)
+			quic := w.connect(quicAddr)
+			w.pass(time.Millisecond)
+			return quic
+		}, false, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				p := lower
+				if c.us {
+					p = higher
+				}
+				w := newWorld(t, p)
+				conn := c.peer(w)
+				w.pass(time.Millisecond)
+				if c.reason == "" {
+					require.NoError(t, w.m.Close())
+					require.Nil(t, w.request(conn, keepMessage()), "it answers nothing any more")
+					return
+				}
+				require.Equal(t, c.reason, w.request(conn, keepMessage()).GetRefused().GetReason())
+			})
+		})
+	}
+	t.Run("not where it is the only one", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			require.NotNil(t, w.request(w.connect(quicAddr), keepMessage()).GetKept())
+			require.Empty(t, w.m.peers, "nothing is kept of it")
+		})
 	})
 }
 
 func TestRefusals(t *testing.T) {
+	const noOther = "there is no other connection that could take its place"
 	for name, c := range map[string]struct {
 		peer   func(w *world) *fakeConn // returns the connection to drain
 		opts   []Option
@@ -284,46 +598,72 @@ func TestRefusals(t *testing.T) {
 	}{
 		"last connection": {func(w *world) *fakeConn {
 			return w.connect(quicAddr)
-		}, nil, "there is no other connection that could take its place"},
+		}, nil, noOther},
 		"unlimited, and the other one is not": {func(w *world) *fakeConn {
 			w.connectLimited()
 			return w.connect(quicAddr)
-		}, nil, "there is no other connection that could take its place"},
+		}, nil, noOther},
 		"the other one is about to be closed by the peer": {func(w *world) *fakeConn {
 			tcp, quic := w.connect(tcpAddr), w.connect(quicAddr)
-			require.NoError(w.t, writeDrain(w.asked(tcp), drainMessage()))
-			synctest.Wait()
+			require.Nil(w.t, w.request(tcp, drainMessage(0)).GetRefused())
 			return quic
-		}, nil, "there is no other connection that could take its place"},
+		}, nil, noOther},
 		"the other one is being closed by this side": {func(w *world) *fakeConn {
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 			tcp.blocks = make(chan struct{}) // closing it takes a while
 			w.t.Cleanup(func() { close(tcp.blocks) })
 			_, err := w.m.Consolidate(w.t.Context(), lower)
 			require.NoError(w.t, err)
-			w.pass(defaultQuietTime + time.Second)
+			w.pass(10 * time.Second)
 			return quic
-		}, nil, "there is no other connection that could take its place"},
+		}, nil, noOther},
 		"exempt": {func(w *world) *fakeConn {
 			w.connect(tcpAddr)
 			return w.connect(quicAddr)
 		}, []Option{WithExempt(ExemptConn("we measure it", func(c network.Conn) bool { return c.RemoteMultiaddr().String() == quicAddr }))}, "we measure it"},
+		"it stands by": {func(w *world) *fakeConn {
+			w.connect(tcpAddr)
+			return w.connect(quicAddr)
+		}, []Option{WithStandby()}, "it stands by"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
 				w := newWorld(t, lower, c.opts...)
 				conn := c.peer(w)
 				w.pass(defaultSettleDelay)
-				s := w.asked(conn)
-				require.NoError(t, writeDrain(s, drainMessage()))
-				m, _ := answered(s)
-				require.Equal(t, c.reason, m.GetRefused().GetReason())
-				_, ended := answered(s)
-				require.True(t, ended)
-				require.Zero(t, w.m.pledges[conn])
+				require.Equal(t, c.reason, w.request(conn, drainMessage(0)).GetRefused().GetReason())
+				for _, e := range w.m.Explain(lower).Conns {
+					if e.Conn.ID == conn.id {
+						require.Empty(t, e.RuledOut)
+					}
+				}
 			})
 		})
 	}
+	t.Run("not where a third one stands by", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower, WithStandby())
+			w.connect(tcpAddr)
+			w.connect(tcpAddr)
+			quic := w.connect(quicAddr)
+			w.pass(defaultSettleDelay)
+			require.Nil(t, w.request(quic, drainMessage(0)).GetRefused())
+		})
+	})
+	t.Run("a refusal ends the lease", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+			w.pass(defaultSettleDelay)
+			require.Nil(t, w.request(quic, drainMessage(0)).GetRefused())
+			tcp.Close()
+			w.pass(minRoundGap)
+			require.NotNil(t, w.request(quic, drainMessage(0)).GetRefused())
+			w.connect(tcpAddr)
+			w.pass(2 * defaultSettleDelay)
+			require.Equal(t, quic.id, w.steered())
+		})
+	})
 }
 
 // A controller keeps what it keeps.
@@ -333,44 +673,33 @@ func TestControllerRefusesToLoseItsWinner(t *testing.T) {
 		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 		tcp.set(func() { tcp.unread = 1 })
 		w.pass(2 * defaultSettleDelay)
-		s := w.asked(quic)
-		require.NoError(t, writeDrain(s, drainMessage()))
-		m, _ := answered(s)
-		require.Equal(t, "this side decides, and keeps it", m.GetRefused().GetReason())
-		s = w.asked(tcp)
-		require.NoError(t, writeDrain(s, drainMessage()))
+		require.Equal(t, "this side decides, and keeps it", w.request(quic, drainMessage(0)).GetRefused().GetReason())
+		require.Nil(t, w.request(tcp, drainMessage(0)).GetRefused(), "both may ask for the same one")
 		tcp.set(func() { tcp.unread = 0 })
-		w.pass(defaultQuietTime + time.Second)
-		require.True(t, tcp.pruned(), "both may drain the same connection")
+		w.pass(defaultInterval + defaultQuietTime + time.Second)
+		require.True(t, tcp.pruned())
+		require.False(t, quic.IsClosed())
 	})
 }
 
-// D4: both drain at once, each the connection that the other one keeps.
+// D4: both ask at once, each for the connection that the other one keeps.
 func TestBothDrainAtOnce(t *testing.T) {
-	// The follower has been told to consolidate, so it drains although the peer decides.
-	setUp := func(t *testing.T) (w *world, keep, drains *fakeConn) {
-		w = newWorld(t, lower)
-		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
-		tcp.set(func() { tcp.unread = 1 })
-		w.pass(defaultSettleDelay)
-		_, err := w.m.Consolidate(t.Context(), lower)
-		require.NoError(t, err)
-		synctest.Wait()
-		require.Equal(t, 1, tcp.timesAsked())
-		return w, quic, tcp
-	}
 	t.Run("the higher peer ID gives up its own", func(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
-			w, quic, tcp := setUp(t)
-			quic.set(func() { quic.unread = 1 }) // lest it be closed by this side, too
-			s := w.asked(quic)
-			require.NoError(t, writeDrain(s, drainMessage()))
-			w.pass(defaultQuietTime + maxQuietGap)
-			require.Empty(t, tcp.pipes(), "its own drain is off")
-			m, _ := answered(s)
-			require.NotNil(t, m.GetDrained(), "%v", m)
+			w := newWorld(t, lower)
+			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+			tcp.set(func() { tcp.unread = 1 })
+			w.pass(defaultSettleDelay)
+			// The follower has been told to consolidate, so it asks although the peer decides.
+			_, err := w.m.Consolidate(t.Context(), lower)
+			require.NoError(t, err)
+			w.pass(defaultQuietTime)
+			require.Positive(t, tcp.timesAsked())
+			require.NotNil(t, w.request(quic, drainMessage(600)).GetDrained())
+			asked := tcp.timesAsked()
 			tcp.set(func() { tcp.unread = 0 })
-			w.pass(time.Hour)
+			w.pass(9 * time.Minute)
+			require.Equal(t, asked, tcp.timesAsked(), "it asks no more")
 			require.False(t, tcp.IsClosed(), "it is the one that is left when the peer closes the other")
 			quic.Close()
 			w.pass(time.Hour)
@@ -380,19 +709,16 @@ func TestBothDrainAtOnce(t *testing.T) {
 	t.Run("the lower peer ID refuses", func(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w := newWorld(t, higher)
-			w.net.identify(higher, DrainID)
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
-			w.pass(defaultSettleDelay)
 			tcp.set(func() { tcp.unread = 1 })
-			w.pass(time.Millisecond)
+			w.pass(2 * defaultSettleDelay)
 			w.m.mu.Lock()
 			w.m.peers[higher].winner = nil // as if it had changed its mind
 			w.m.mu.Unlock()
-			s := w.asked(quic)
-			require.NoError(t, writeDrain(s, drainMessage()))
-			m, _ := answered(s)
-			require.Equal(t, "this side is draining the others", m.GetRefused().GetReason())
-			require.Len(t, tcp.pipes(), 1, "its own drain goes on")
+			require.Equal(t, "this side wants to close the others", w.request(quic, drainMessage(0)).GetRefused().GetReason())
+			asked := tcp.timesAsked()
+			w.pass(time.Minute)
+			require.Greater(t, tcp.timesAsked(), asked, "it goes on to ask")
 		})
 	})
 }
@@ -404,13 +730,11 @@ func TestWinnerFailsDuringTheDrain(t *testing.T) {
 			w := newWorld(t, lower)
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 			w.pass(defaultSettleDelay)
-			s := w.asked(quic)
-			require.NoError(t, writeDrain(s, drainMessage()))
-			synctest.Wait()
-			require.Equal(t, tcp, w.m.steer(t.Context(), lower))
+			w.request(quic, drainMessage(0))
+			require.Equal(t, tcp.id, w.steered())
 			tcp.Close()
 			w.pass(time.Second)
-			require.NotEqual(t, tcp, w.m.steer(t.Context(), lower), "nothing is steered to a closed connection")
+			require.NotEqual(t, tcp.id, w.steered(), "nothing is steered to a closed connection")
 			require.False(t, quic.IsClosed())
 		})
 	})
@@ -418,56 +742,110 @@ func TestWinnerFailsDuringTheDrain(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w := newWorld(t, higher)
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
-			w.pass(defaultSettleDelay)
+			w.pass(defaultSettleDelay + minRoundGap)
 			require.Equal(t, 1, tcp.timesAsked())
 			quic.set(func() { quic.silent = true })
-			w.pass(defaultQuietTime + defaultProbeTime + time.Second)
+			w.pass(defaultQuietTime + defaultInterval + defaultProbeTime + time.Second)
 			require.False(t, tcp.IsClosed(), "the winner does not answer any more")
-			require.Equal(t, tcp, w.m.steer(t.Context(), higher), "new streams go to the one that does")
+			require.Equal(t, tcp.id, w.steered(), "new streams go to the one that does")
+			w.pass(time.Hour)
+			require.False(t, tcp.IsClosed())
 		})
 	})
 }
 
-// The wire: what is no Drain is a violation, and costs nothing but its stream.
-func TestDrainFromAHostilePeer(t *testing.T) {
+// The wire: what is no request is a violation, changes nothing, and costs nothing but its
+// stream.
+func TestRequestsFromAHostilePeer(t *testing.T) {
 	for name, bytes := range map[string]string{
 		"nothing":       "",
-		"oversized":     "\xff\xff\x7f",
+		"oversized":     "\x81\x08" + strings.Repeat("\x00", 1025),
+		"announced":     "\xff\xff\x7f",
 		"endless size":  strings.Repeat("\xff", 20),
 		"no member":     "\x00",
 		"drained":       "\x02\x12\x00",
 		"refused":       "\x02\x1a\x00",
+		"kept":          "\x02\x2a\x00",
+		"busy":          "\x02\x32\x00",
 		"malformed":     "\x03\x0a\x05\x01",
 		"half a drain":  "\x02\x0a",
 		"unknown field": "\x03\xa2\x06\x00",
 	} {
 		t.Run(name, func(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
-				w := newWorld(t, lower)
+				w := newWorld(t, lower, WithTakeover(time.Hour))
 				quic := w.connect(quicAddr)
 				w.connect(tcpAddr)
-				s := w.asked(quic)
-				go func() { _, _ = s.Write([]byte(bytes)) }()
+				w.pass(2 * defaultSettleDelay)
+				far := w.incoming(quic)
+				_, err := far.Write([]byte(bytes))
+				require.NoError(t, err)
+				if name != "nothing" && name != "half a drain" {
+					w.pass(0)
+					_, err := readDrain(far)
+					var reset *network.StreamError
+					require.ErrorAs(t, err, &reset, "at once")
+					require.Equal(t, network.StreamProtocolViolation, reset.ErrorCode)
+				}
 				w.pass(openTimeout)
-				m, ended := answered(s)
-				require.Nil(t, m)
-				require.True(t, ended)
-				require.Empty(t, w.m.pledges)
+				_, err = readDrain(far)
+				require.ErrorIs(t, err, network.ErrReset)
 				require.Empty(t, quic.pipes())
+				require.Equal(t, quic.id, w.steered(), "nothing has changed")
+				for _, c := range w.m.Explain(lower).Conns {
+					require.Empty(t, c.RuledOut)
+				}
 			})
 		})
 	}
-	t.Run("many", func(t *testing.T) {
+	t.Run("unknown fields are ignored", func(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w := newWorld(t, lower)
 			quic := w.connect(quicAddr)
 			w.connect(tcpAddr)
-			for range 100 {
-				require.NoError(t, writeDrain(w.asked(quic), drainMessage()))
-				synctest.Wait()
+			w.pass(2 * defaultSettleDelay)
+			far := w.incoming(quic)
+			_, err := far.Write([]byte("\x09\x0a\x04\x08\x05\x10\x01\xa2\x06\x00"))
+			require.NoError(t, err)
+			w.pass(0)
+			answer, err := readDrain(far)
+			require.NoError(t, err)
+			require.NotNil(t, answer.GetDrained())
+		})
+	})
+	t.Run("a flood", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+			w.pass(defaultSettleDelay)
+			for i := range 1000 {
+				w.request([]*fakeConn{quic, tcp}[i%2], []*pb.DrainMessage{drainMessage(uint32(i)), keepMessage()}[i/2%2])
 			}
-			require.Len(t, w.m.pledges, 1, "one for each connection")
-			require.Len(t, quic.pipes(), 1, "the last one's")
+			require.Empty(t, quic.pipes())
+			require.Empty(t, tcp.pipes())
+			w.m.mu.Lock()
+			require.Len(t, w.m.peers, 1)
+			require.Len(t, w.m.peers[lower].conns, 2, "one entry for each connection")
+			require.LessOrEqual(t, len(w.m.due), 1)
+			w.m.mu.Unlock()
+			require.Len(t, w.m.usage.of, 2)
+			quic.Close()
+			w.pass(time.Second)
+			require.Empty(t, w.m.peers)
+			require.Empty(t, w.m.usage.of)
+			require.False(t, tcp.IsClosed())
+		})
+	})
+	t.Run("without duplicates", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			quic := w.connect(quicAddr)
+			for range 100 {
+				require.NotNil(t, w.request(quic, drainMessage(0)).GetRefused())
+				require.NotNil(t, w.request(quic, keepMessage()).GetKept())
+			}
+			require.Empty(t, w.m.peers, "nothing is kept of it")
+			require.Empty(t, w.m.usage.of)
 		})
 	})
 }
@@ -477,18 +855,23 @@ func TestCloseWhileDraining(t *testing.T) {
 		w := newWorld(t, higher)
 		w.connect(quicAddr)
 		tcp := w.connect(tcpAddr)
-		tcp.set(func() { tcp.unread = 1 })
-		w.pass(2 * defaultSettleDelay)
-		s := w.asked(tcp)
-		require.NoError(t, writeDrain(s, drainMessage()))
+		tcp.set(func() { tcp.silent = true })
+		w.pass(defaultSettleDelay / 2)
+		tcp.set(func() { tcp.silent = false })
+		w.pass(time.Minute)
+		tcp.Close()
+		tcp = w.connect(tcpAddr)
+		tcp.set(func() { tcp.delay = time.Second })
+		w.pass(3 * time.Second)
+		far := w.incoming(tcp) // which says nothing
 		synctest.Wait()
 		start := time.Now()
 		require.NoError(t, w.m.Close())
 		require.Zero(t, time.Since(start))
 		synctest.Wait()
-		require.Empty(t, tcp.pipes(), "all drains are off")
-		s = w.asked(tcp)
-		_, ended := answered(s)
-		require.True(t, ended)
+		require.Empty(t, tcp.pipes(), "all requests have ended")
+		_, err := readDrain(far)
+		require.Error(t, err)
+		require.Nil(t, w.request(tcp, drainMessage(0)))
 	})
 }

@@ -1,9 +1,11 @@
 package connmgr
 
 import (
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 	"github.com/stretchr/testify/require"
 )
 
@@ -16,12 +18,17 @@ func TestExplain(t *testing.T) {
 			w.connect(tcpAddr)
 			direct := w.connect(quicAddr)
 			direct.open(1)
-			w.pass(2 * time.Second)
-			require.Equal(t, "peer "+higher.String()+": consolidating; this side decides: it has the lower peer ID\n"+
-				"  1. quic direct "+quicAddr+" (conn-3), 1 stream (1 labelled, 0 pinned): kept\n"+
-				"  2. tcp direct "+tcpAddr+" (conn-2), 0 streams (0 labelled, 0 pinned), rule transport: quic over tcp: quiet for 1 s of 2 s, then closed\n"+
-				"  3. limited relay "+relayAddr+" (conn-1), 2 streams (0 labelled, 2 pinned), rule unlimited: true over false: kept until 2 streams that cannot move have ended",
-				w.m.Explain(higher).String())
+			explained := func(tcp string) string {
+				return "peer " + higher.String() + ": consolidating; this side decides: it has the lower peer ID\n" +
+					"  1. quic direct " + quicAddr + " (conn-3), 1 stream (1 labelled, 0 pinned): kept\n" +
+					"  2. tcp direct " + tcpAddr + " (conn-2), 0 streams (0 labelled, 0 pinned), rule transport: quic over tcp: " + tcp + "\n" +
+					"  3. limited relay " + relayAddr + " (conn-1), 2 streams (0 labelled, 2 pinned), rule unlimited: true over false: kept until 2 streams that cannot move have ended"
+			}
+			w.pass(1500 * time.Millisecond)
+			require.Equal(t, explained("quiet for 1.5 s of 2 s, then closed"), w.m.Explain(higher).String())
+			w.pass(time.Second)
+			require.Equal(t, explained("quiet for 2.5 s; closed when the winner has proved itself, in 500 ms"), w.m.Explain(higher).String())
+			require.Equal(t, "alive", w.m.Explain(higher).Conns[1].Path)
 		})
 	})
 	t.Run("states", func(t *testing.T) {
@@ -29,23 +36,25 @@ func TestExplain(t *testing.T) {
 			w := newWorld(t, higher)
 			require.Equal(t, "no connection", line(w))
 			relay := w.connectLimited()
-			require.Equal(t, "one connection, nothing to do", line(w))
+			require.Equal(t, "one connection, through a relay that limits it", line(w))
 			s := relay.open(1)[0]
 			w.mover.setAnswer(func(*fakeStream) error { return errFakeReset })
 			direct := w.connect(quicAddr)
-			w.pass(250 * time.Millisecond)
-			require.Equal(t, "settling for another 750 ms", line(w))
-			w.pass(800 * time.Millisecond)
+			w.pass(25 * time.Millisecond)
+			require.Equal(t, "settling for another 75 ms, since all others are limited", line(w))
+			w.pass(fastSettle)
 			require.Equal(t, "1 stream moving", line(w))
 			w.pass(100 * time.Millisecond)
-			require.Equal(t, "1 stream failed to move, next attempt in 950 ms", line(w))
-			require.Equal(t, "1 stream to move", w.m.Explain(higher).Conns[1].State)
+			require.Equal(t, "1 stream failed to move, next attempt in 975 ms", line(w))
+			require.Equal(t, "1 stream failed to move, next attempt in 975 ms", w.m.Explain(higher).Conns[1].State)
 			relay.remove(s)
 			w.pass(time.Minute)
 			require.Equal(t, "one connection, nothing to do", line(w))
 			second := w.connect(quicAddr)
 			second.setPlain(1)
 			direct.open(1)
+			w.pass(250 * time.Millisecond)
+			require.Equal(t, "settling for another 750 ms", line(w))
 			w.pass(time.Minute)
 			direct.setPlain(9)
 			w.pass(defaultInterval)
@@ -59,23 +68,89 @@ func TestExplain(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w := newWorld(t, lower)
 			relay := w.connectLimited()
-			relay.open(1)
-			relay.set(func() { relay.noDrain = true })
+			relay.openTheirs(1)
+			relay.setPlain(1)
 			direct := w.connect(quicAddr)
 			direct.open(1)
 			w.pass(3 * time.Second)
 			e := w.m.Explain(lower)
 			require.False(t, e.Controller)
 			require.Equal(t, "the peer has the lower peer ID", e.Reason)
-			require.Equal(t, "following, takes over in 8 s if nothing happens", e.State)
+			require.Equal(t, "following, takes over in 7 s if nothing happens", e.State)
+			require.Equal(t, "kept until 2 streams that cannot move have ended", e.Conns[1].State)
 			w.pass(time.Minute)
 			require.Equal(t, "taken over, since the peer did nothing", line(w))
-			require.Contains(t, w.m.Explain(lower).Conns[1].State, "of 1 m 10 s, then closed")
 		})
 	})
 	t.Run("no network", func(t *testing.T) {
 		w := newBareWorld(t, higher)
 		require.Equal(t, "the manager has not met a network yet", line(w))
+	})
+	t.Run("paths", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+			quic.set(func() { quic.silent, quic.plain = true, 1 })
+			tcp.set(func() { tcp.delay, tcp.plain = time.Second, 1 })
+			w.pass(defaultSettleDelay - time.Millisecond)
+			require.Equal(t, []string{"unknown", "unknown"}, pathsOf(w))
+			w.pass(minRoundGap + defaultProbeTime)
+			require.Equal(t, []string{"alive", "silent"}, pathsOf(w))
+			require.Equal(t, "it does not answer", w.m.Explain(higher).Conns[1].RuledOut)
+			require.Contains(t, w.m.Explain(higher).Conns[1].State, "it does not answer")
+		})
+	})
+}
+
+func pathsOf(w *world) []string {
+	var paths []string
+	for _, c := range w.m.Explain(w.peer).Conns {
+		paths = append(paths, c.Path)
+	}
+	return paths
+}
+
+// A peer with one connection that is limited: what that means, and until when.
+func TestExplainOnlyALimitedConnection(t *testing.T) {
+	w := newBareWorld(t, higher)
+	relay := w.connectLimited()
+	e := w.m.Explain(higher)
+	require.Equal(t, "one connection, through a relay that limits it", e.State)
+	require.Equal(t, "the only one; the relay cuts it when its limit is reached, and streams on it end then unless a direct connection comes before", e.Conns[0].State)
+	require.Zero(t, e.Conns[0].Until)
+	relay.Close()
+
+	relay = w.net.connect(higher, relayAddr, true)
+	relay.extra = map[any]any{client.StatLimitDuration: 2 * time.Minute}
+	e = w.m.Explain(higher)
+	require.Regexp(t, `^the only one; the relay cuts it in (2 m 0 s|1 m 59 s) at the latest, and streams on it end then unless`, e.Conns[0].State)
+	require.Equal(t, relay.opened.Add(2*time.Minute), e.Conns[0].Until)
+	relay.Close()
+
+	w.net.connect(higher, relayAddr, false)
+	require.Equal(t, "one connection, through a relay", w.m.Explain(higher).State)
+}
+
+// Nothing that a peer chooses can write lines of its own, into an explanation, a report or
+// the log.
+func TestWhatAPeerSaysIsQuoted(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		const forged = "no\npeer xyz: kept tcp direct\x1b[2J\u202e"
+		w := newWorld(t, higher)
+		w.connect(quicAddr).setPlain(1)
+		tcp := w.connect(tcpAddr)
+		tcp.set(func() { tcp.refuses = forged })
+		w.pass(2 * defaultSettleDelay)
+		e := w.m.Explain(higher)
+		require.Contains(t, e.Conns[1].State, "the peer refused")
+		report, err := w.m.Consolidate(t.Context(), higher)
+		require.NoError(t, err)
+		for _, text := range append(w.messages(), e.Conns[1].State, report.String(), report.Losers[0].Kept) {
+			require.NotContains(t, text, "\npeer xyz")
+			require.NotContains(t, text, "\x1b")
+			require.NotContains(t, text, "\u202e")
+		}
+		require.Len(t, strings.Split(e.String(), "\n"), 3)
 	})
 }
 

@@ -1,13 +1,13 @@
 package connmgr
 
 import (
-	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"net"
+	"os"
 	"runtime"
 	"slices"
 	"sync"
@@ -21,6 +21,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/multiformats/go-multistream"
@@ -28,6 +30,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"google.golang.org/protobuf/encoding/protodelim"
 
 	"github.com/go-portage/portage/internal/hosttest"
 	"github.com/go-portage/portage/migrate"
@@ -72,7 +75,7 @@ func newWorld(t *testing.T, p peer.ID, opts ...Option) *world {
 	w := newBareWorld(t, p, opts...)
 	w.mover = newFakeMover()
 	h := &fakeHost{net: w.net, cm: w.m, handlers: make(map[protocol.ID]network.StreamHandler)}
-	require.NoError(t, w.m.claim(h))
+	require.NoError(t, w.m.adopt(h))
 	w.m.attach(h, w.mover)
 	w.net.identify(p, DrainID)
 	return w
@@ -84,7 +87,8 @@ func newBareWorld(t *testing.T, p peer.ID, opts ...Option) *world {
 	m, err := New(connmgr.NullConnMgr{}, append([]Option{WithLogger(zap.New(core))}, opts...)...)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, m.Close()) })
-	n := &fakeNet{conns: make(map[peer.ID][]*fakeConn), protocols: make(map[peer.ID][]protocol.ID)}
+	n := &fakeNet{conns: make(map[peer.ID][]*fakeConn), protocols: make(map[peer.ID][]protocol.ID), done: make(chan struct{})}
+	t.Cleanup(func() { close(n.done) })
 	n.notifiee = m.Notifee()
 	n.identify(p)
 	return &world{t: t, m: m, net: n, peer: p, logs: logs}
@@ -108,6 +112,15 @@ func (w *world) due() dueHeap {
 	return slices.Clone(w.m.due)
 }
 
+// steered returns the ID of the connection that new streams to the leading peer go to; empty:
+// the swarm chooses.
+func (w *world) steered() string {
+	if c := w.m.steer(w.t.Context(), w.peer); c != nil {
+		return c.ID()
+	}
+	return ""
+}
+
 // messages returns the log from info level up.
 func (w *world) messages() []string {
 	var lines []string
@@ -117,15 +130,47 @@ func (w *world) messages() []string {
 	return lines
 }
 
+// incoming has the peer open a stream of the drain protocol on c, and returns its end.
+func (w *world) incoming(c *fakeConn) *fakePipe {
+	near, far := newPipe(c)
+	near.id = DrainID
+	c.set(func() { c.streams = append(c.streams, near) })
+	go w.m.handleDrain(near)
+	return far
+}
+
+// request has the peer send a request on c, and returns the answer; nil: there is none.
+func (w *world) request(c *fakeConn, m *pb.DrainMessage) *pb.DrainMessage {
+	far := w.incoming(c)
+	require.NoError(w.t, writeDrain(far, m))
+	synctest.Wait()
+	answer, _ := readDrain(far)
+	return answer
+}
+
+func drainMessage(lease uint32) *pb.DrainMessage {
+	m := new(pb.Drain)
+	if lease > 0 {
+		m.Lease = &lease
+	}
+	return &pb.DrainMessage{Type: &pb.DrainMessage_Drain{Drain: m}}
+}
+
+func keepMessage() *pb.DrainMessage {
+	return &pb.DrainMessage{Type: &pb.DrainMessage_Keep{Keep: &pb.Keep{}}}
+}
+
 // fakeNet is a network.Network of which only what a Manager uses works.
 type fakeNet struct {
 	network.Network
 	notifiee network.Notifiee
+	done     chan struct{} // closed at the end of the test
 
 	mu        sync.Mutex
 	conns     map[peer.ID][]*fakeConn
 	serial    int
 	protocols map[peer.ID][]protocol.ID
+	limit     map[any]any // what the relay tells of limited connections that come
 }
 
 func (n *fakeNet) LocalPeer() peer.ID             { return us }
@@ -149,9 +194,14 @@ func (n *fakeNet) Peers() []peer.ID {
 
 // identify is what identify does: from then on p's protocols are known.
 func (n *fakeNet) identify(p peer.ID, more ...protocol.ID) {
+	n.set(p, append([]protocol.ID{identify.ID}, more...)...)
+}
+
+// set sets what the book has of p.
+func (n *fakeNet) set(p peer.ID, ids ...protocol.ID) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.protocols[p] = append([]protocol.ID{"/ipfs/id/1.0.0"}, more...)
+	n.protocols[p] = ids
 }
 
 // forget makes p one that has not been identified.
@@ -167,6 +217,9 @@ func (n *fakeNet) connect(p peer.ID, addr string, limited bool) *fakeConn {
 	c := &fakeConn{
 		net: n, id: fmt.Sprintf("conn-%d", n.serial), remote: p,
 		addr: ma.StringCast(addr), limited: limited, opened: time.Now(),
+	}
+	if limited {
+		c.extra = n.limit
 	}
 	n.conns[p] = append(n.conns[p], c)
 	n.mu.Unlock()
@@ -191,7 +244,7 @@ func (b fakeBook) SupportsProtocols(p peer.ID, ids ...protocol.ID) ([]protocol.I
 }
 
 // fakeConn is a connection with plain streams, which are only a number, and labelled
-// ones.
+// ones. Its other end serves ping, identify, and drain if the peer has been identified so.
 type fakeConn struct {
 	network.Conn
 	net     *fakeNet
@@ -200,24 +253,36 @@ type fakeConn struct {
 	addr    ma.Multiaddr
 	limited bool
 	opened  time.Time
+	extra   map[any]any
 	blocks  chan struct{} // if set, CloseWithError does not return before it is closed
 	local   ma.Multiaddr
 
 	mu       sync.Mutex
 	plain    int
 	labelled []*fakeStream
+	coming   int         // underlying streams of migrations that are under way
+	streams  []*fakePipe // of the manager's own, and of the peer's
 	closed   bool
 	closings int
 	code     network.ConnErrorCode
-	silent   bool               // nothing that is opened is answered
-	pings    int                // that were answered
-	refuses  string             // what the peer answers to drains, if anything
-	unread   int                // streams that only the other end has
-	drains   int                // messages that asked to drain
-	answers  []*pb.DrainMessage // if set, what the peer answers to the first Drain
-	noDrain  bool               // the peer does not serve it, whatever it advertises
-	streams  []*fakePipe
-	changed  chan struct{}
+
+	// The path.
+	silent bool          // what is written arrives nowhere
+	stuck  bool          // what is written is not taken: a Write does not return
+	full   error         // no stream is to be had
+	delay  time.Duration // of each answer
+	moved  traffic       // what labelled streams have carried
+
+	// The peer.
+	pings    int // that were answered
+	refuses  string
+	unread   int                                             // streams that only the other end has
+	drains   int                                             // requests
+	leases   []uint32                                        // that they asked for
+	keeps    int                                             // requests
+	answer   func(request *pb.DrainMessage) *pb.DrainMessage // if set, in place of what the peer answers
+	noDrain  bool                                            // the peer does not serve it, whatever it advertises
+	identity *identifypb.Identify
 }
 
 func (c *fakeConn) ID() string                    { return c.id }
@@ -236,9 +301,28 @@ func (c *fakeConn) Stat() network.ConnStats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return network.ConnStats{
-		Stats:      network.Stats{Direction: network.DirOutbound, Opened: c.opened, Limited: c.limited},
-		NumStreams: c.plain + len(c.labelled) + len(c.streams),
+		Stats:      network.Stats{Direction: network.DirOutbound, Opened: c.opened, Limited: c.limited, Extra: c.extra},
+		NumStreams: c.plain + len(c.labelled) + c.coming + len(c.streams),
 	}
+}
+
+func (c *fakeConn) GetStreams() []network.Stream {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var streams []network.Stream
+	for range c.plain {
+		streams = append(streams, fakePlain{dir: network.DirInbound})
+	}
+	for range c.coming {
+		streams = append(streams, fakePlain{dir: network.DirOutbound})
+	}
+	for _, s := range c.labelled {
+		streams = append(streams, s)
+	}
+	for _, s := range c.streams {
+		streams = append(streams, fakePlain{id: s.id})
+	}
+	return streams
 }
 
 func (c *fakeConn) Close() error { return c.CloseWithError(network.ConnNoError) }
@@ -280,11 +364,16 @@ func (c *fakeConn) setPlain(n int) {
 	c.plain = n
 }
 
-// open opens n labelled streams.
-func (c *fakeConn) open(n int) []*fakeStream {
+// open opens n labelled streams from this side.
+func (c *fakeConn) open(n int) []*fakeStream { return c.openFrom(network.DirOutbound, n) }
+
+// openTheirs opens n labelled streams from the peer's side.
+func (c *fakeConn) openTheirs(n int) []*fakeStream { return c.openFrom(network.DirInbound, n) }
+
+func (c *fakeConn) openFrom(dir network.Direction, n int) []*fakeStream {
 	streams := make([]*fakeStream, n)
 	for i := range streams {
-		streams[i] = &fakeStream{conn: c}
+		streams[i] = &fakeStream{conn: c, dir: dir}
 		c.add(streams[i])
 	}
 	return streams
@@ -316,41 +405,67 @@ func (c *fakeConn) timesAsked() int {
 	return c.drains
 }
 
-// pipes returns the streams that the manager has open.
+// timesKept returns how often the manager has told the peer to keep c.
+func (c *fakeConn) timesKept() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.keeps
+}
+
+// pipes returns the streams that the manager and its peer have open.
 func (c *fakeConn) pipes() []*fakePipe {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return slices.Clone(c.streams)
 }
 
-// NewStream opens a stream to the other end, which serves ping, and drain if it has been
-// identified so.
+// set changes something of c.
+func (c *fakeConn) set(change func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change()
+}
+
+// NewStream opens a stream to the other end.
 func (c *fakeConn) NewStream(ctx context.Context) (network.Stream, error) {
 	if allowed, _ := network.GetAllowLimitedConn(ctx); c.limited && !allowed {
 		return nil, network.ErrLimitedConn
 	}
-	here, there := net.Pipe()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
+	switch {
+	case c.closed:
 		return nil, network.ErrReset
+	case c.full != nil:
+		return nil, c.full
 	}
-	s := &fakePipe{pipe: here, conn: c}
-	c.streams = append(c.streams, s)
-	if !c.silent {
-		go c.serve(there, s)
+	near, far := newPipe(c)
+	near.write.stuck = c.stuck
+	c.streams = append(c.streams, near)
+	if c.silent {
+		go func() { _, _ = io.Copy(io.Discard, far) }()
+	} else if !c.stuck {
+		go c.serve(far)
 	}
-	return s, nil
+	return near, nil
 }
 
 // serve is the other end of a stream.
-func (c *fakeConn) serve(s net.Conn, near *fakePipe) {
+func (c *fakeConn) serve(s *fakePipe) {
 	defer s.Close()
 	c.mu.Lock()
-	noDrain := c.noDrain
+	noDrain, delay, identity := c.noDrain, c.delay, c.identity
 	c.mu.Unlock()
+	if delay > 0 {
+		select {
+		case <-time.After(delay):
+		case <-c.net.done:
+			return
+		}
+	}
 	mux := multistream.NewMultistreamMuxer[protocol.ID]()
 	mux.AddHandler(ping.ID, nil)
+	mux.AddHandler(identify.ID, nil)
 	if got, _ := (fakeBook{net: c.net}).SupportsProtocols(c.remote, DrainID); len(got) > 0 && !noDrain {
 		mux.AddHandler(DrainID, nil)
 	}
@@ -362,100 +477,195 @@ func (c *fakeConn) serve(s net.Conn, near *fakePipe) {
 		c.pings++
 		c.mu.Unlock()
 		_, _ = io.Copy(s, s)
+	case id == identify.ID:
+		if identity == nil {
+			identity = &identifypb.Identify{SignedPeerRecord: []byte("record of " + c.remote)}
+		}
+		_, _ = protodelim.MarshalTo(s, identity)
 	default:
-		c.serveDrain(s, near)
+		request, err := readDrain(s)
+		if err != nil {
+			_ = s.Reset()
+			return
+		}
+		if answer := c.decide(request); answer != nil {
+			_ = writeDrain(s, answer)
+		}
 	}
 }
 
-func (c *fakeConn) serveDrain(s net.Conn, near *fakePipe) {
-	out := &fakePipe{pipe: s, conn: c}
-	for r := bufio.NewReader(s); ; {
-		if _, err := readDrain(r); err != nil {
-			return
-		}
-		c.mu.Lock()
+// decide is what the peer answers.
+func (c *fakeConn) decide(request *pb.DrainMessage) *pb.DrainMessage {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if request.GetKeep() != nil {
+		c.keeps++
+	} else {
 		c.drains++
-		refuses, answers := c.refuses, c.answers
-		c.mu.Unlock()
-		for _, m := range answers {
-			if writeDrain(out, m) != nil {
-				return
-			}
-		}
-		if answers != nil {
-			continue
-		}
-		if refuses != "" {
-			_ = writeDrain(out, refusedMessage(refuses))
-			return
-		}
-		for changed := c.busy(near); changed != nil; changed = c.busy(near) {
-			<-changed
-		}
-		if writeDrain(out, drainedMessage()) != nil {
-			return
-		}
+		c.leases = append(c.leases, request.GetDrain().GetLease())
+	}
+	switch {
+	case c.answer != nil:
+		return c.answer(request)
+	case c.refuses != "":
+		return refusedMessage(c.refuses)
+	case request.GetKeep() != nil:
+		return keptMessage()
+	case c.unread > 0:
+		return busyMessage(0)
+	default:
+		return drainedMessage()
 	}
 }
 
-// busy returns nil if the other end has nothing on c but the stream s, or s is gone, and
-// else a channel that is closed when that may have changed.
-func (c *fakeConn) busy(s *fakePipe) <-chan struct{} {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.unread == 0 || !slices.Contains(c.streams, s) {
-		return nil
-	}
-	if c.changed == nil {
-		c.changed = make(chan struct{})
-	}
-	return c.changed
-}
-
-// notify must be called with mu held.
-func (c *fakeConn) notify() {
-	if c.changed != nil {
-		close(c.changed)
-		c.changed = nil
-	}
-}
-
-// set changes something of c.
-func (c *fakeConn) set(change func()) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	change()
-	c.notify()
-}
-
-// fakePipe is a stream that carries something.
+// fakePipe is one end of a stream that carries something.
 type fakePipe struct {
 	network.Stream
-	pipe net.Conn
-	conn *fakeConn
+	conn        *fakeConn
+	id          protocol.ID // guarded by conn.mu
+	read, write *half
 }
 
-func (s *fakePipe) Conn() network.Conn                           { return s.conn }
-func (s *fakePipe) Read(p []byte) (int, error)                   { return s.pipe.Read(p) }
-func (s *fakePipe) Write(p []byte) (int, error)                  { return s.pipe.Write(p) }
-func (s *fakePipe) SetReadDeadline(t time.Time) error            { return s.pipe.SetReadDeadline(t) }
-func (s *fakePipe) SetProtocol(protocol.ID) error                { return nil }
-func (s *fakePipe) ResetWithError(network.StreamErrorCode) error { return s.Reset() }
-func (s *fakePipe) Close() error                                 { return s.Reset() }
+// half is what a pipe carries in one direction. What is written waits there.
+type half struct {
+	mu       sync.Mutex
+	changed  sync.Cond
+	buf      []byte
+	closed   bool // nothing more comes
+	reset    error
+	stuck    bool // nothing is taken
+	deadline time.Time
+}
 
-func (s *fakePipe) Reset() error {
+func newPipe(c *fakeConn) (near, far *fakePipe) {
+	a, b := new(half), new(half)
+	a.changed.L, b.changed.L = &a.mu, &b.mu
+	return &fakePipe{conn: c, read: a, write: b}, &fakePipe{conn: c, read: b, write: a}
+}
+
+func (h *half) change(f func()) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	f()
+	h.changed.Broadcast()
+}
+
+func (h *half) late() bool { return !h.deadline.IsZero() && !time.Now().Before(h.deadline) }
+
+func (s *fakePipe) Read(p []byte) (int, error) {
+	h := s.read
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for {
+		switch {
+		case h.reset != nil:
+			return 0, h.reset
+		case len(h.buf) > 0:
+			n := copy(p, h.buf)
+			h.buf = h.buf[n:]
+			return n, nil
+		case h.closed:
+			return 0, io.EOF
+		case h.late():
+			return 0, os.ErrDeadlineExceeded
+		}
+		h.changed.Wait()
+	}
+}
+
+func (s *fakePipe) Write(p []byte) (int, error) {
+	h := s.write
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for {
+		switch {
+		case h.reset != nil:
+			return 0, h.reset
+		case h.closed:
+			return 0, errors.New("write after close")
+		case !h.stuck:
+			h.buf = append(h.buf, p...)
+			h.changed.Broadcast()
+			return len(p), nil
+		}
+		h.changed.Wait()
+	}
+}
+
+func (s *fakePipe) Conn() network.Conn { return s.conn }
+
+func (s *fakePipe) Protocol() protocol.ID {
 	s.conn.mu.Lock()
-	s.conn.streams = slices.DeleteFunc(s.conn.streams, func(other *fakePipe) bool { return other == s })
-	s.conn.notify()
-	s.conn.mu.Unlock()
-	return s.pipe.Close()
+	defer s.conn.mu.Unlock()
+	return s.id
 }
+
+func (s *fakePipe) SetProtocol(id protocol.ID) error {
+	s.conn.set(func() { s.id = id })
+	return nil
+}
+
+func (s *fakePipe) Scope() network.StreamScope { return fakeScope{} }
+func (s *fakePipe) Reset() error               { return s.end(network.ErrReset) }
+
+func (s *fakePipe) Stat() network.Stats { return network.Stats{Direction: network.DirOutbound} }
+
+func (s *fakePipe) ResetWithError(code network.StreamErrorCode) error {
+	return s.end(&network.StreamError{ErrorCode: code, Remote: true})
+}
+
+// SetDeadline sets that of Read; a Write waits for nothing that a deadline could end.
+func (s *fakePipe) SetDeadline(t time.Time) error {
+	s.read.change(func() { s.read.deadline = t })
+	time.AfterFunc(time.Until(t), func() { s.read.change(func() {}) })
+	return nil
+}
+
+func (s *fakePipe) Close() error {
+	s.gone()
+	s.write.change(func() { s.write.closed = true })
+	return nil
+}
+
+// end resets both directions: why is what the other end gets to read.
+func (s *fakePipe) end(why error) error {
+	s.gone()
+	s.write.change(func() { s.write.reset = cmp.Or(s.write.reset, why) })
+	s.read.change(func() { s.read.reset = cmp.Or(s.read.reset, error(network.ErrReset)) })
+	return nil
+}
+
+func (s *fakePipe) gone() {
+	s.conn.mu.Lock()
+	defer s.conn.mu.Unlock()
+	s.conn.streams = slices.DeleteFunc(s.conn.streams, func(other *fakePipe) bool { return other == s })
+}
+
+// fakePlain is a stream of which only the protocol is known.
+type fakePlain struct {
+	network.Stream
+	id  protocol.ID
+	dir network.Direction
+}
+
+func (s fakePlain) Protocol() protocol.ID { return cmp.Or(s.id, "/test/plain/1.0.0") }
+func (s fakePlain) Stat() network.Stats   { return network.Stats{Direction: s.dir} }
+
+type fakeScope struct{ network.StreamScope }
+
+func (fakeScope) SetService(string) error { return nil }
 
 type fakeStream struct {
 	network.Stream
+	dir network.Direction
+
 	mu   sync.Mutex
 	conn *fakeConn
 }
+
+func (s *fakeStream) Protocol() protocol.ID { return "/test/labelled/1.0.0" }
+
+func (s *fakeStream) Stat() network.Stats { return network.Stats{Direction: s.dir} }
 
 func (s *fakeStream) Conn() network.Conn {
 	s.mu.Lock()
@@ -508,6 +718,13 @@ func (f *fakeMover) Streams(c network.Conn) []network.Stream {
 	return streams
 }
 
+func (f *fakeMover) Traffic(c network.Conn) traffic {
+	fc := c.(*fakeConn)
+	fc.mu.Lock()
+	defer fc.mu.Unlock()
+	return fc.moved
+}
+
 var errFakeReset = errors.New("reset by a fake")
 
 func (f *fakeMover) Migrate(ctx context.Context, s network.Stream, to network.Conn) error {
@@ -518,7 +735,10 @@ func (f *fakeMover) Migrate(ctx context.Context, s network.Stream, to network.Co
 	f.most = max(f.most, f.running)
 	answer := f.answer
 	f.mu.Unlock()
+	target := to.(*fakeConn)
+	target.set(func() { target.coming++ })
 	defer func() {
+		target.set(func() { target.coming-- })
 		f.mu.Lock()
 		f.running--
 		f.mu.Unlock()
@@ -528,7 +748,7 @@ func (f *fakeMover) Migrate(ctx context.Context, s network.Stream, to network.Co
 	case <-ctx.Done():
 		return ctx.Err()
 	}
-	fs, target := s.(*fakeStream), to.(*fakeConn)
+	fs := s.(*fakeStream)
 	if answer != nil {
 		if err := answer(fs); err != nil {
 			if errors.Is(err, errHang) {

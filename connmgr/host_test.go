@@ -156,7 +156,7 @@ func requireEcho(t *testing.T, s network.Stream) {
 
 func TestBareManagerOnRealHosts(t *testing.T) {
 	// With the higher ID it follows even a plain peer, which may be a bare manager.
-	a, m := newBareNode(t, WithTakeover(1))
+	a, m := newBareNode(t, WithTakeover(time.Millisecond))
 	b := newNode(t)
 	m.Protect(b.ID(), "test")
 	var onTCP network.Stream

@@ -20,13 +20,13 @@ func (m *Manager) warnBare() {
 	})
 }
 
-// logWrong is for a policy that does not do what it should: said once.
-func (m *Manager) logWrong(p peer.ID, r policy.Ranking) {
-	m.wrongOnce.Do(func() {
-		winner, _ := r.Winner()
-		m.log.Error("policy names a winner that is not a connection of the peer; nothing is done about such peers",
-			zap.Stringer("policy", m.policy()), zap.Stringer("peer", p), zap.String("winner_id", winner.ID))
-	})
+// logPolicy is for a policy that does not do what it should: said once for each policy.
+func (m *Manager) logPolicy(d *peerState, by *ranker, err error) {
+	if d == nil || !by.blamed.CompareAndSwap(false, true) {
+		return
+	}
+	m.log.Error("policy failed; nothing is done about peers that it fails for. Mend it, or set another one with SetPolicy",
+		zap.Stringer("peer", d.peer), zap.String("policy", by.name()), zap.Error(err))
 }
 
 func (m *Manager) logSilent(p peer.ID, c ConnInfo, waited time.Duration) {
@@ -49,9 +49,9 @@ func (m *Manager) logTookOver(p peer.ID, waited time.Duration) {
 	}
 }
 
-// logMoved tells what a round moved from each loser, and what it could not.
-func (m *Manager) logMoved(r Report, err error) {
-	for _, l := range r.Losers {
+// logMoved tells what a batch has moved from each loser, and what it could not.
+func (m *Manager) logMoved(p peer.ID, winner ConnInfo, losers []Loser, err error) {
+	for _, l := range losers {
 		if l.Moved+l.Failed+l.Moving == 0 {
 			continue
 		}
@@ -61,11 +61,11 @@ func (m *Manager) logMoved(r Report, err error) {
 		}
 		var sb strings.Builder
 		fmt.Fprintf(&sb, "peer %s: moved %s from %s to %s%s in %s",
-			shortID(r.Peer), streams(l.Moved), l.Conn.Kind, r.Winner.Kind, because(l.Decision), inWords(l.took))
-		fields := append(fieldsOf(r.Peer, r.Winner, l.Conn, l.Decision, l.Moved, l.took),
-			zap.Int("streams_failed", l.Failed), zap.Int("streams_moving", l.Moving), zap.Int("streams_pinned", l.Pinned))
+			shortID(p), streams(l.Moved), l.Conn.Kind, winner.Kind, because(l.Decision), inWords(l.took))
+		fields := append(fieldsOf(p, winner, l.Conn, l.Decision, l.Moved, l.took),
+			zap.Int("streams_failed", l.Failed), zap.Int("streams_moving", l.Moving))
 		if l.Failed > 0 {
-			fmt.Fprintf(&sb, ", %d to be tried again: %v", l.Failed, err)
+			fmt.Fprintf(&sb, ", %d to be tried again", l.Failed)
 			fields = append(fields, zap.Error(err))
 		}
 		if l.Moving > 0 {
@@ -74,6 +74,32 @@ func (m *Manager) logMoved(r Report, err error) {
 		ce.Message = sb.String()
 		ce.Write(fields...)
 	}
+}
+
+// logByPeer tells what the peer, which decides, has done: moved streams, closed a
+// connection, or both.
+func (m *Manager) logByPeer(p peer.ID, l byPeerLine) {
+	ce := m.log.Check(zap.InfoLevel, "")
+	if ce == nil {
+		return
+	}
+	from := l.cs.info()
+	var to ConnInfo
+	if l.to != nil {
+		to = l.to.info()
+	}
+	switch {
+	case l.closed && l.to == nil:
+		ce.Message = fmt.Sprintf("peer %s: the peer dropped %s", shortID(p), from.Kind)
+	case l.closed:
+		ce.Message = fmt.Sprintf("peer %s: the peer kept %s, dropped %s, %s moved", shortID(p), to.Kind, from.Kind, streams(l.streams))
+		if l.streams > 0 {
+			ce.Message += " in " + inWords(l.took)
+		}
+	default:
+		ce.Message = fmt.Sprintf("peer %s: the peer moved %s from %s to %s in %s", shortID(p), streams(l.streams), from.Kind, to.Kind, inWords(l.took))
+	}
+	ce.Write(fieldsOf(p, to, from, policy.Decision{}, l.streams, l.took)...)
 }
 
 // logPruned tells of a loser that is gone: the line that sums up what was done about
@@ -123,6 +149,14 @@ func shortID(p peer.ID) string {
 		return id
 	}
 	return id[:4] + ".." + id[len(id)-6:]
+}
+
+// times returns "1 connection", "3 connections".
+func times(n int) string {
+	if n == 1 {
+		return "1 connection"
+	}
+	return fmt.Sprintf("%d connections", n)
 }
 
 // streams returns "1 stream", "14 streams".

@@ -49,58 +49,34 @@ type Manager struct {
 
 	contested atomic.Bool // another host was to be wrapped, too
 	bareOnce  sync.Once   // the warning
-	wrongOnce sync.Once   // the error
 	closeOnce sync.Once
 	closeErr  error
 
 	steering   steering
-	draining   atomic.Int32 // drains of ours that are under way
+	usage      usage
+	young      young
 	interfaces interfaces
 	ranking    atomic.Pointer[ranker]
-	probe      func(ctx context.Context, c network.Conn) (time.Duration, error)
+	probe      prober
 
-	// mu guards what follows and everything in each duplicates that is not said to be
+	// mu guards what follows and everything in each peerState that is not said to be
 	// immutable. It is held briefly, and never across a call to a host, a network, a
-	// connection or a stream. Before steering.mu and watcher.mu, never after them.
+	// connection or a stream. Before the locks of steering, usage, young and watcher, never
+	// after them.
 	mu      sync.Mutex
 	closed  bool
 	host    host.Host     // that Wrap got; nil before
 	wrapped *migrate.Host // that Wrap returned; nil before
 	mover   mover         // nil without Wrap
-	peers   map[peer.ID]*duplicates
+	peers   map[peer.ID]*peerState
 	due     dueHeap // the peers that wait for their next round
-	running int     // rounds, not counting those of Consolidate
-	pledges map[network.Conn]*pledge
+	places  int     // taken by rounds, not counting those of Consolidate
 }
 
 var (
 	_ connmgr.ConnManager = (*Manager)(nil)
 	_ connmgr.Decayer     = (*Manager)(nil)
 )
-
-// mover is what a Manager needs of a *migrate.Host.
-type mover interface {
-	// Supports says whether p migrates streams.
-	Supports(p peer.ID) bool
-	// Streams returns the labelled streams that are on c.
-	Streams(c network.Conn) []network.Stream
-	// Migrate moves s, and returns when its old underlying stream is done with, or when
-	// ctx is.
-	Migrate(ctx context.Context, s network.Stream, to network.Conn) error
-}
-
-var _ mover = hostMover{}
-
-type hostMover struct{ *migrate.Host }
-
-func (h hostMover) Streams(c network.Conn) []network.Stream {
-	labelled := h.Host.Streams(c)
-	streams := make([]network.Stream, len(labelled))
-	for i, s := range labelled {
-		streams[i] = s
-	}
-	return streams
-}
 
 // New returns a Manager that decorates inner. If inner is nil, it decorates what
 // libp2p.New would have made by default: the basic connection manager with watermarks
@@ -139,12 +115,12 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 		cfg:   cfg,
 		log:   cfg.log,
 		wake:  make(chan struct{}, 1),
-		peers: make(map[peer.ID]*duplicates),
+		peers: make(map[peer.ID]*peerState),
 		probe: probe,
 	}
-	m.ranking.Store(&ranker{cfg.policy, policy.Uses(cfg.policy)})
+	m.ranking.Store(newRanker(cfg.policy))
 	m.ctx, m.cancel = context.WithCancel(context.Background())
-	m.watch = newWatcher(inner.Notifee(), m.wakeUp)
+	m.watch = newWatcher(inner.Notifee(), m.wakeUp, m.young.disconnected)
 	return m
 }
 
@@ -165,26 +141,26 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	if cm := h.ConnManager(); cm != connmgr.ConnManager(m) {
 		return nil, fmt.Errorf("wrap: %w (it has a %T)", ErrNotManager, cm)
 	}
-	if err := m.claim(h); err != nil {
+	if err := m.adopt(h); err != nil {
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
 	identified, err := h.EventBus().Subscribe(identifyEvents, eventbus.Name("portage/connmgr"))
 	if err != nil {
-		m.unclaim()
+		m.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithStreamObserver(m.begins), migrate.WithLogger(m.log)}
+	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.migrated), migrate.WithLogger(m.log)}
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {
 		_ = identified.Close()
-		m.unclaim()
+		m.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
 	m.mu.Lock()
 	m.wrapped = wrapped
 	m.mu.Unlock()
 	m.attach(wrapped, hostMover{wrapped})
-	m.follow(identified)
+	m.listen(identified)
 	return wrapped, nil
 }
 
@@ -192,9 +168,9 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 // whether its streams can move, whether it can be asked.
 var identifyEvents = []any{new(coreevent.EvtPeerIdentificationCompleted), new(coreevent.EvtPeerProtocolsUpdated)}
 
-// follow has a round for each peer with duplicates of which an event tells, until Close.
-func (m *Manager) follow(events coreevent.Subscription) {
-	if !m.enter() {
+// listen has a round for each peer with duplicates of which an event tells, until Close.
+func (m *Manager) listen(events coreevent.Subscription) {
+	if !m.begin() {
 		_ = events.Close()
 		return
 	}
@@ -221,9 +197,14 @@ func (m *Manager) follow(events coreevent.Subscription) {
 }
 
 func (m *Manager) identified(p peer.ID) {
+	manages := managed(m.watch.network(), p) == yes
 	m.mu.Lock()
 	d := m.peers[p]
 	if d != nil {
+		d.manages = d.manages || manages
+		for _, cs := range d.conns {
+			cs.lacks = false // it may serve it by now
+		}
 		m.schedule(d, time.Now())
 	}
 	m.mu.Unlock()
@@ -232,8 +213,8 @@ func (m *Manager) identified(p peer.ID) {
 	}
 }
 
-// claim makes h the manager's host, of which there can be one.
-func (m *Manager) claim(h host.Host) error {
+// adopt makes h the manager's host, of which there can be one.
+func (m *Manager) adopt(h host.Host) error {
 	m.mu.Lock()
 	closed, own := m.closed, m.host
 	if !closed && own == nil {
@@ -252,7 +233,7 @@ func (m *Manager) claim(h host.Host) error {
 	return nil
 }
 
-func (m *Manager) unclaim() {
+func (m *Manager) disown() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.host = nil
@@ -274,7 +255,20 @@ func (m *Manager) attach(h host.Host, mv mover) {
 // ranker is the policy, and what it looks at.
 type ranker struct {
 	policy.Policy
-	use policy.Use
+	use    policy.Use
+	blamed atomic.Bool // an error line has been written about it
+}
+
+func newRanker(p policy.Policy) *ranker { return &ranker{Policy: p, use: policy.Uses(p)} }
+
+// name is the policy's String, which is a program's own code, too.
+func (r *ranker) name() (name string) {
+	defer func() {
+		if recover() != nil {
+			name = fmt.Sprintf("%T", r.Policy)
+		}
+	}()
+	return r.String()
 }
 
 func (m *Manager) policy() *ranker { return m.ranking.Load() }
@@ -286,8 +280,9 @@ func (m *Manager) SetPolicy(p policy.Policy) error {
 	if p == nil {
 		return errors.New("set policy: policy is nil")
 	}
-	m.ranking.Store(&ranker{p, policy.Uses(p)})
-	m.log.Info("policy changed", zap.Stringer("policy", p))
+	by := newRanker(p)
+	m.ranking.Store(by)
+	m.log.Info("policy changed", zap.String("policy", by.name()))
 	m.mu.Lock()
 	now := time.Now()
 	for _, d := range m.peers {
@@ -337,9 +332,9 @@ func (m *Manager) Close() error {
 	return m.closeErr
 }
 
-// enter keeps Close waiting until the caller has called m.wg.Done. It is false if the
+// begin keeps Close waiting until the caller has called m.wg.Done. It is false if the
 // manager is closed.
-func (m *Manager) enter() bool {
+func (m *Manager) begin() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.closed {

@@ -3,6 +3,7 @@ package connmgr
 import (
 	"context"
 	"errors"
+	"math"
 	"reflect"
 	"sync"
 	"testing"
@@ -150,28 +151,84 @@ func TestOptionsAreChecked(t *testing.T) {
 		"nil policy":        WithPolicy(nil),
 		"nil logger":        WithLogger(nil),
 		"nil slog logger":   WithSlog(nil),
-		"no settle delay":   WithSettleDelay(0),
-		"no quiet time":     WithQuietTime(-1),
-		"plain quiet time":  WithPlainQuietTime(0),
-		"interval":          WithInterval(0),
 		"concurrency":       WithConcurrency(0),
-		"takeover":          WithTakeover(0),
-		"first retry":       WithRetry(0, time.Second),
-		"last before first": WithRetry(2, 1),
+		"last before first": WithRetry(2*time.Second, time.Second),
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := New(connmgr.NullConnMgr{}, opt)
 			require.Error(t, err)
 		})
 	}
-	m, err := New(connmgr.NullConnMgr{}, WithPolicy(policy.Default()), WithLogger(zap.NewNop()), WithSettleDelay(1),
-		WithQuietTime(2), WithPlainQuietTime(3), WithInterval(4), WithConcurrency(5), WithTakeover(6), WithRetry(7, 8),
+	m, err := New(connmgr.NullConnMgr{}, WithPolicy(policy.Default()), WithLogger(zap.NewNop()), WithSettleDelay(time.Second),
+		WithQuietTime(2*time.Second), WithPlainQuietTime(3*time.Second), WithInterval(4*time.Second), WithConcurrency(5),
+		WithTakeover(6*time.Second), WithRetry(7*time.Second, 8*time.Second), WithProof(9*time.Second), WithStandby(),
 		WithMigrateOptions(migrate.RequireVerifiedHandover()))
 	require.NoError(t, err)
 	defer m.Close()
 	got := m.cfg
-	require.Equal(t, []any{time.Duration(1), time.Duration(2), time.Duration(3), time.Duration(4), 5, 6, time.Duration(7), time.Duration(8), 1},
-		[]any{got.settleDelay, got.quietTime, got.plainQuietTime, got.interval, got.concurrency, got.takeover, got.firstRetry, got.maxRetry, len(got.migrateOptions)})
+	require.Equal(t, []time.Duration{time.Second, 2 * time.Second, 3 * time.Second, 4 * time.Second, 6 * time.Second, 7 * time.Second, 8 * time.Second, 9 * time.Second},
+		[]time.Duration{got.settleDelay, got.quietTime, got.plainQuietTime, got.interval, got.takeover, got.firstRetry, got.maxRetry, got.proofTime})
+	require.Equal(t, []any{5, true, 1}, []any{got.concurrency, got.standby, len(got.migrateOptions)})
+}
+
+// A time that is too short is a loop that never rests, and one that is too long overflows
+// once it is doubled. Both are refused, and say what is possible.
+func TestTimesAreBounded(t *testing.T) {
+	for name, with := range map[string]func(time.Duration) Option{
+		"settle delay":     WithSettleDelay,
+		"quiet time":       WithQuietTime,
+		"plain quiet time": WithPlainQuietTime,
+		"interval":         WithInterval,
+		"takeover":         WithTakeover,
+		"proof":            WithProof,
+		"first retry":      func(d time.Duration) Option { return WithRetry(d, max(d, time.Second)) },
+		"last retry":       func(d time.Duration) Option { return WithRetry(min(d, time.Second), d) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, d := range []time.Duration{math.MinInt64, -time.Second, 0, 1, time.Millisecond - 1, maxTime + 1, math.MaxInt64/128 + 1, math.MaxInt64} {
+				if name == "last retry" && d < time.Millisecond {
+					continue // it is the first one that is wrong then
+				}
+				_, err := New(connmgr.NullConnMgr{}, with(d))
+				require.ErrorContains(t, err, name+" is "+d.String(), "%v", d)
+				require.ErrorContains(t, err, "want 1ms to 24h0m0s")
+			}
+			for _, d := range []time.Duration{time.Millisecond, maxTime} {
+				m, err := New(connmgr.NullConnMgr{}, with(d))
+				require.NoError(t, err)
+				require.NoError(t, m.Close())
+			}
+		})
+	}
+}
+
+// What is doubled stays positive, and within its bound, at the longest times and after any
+// number of failures.
+func TestDoubledTimesDoNotOverflow(t *testing.T) {
+	c := defaultConfig()
+	c.takeover, c.proofTime, c.firstRetry, c.maxRetry, c.probeTime = maxTime, maxTime, maxTime, maxTime, maxTime
+	now := time.Now()
+	for n := range 100 {
+		require.True(t, takeover{progress: now, times: n}.due(&c).After(now), "takeover %d", n)
+		require.Positive(t, c.proof(true, n))
+		require.Positive(t, c.proof(false, n))
+		require.LessOrEqual(t, c.proof(true, n), maxTime)
+		require.Positive(t, c.retryAfter(n))
+		require.LessOrEqual(t, c.retryAfter(n), c.maxRetry)
+		require.GreaterOrEqual(t, reprobe(n, c.probeTime), c.probeTime)
+		require.Positive(t, reprobe(n, defaultProbeTime))
+		require.LessOrEqual(t, reprobe(n, defaultProbeTime), maxReprobe)
+	}
+	c = defaultConfig()
+	require.Equal(t, defaultTakeover, takeover{progress: now}.due(&c).Sub(now))
+	require.Equal(t, 64*defaultTakeover, takeover{progress: now, times: 1000}.due(&c).Sub(now))
+	require.Equal(t, 30*time.Second, c.proof(true, 0))
+	require.Equal(t, 3*time.Second, c.proof(false, 0), "a direct one can be dialled again")
+	require.Equal(t, time.Minute, c.proof(true, 1))
+	require.Equal(t, time.Minute, c.proof(false, 1), "not where such winners die young")
+	require.Equal(t, time.Hour, c.proof(true, 1000))
+	c.proofTime = 2 * time.Hour
+	require.Equal(t, 2*time.Hour, c.proof(true, 1000), "as set")
 }
 
 func TestWrapRefuses(t *testing.T) {
@@ -201,7 +258,7 @@ func TestWrapRefuses(t *testing.T) {
 func TestManagerIsAdvertised(t *testing.T) {
 	w := newBareWorld(t, higher)
 	h := &fakeHost{net: w.net, cm: w.m, handlers: make(map[protocol.ID]network.StreamHandler)}
-	require.NoError(t, w.m.claim(h))
+	require.NoError(t, w.m.adopt(h))
 	w.m.attach(h, newFakeMover())
 	require.NotNil(t, h.handler(DrainID))
 	require.NoError(t, w.m.Close())
@@ -217,9 +274,9 @@ func TestConnectionsFromBeforeWrap(t *testing.T) {
 		direct := w.connect(quicAddr)
 		w.net.notifiee = n
 		h := &fakeHost{net: w.net, cm: w.m, handlers: make(map[protocol.ID]network.StreamHandler)}
-		require.NoError(t, w.m.claim(h))
+		require.NoError(t, w.m.adopt(h))
 		w.m.attach(h, newFakeMover())
-		w.pass(defaultSettleDelay + rtt)
+		w.pass(fastSettle + rtt)
 		require.Equal(t, 1, direct.count())
 	})
 }
@@ -228,7 +285,7 @@ func TestConnectionsFromBeforeWrap(t *testing.T) {
 // once.
 func TestConcurrentUse(t *testing.T) {
 	w := newWorld(t, higher, WithSettleDelay(time.Millisecond), WithQuietTime(time.Millisecond), WithPlainQuietTime(time.Millisecond),
-		WithInterval(time.Millisecond), WithRetry(time.Millisecond, time.Millisecond), WithTakeover(1), WithConcurrency(4))
+		WithInterval(time.Millisecond), WithRetry(time.Millisecond, time.Millisecond), WithTakeover(time.Millisecond), WithProof(time.Millisecond), WithConcurrency(4))
 	var turn int
 	var mu sync.Mutex
 	w.mover.setAnswer(func(*fakeStream) error {

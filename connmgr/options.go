@@ -42,24 +42,58 @@ const (
 	// 2,000 looks a second, of a few microseconds each.
 	defaultInterval = 5 * time.Second
 
-	// In a quiet time one looks more often, so that streams that are short do not go
-	// unseen: five times, and at least every second.
+	// In a quiet time one looks more often, so that streams that the manager is not told of,
+	// since they are opened with the plain host, do not go unseen: five times, and at least
+	// every second.
 	quietLooks  = 5
 	maxQuietGap = time.Second
 
-	// A round lasts about two round trips and hardly any CPU. With round trips of 100
-	// ms, 32 at a time settle 10,000 peers in about a minute, and never have the
-	// streams of more than 32 peers in motion.
+	// How many peers have a round at the same time, and for how long one keeps its place
+	// while its streams move. 32 places of 50 ms are 640 peers a second at the least: 1,000
+	// peers that reconnect at once, or 1,024 that use up all of their time, are through in
+	// less than two seconds. Most have finished before.
 	defaultConcurrency = 32
+	placeTime          = 50 * time.Millisecond
 
-	// How long a round holds its place for streams that do not finish, because their
-	// reader does not read. They go on without it.
+	// The shortest time between two rounds of a peer, whatever asks for one: short against a
+	// round trip, and at most 40 rounds a second for a peer that provokes them.
+	minRoundGap = 25 * time.Millisecond
+
+	// How long a batch of migrations is waited for before it is told as it is. Those whose
+	// reader does not read go on.
 	moveWait = 10 * time.Second
 
-	// Ten settle delays are enough for the controller's own delay, its first attempt,
-	// the attempts after 1, 2 and 4 s if that fails, or its first prune; and it leaves
-	// most of the two minutes that a relay gives a connection.
-	defaultTakeover = 10
+	// Nothing outranks the only unlimited connection among limited ones, so there is nothing
+	// to wait for but a second direct dial, whose streams would move once more. A relay that
+	// carries 205 kB/s has spent the 128 KiB that it allows after 640 ms.
+	fastSettle = 100 * time.Millisecond
+
+	// Streams leave a connection when its relay cuts it within this time, however limited
+	// the other one is: more than a migration takes on the slowest path.
+	endingSoon = 10 * time.Second
+
+	// And when all but an eighth of what the relay allows has been carried, as far as this
+	// side knows: what is left carries the migration.
+	spentShare = 8
+
+	// How long the peer has to move the streams that it opened, once it has been told which
+	// connection is kept. It begins as soon as it has been told.
+	theirsAfter = 3 * time.Second
+
+	// The end of what the peer moves is told in the log once nothing has moved for this long.
+	byPeerPause = 250 * time.Millisecond
+
+	// go-libp2p's QUIC takes 256 streams from each end. Some are left for new ones.
+	quicStreams = 256
+	headroom    = 32
+
+	// Where there are more streams than this, none of the managers' own matter.
+	fewStreams = 16
+
+	// Ten seconds are enough for the controller's own delay, its first attempt, the attempts
+	// after 1, 2 and 4 s if that fails, or its first prune; and it leaves most of the two
+	// minutes that a relay gives a connection.
+	defaultTakeover = 10 * time.Second
 
 	// Each takeover of the same connections doubles the delay of the next, up to 64
 	// times, so that two sides with different ideas of the best connection do not move
@@ -82,19 +116,47 @@ const (
 	// dead: as long as go-libp2p gives a negotiation.
 	openTimeout = 10 * time.Second
 
-	// How long a connection may take to answer before another one wins in its place. Paths
-	// through a relay take less than a second; three of them are time for a retransmission
-	// in either direction.
+	// How long a connection may take to answer before it counts as silent, where nothing
+	// else comes on it either. Paths through a relay take less than a second; three of them
+	// are time for a retransmission in either direction.
 	defaultProbeTime = 3 * time.Second
 
-	// For how long a connection that did not answer is left out. Transports notice by then
-	// that a path is dead: QUIC after 30 s without a packet, yamux 40 s after its last
-	// keepalive at the latest.
-	silentTime = 30 * time.Second
+	// Before streams leave a connection that works, the winner has to have worked this long
+	// ago: it is asked once more where its answer is older.
+	freshFor = 250 * time.Millisecond
 
-	// Round-trip times that no transport measures are measured once a minute, by a
-	// ping of 32 bytes on each connection of a peer with more than one.
-	rttInterval = time.Minute
+	// A connection that did not answer is asked again after twice the time, and so on up to
+	// this: transports notice by then that a path is dead.
+	maxReprobe = 30 * time.Second
+
+	// How long nothing comes on a connection that streams depend on before it is asked, and
+	// how often one is asked that carries nothing.
+	useProbe  = time.Second
+	idleProbe = time.Minute
+
+	// What a connection is asked with the first time, in bytes: a burst of several packets,
+	// beyond the 8 kB at which some paths begin to swallow what is sent, also where TLS makes
+	// small records of the first ones. Each end asks once for each new connection of a peer
+	// with more than one.
+	fullProbe = 24 << 10
+
+	// A winner has to live for this long before the last other connection without a limit is
+	// closed, where that is a relayed one: it is the way to peers behind NATs, and 30 s are
+	// what QUIC takes to notice that a path is gone, and what the shortest-lived UDP mappings
+	// last. A direct one can be dialled again in a round trip by whoever could before, so a
+	// tenth of that is enough. What has died young is waited for longer: twice as long each
+	// time, up to an hour.
+	defaultProof      = 30 * time.Second
+	directProofShare  = 10
+	maxProofDoublings = 7
+
+	// What young means, for how long a death is remembered, and of how many peers.
+	youngFor  = time.Minute
+	deathsFor = 2 * time.Hour
+	maxDeaths = 1024
+
+	// How long a policy may take to rank before it counts as one that does not return.
+	policyWait = time.Second
 
 	// The list of network interfaces is read anew after this time.
 	interfacesAge = 30 * time.Second
@@ -117,7 +179,9 @@ type config struct {
 	plainQuietTime time.Duration
 	interval       time.Duration
 	concurrency    int
-	takeover       int
+	takeover       time.Duration
+	proofTime      time.Duration
+	standby        bool
 	firstRetry     time.Duration
 	maxRetry       time.Duration
 	probeTime      time.Duration
@@ -135,14 +199,33 @@ func defaultConfig() config {
 		interval:       defaultInterval,
 		concurrency:    defaultConcurrency,
 		takeover:       defaultTakeover,
+		proofTime:      defaultProof,
 		firstRetry:     defaultFirstRetry,
 		maxRetry:       defaultMaxRetry,
 		probeTime:      defaultProbeTime,
 	}
 }
 
-// takeoverDelay is how long nothing must have happened for the first takeover.
-func (c *config) takeoverDelay() time.Duration { return time.Duration(c.takeover) * c.settleDelay }
+// proof is how long a winner has to live before the last other unlimited connection, relayed
+// or not, is closed, where so many winners of its kind have died young.
+func (c *config) proof(relayed bool, deaths int) time.Duration {
+	d := c.proofTime
+	if !relayed && deaths == 0 {
+		d /= directProofShare
+	}
+	return min(d<<min(deaths, maxProofDoublings), max(time.Hour, c.proofTime))
+}
+
+// retryAfter is how long to wait after so many failures in a row.
+func (c *config) retryAfter(failures int) time.Duration {
+	if failures >= 32 {
+		return c.maxRetry
+	}
+	if wait := c.firstRetry << failures; wait > 0 {
+		return min(c.maxRetry, wait)
+	}
+	return c.maxRetry
+}
 
 // Option configures a [Manager].
 type Option func(*config) error
@@ -187,10 +270,11 @@ func WithSlog(log *slog.Logger) Option {
 	}
 }
 
-// WithSettleDelay sets how long a peer's connections have to be unchanged before the
-// first round. Each new connection starts the delay again, but it ends five times d
-// after the first at the latest. Default: 1 s, in which dials, the halves of a
-// simultaneous dial and identify arrive.
+// WithSettleDelay sets how long a peer's connections have to be unchanged before anything
+// is decided. Each new connection starts the delay again, but it ends five times d after the
+// first at the latest. Where all connections but one are limited, it is 100 ms at most:
+// nothing that may still come outranks that one. Default: 1 s, in which dials, the halves of
+// a simultaneous dial and identify arrive.
 func WithSettleDelay(d time.Duration) Option {
 	return func(c *config) error { return positive("settle delay", d, &c.settleDelay) }
 }
@@ -205,8 +289,9 @@ func WithQuietTime(d time.Duration) Option {
 
 // WithPlainQuietTime sets for how long a connection must have had no stream at this end
 // where the peer cannot be asked: it runs no manager, or this one has no [Manager.Wrap].
-// With the delay of a takeover on top for a follower that takes over. Default: 1 min, the
-// usual limit of a request, since the other end's reading is unknown.
+// With the delay of a takeover on top for a follower that takes over. Each stream, however
+// short, starts it again. Default: 1 min, the usual limit of a request, since the other end's
+// reading is unknown.
 func WithPlainQuietTime(d time.Duration) Option {
 	return func(c *config) error { return positive("plain quiet time", d, &c.plainQuietTime) }
 }
@@ -220,7 +305,8 @@ func WithInterval(d time.Duration) Option {
 }
 
 // WithConcurrency sets the number of peers that have a round at the same time, besides
-// those of [Manager.Consolidate]. Default: 32.
+// those of [Manager.Consolidate]. A round that moves streams counts for 50 ms at most.
+// Default: 32.
 func WithConcurrency(n int) Option {
 	return func(c *config) error {
 		if n < 1 {
@@ -231,18 +317,30 @@ func WithConcurrency(n int) Option {
 	}
 }
 
-// WithTakeover sets after how many settle delays in which nothing has happened, counted
-// from the end of the first one, the peer with the higher ID takes over from the one
-// with the lower ID. Default: 10; enough for the other's settle delay, a few attempts
-// and its first prune, and soon enough to save streams from a relay's limit of two
-// minutes. Each takeover of the same connections doubles it for the next one, up to 64
-// times.
-func WithTakeover(settleDelays int) Option {
+// WithTakeover sets after how long in which nothing has happened the peer with the higher
+// ID takes over from the one with the lower ID. Default: 10 s; enough for the other's settle
+// delay, a few attempts and its first prune, and soon enough to save streams from a relay's
+// limit of two minutes. Each takeover of the same connections doubles it for the next one,
+// up to 64 times.
+func WithTakeover(d time.Duration) Option {
+	return func(c *config) error { return positive("takeover", d, &c.takeover) }
+}
+
+// WithProof sets how long a winner has to live, and to answer, before the last other
+// connection without a limit is closed, where that one is relayed; where it is direct, a
+// tenth of d is enough. New streams use the winner meanwhile, and the others have moved.
+// Where a winner of the same kind to the same peer has died young, it takes twice as long
+// each time, an hour at most, and nothing moves before. Default: 30 s.
+func WithProof(d time.Duration) Option {
+	return func(c *config) error { return positive("proof", d, &c.proofTime) }
+}
+
+// WithStandby keeps one second connection to each peer for good, where there is one without
+// a limit: the best beside the winner. It carries nothing, and takes over at once when the
+// winner dies. Default: none is kept.
+func WithStandby() Option {
 	return func(c *config) error {
-		if settleDelays < 1 {
-			return fmt.Errorf("takeover after %d settle delays: want 1 or more", settleDelays)
-		}
-		c.takeover = settleDelays
+		c.standby = true
 		return nil
 	}
 }
@@ -273,9 +371,15 @@ func WithMigrateOptions(opts ...migrate.Option) Option {
 	}
 }
 
+// The times that options take. Less than the least is a loop that never rests.
+const (
+	minTime = time.Millisecond
+	maxTime = 24 * time.Hour
+)
+
 func positive(name string, d time.Duration, to *time.Duration) error {
-	if d <= 0 {
-		return fmt.Errorf("%s is %v: want more than 0", name, d)
+	if d < minTime || d > maxTime {
+		return fmt.Errorf("%s is %v: want %v to %v", name, d, minTime, maxTime)
 	}
 	*to = d
 	return nil

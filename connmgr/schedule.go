@@ -2,6 +2,7 @@ package connmgr
 
 import (
 	"container/heap"
+	"context"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -16,25 +17,20 @@ import (
 // A peer with duplicates is an entry in Manager.peers, and while it has no round, in
 // Manager.due, a heap by the time of its next round. No goroutine waits for it. The
 // dispatcher, one goroutine that starts with the first event, moves events into entries
-// and starts rounds that are due, a bounded number at a time. The round of a peer is
-// run by whoever holds its turn: the goroutine that the dispatcher started, or
-// Consolidate.
+// and starts rounds that are due, a bounded number at a time.
+//
+// A round waits for nothing, and the next one of the same peer is some time after it,
+// whatever asks for it. One that has started to move streams keeps its place for a moment
+// (placeTime), so that not all peers' streams are in motion at once; those that are not done
+// by then go on without it, and stand behind the others the next time.
 
-// duplicates is what is kept of a peer while it has two connections or more.
-type duplicates struct {
-	peer peer.ID       // immutable
-	turn chan struct{} // capacity 1; whoever put the value in may run a round
-
-	// When the next round is. Guarded by Manager.mu, like all that follows.
-	index     int       // in Manager.due; -1 while not there
-	at        time.Time // of the next round
-	asked     time.Time // for when a next round was asked while one ran; zero: was not
-	settled   time.Time // no round before
-	unsettled time.Time // when the first connection came since the last round; zero: none did
-	gone      bool      // not in Manager.peers any more
-
-	standing
-	takeover
+// schedule is when a peer's next round is. Guarded by Manager.mu.
+type schedule struct {
+	index   int       // in Manager.due; -1 while not there
+	at      time.Time // of the next round
+	wanted  time.Time // for when a next round was asked while one ran; zero: was not
+	last    time.Time // when the last one ended
+	running bool
 }
 
 // wakeUp has the dispatcher look at events and at what is due. It does not block.
@@ -93,32 +89,34 @@ func (m *Manager) admit(e event) {
 	d = m.entry(e.peer)
 	now := time.Now()
 	if e.opened {
-		if d.unsettled.IsZero() {
-			d.unsettled = now
-		}
-		d.settled = earlier(now.Add(m.cfg.settleDelay), d.unsettled.Add(maxSettleDelays*m.cfg.settleDelay))
-		if d.index >= 0 && d.at.Before(d.settled) {
-			d.at = d.settled
-			heap.Fix(&m.due, d.index)
+		d.came = now
+		if d.firstOf.IsZero() {
+			d.firstOf = now
 		}
 	}
 	m.schedule(d, now)
 }
 
 // entry returns the entry of p, made if need be. It must be called with mu held.
-func (m *Manager) entry(p peer.ID) *duplicates {
+func (m *Manager) entry(p peer.ID) *peerState {
 	d := m.peers[p]
 	if d == nil {
-		d = &duplicates{peer: p, turn: make(chan struct{}, 1), index: -1}
+		now := time.Now()
+		d = &peerState{peer: p, schedule: schedule{index: -1}, came: now, firstOf: now}
+		d.progress = now
 		m.peers[p] = d
 	}
 	return d
 }
 
-// schedule has d's next round at the given time at the latest, but not before its
-// connections have settled. It must be called with mu held.
-func (m *Manager) schedule(d *duplicates, at time.Time) {
-	at = later(at, d.settled)
+// schedule has d's next round at the given time at the latest, but some time after the last
+// one. It must be called with mu held.
+func (m *Manager) schedule(d *peerState, at time.Time) {
+	at = later(at, d.last.Add(d.rest()))
+	if d.stir != nil {
+		close(d.stir)
+		d.stir = nil
+	}
 	switch {
 	case d.gone:
 	case d.index >= 0:
@@ -126,9 +124,9 @@ func (m *Manager) schedule(d *duplicates, at time.Time) {
 			d.at = at
 			heap.Fix(&m.due, d.index)
 		}
-	case len(d.turn) > 0: // giveTurnBack will see to it
-		if d.asked.IsZero() || at.Before(d.asked) {
-			d.asked = at
+	case d.running: // endRound will see to it
+		if d.wanted.IsZero() || at.Before(d.wanted) {
+			d.wanted = at
 		}
 	default:
 		d.at = at
@@ -136,58 +134,132 @@ func (m *Manager) schedule(d *duplicates, at time.Time) {
 	}
 }
 
+// rest is the shortest time until the next round: longer for a peer whose streams kept their
+// place for all of its time, whatever asks for a round. It must be called with Manager.mu
+// held.
+func (d *peerState) rest() time.Duration {
+	if d.waited > 0 {
+		return placeTime << min(d.waited, 5)
+	}
+	return minRoundGap
+}
+
 // startDue starts rounds. If one is due later, it returns in how long.
 func (m *Manager) startDue() (time.Duration, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for !m.closed && m.running < m.cfg.concurrency && len(m.due) > 0 {
+	for !m.closed && m.places < m.cfg.concurrency && len(m.due) > 0 {
 		d := m.due[0]
 		if wait := time.Until(d.at); wait > 0 {
 			return wait, true
 		}
 		heap.Pop(&m.due)
-		select {
-		case d.turn <- struct{}{}:
-			m.running++
-			m.wg.Add(1)
-			go m.runRound(d)
-		default: // Consolidate has just taken it
-			d.asked = time.Now()
-		}
+		d.running = true
+		m.places++
+		m.wg.Add(1)
+		go m.runDue(d)
 	}
 	return 0, false // nothing to wait for, or the end of a round
 }
 
-func (m *Manager) runRound(d *duplicates) {
+// runDue runs a round in a place.
+func (m *Manager) runDue(d *peerState) {
 	defer m.wg.Done()
-	_, next, _ := m.round(m.ctx, d, false)
+	_, p, b := m.runRound(d, false)
 	m.mu.Lock()
-	m.running--
-	m.giveTurnBack(d, next)
+	m.endRound(d, p.next)
+	m.mu.Unlock()
+	m.wakeUp()
+	inTime := true
+	if b != nil {
+		timer := time.NewTimer(placeTime)
+		select {
+		case <-b.done:
+		case <-m.ctx.Done():
+		case <-timer.C:
+			inTime = false
+		}
+		timer.Stop()
+	}
+	m.mu.Lock()
+	m.places--
+	switch {
+	case !inTime:
+		d.waited++
+	case len(d.moving) == 0: // else what was waited for is still going on
+		d.waited = 0
+	}
 	m.mu.Unlock()
 	m.wakeUp()
 }
 
-// giveTurnBack ends a round. The next one is at next; if that is zero, the peer has no
-// duplicates any more and is forgotten, unless there has been an event meanwhile. It
-// must be called with mu held.
-func (m *Manager) giveTurnBack(d *duplicates, next time.Time) {
-	<-d.turn
-	asked := d.asked
-	d.asked = time.Time{}
+// endRound ends a round. The next one is at next; if that is zero, the peer has no
+// duplicates any more and is forgotten, unless there has been an event meanwhile. It must
+// be called with mu held.
+func (m *Manager) endRound(d *peerState, next time.Time) {
+	d.running = false
+	d.last = time.Now()
+	wanted := d.wanted
+	d.wanted = time.Time{}
 	switch {
-	case !asked.IsZero() && (next.IsZero() || asked.Before(next)):
-		next = asked
+	case !wanted.IsZero() && (next.IsZero() || wanted.Before(next)):
+		next = wanted
 	case next.IsZero():
-		d.gone = true
-		for _, cs := range d.conns {
-			cs.cancelDrain()
-		}
-		delete(m.peers, d.peer)
-		m.steering.drop(d.peer)
+		m.forget(d)
 		return
 	}
 	m.schedule(d, next)
+}
+
+// forget drops the entry of a peer. It must be called with mu held.
+func (m *Manager) forget(d *peerState) {
+	d.gone = true
+	for _, cs := range d.conns {
+		m.usage.drop(cs)
+	}
+	if len(d.conns) == 1 && d.winner == d.conns[0] && !d.winner.died {
+		m.young.watch(d.winner, time.Now())
+	}
+	delete(m.peers, d.peer)
+	m.steering.drop(d.peer)
+	if d.stir != nil {
+		close(d.stir)
+		d.stir = nil
+	}
+}
+
+// takeRound waits until the caller may run a round for p, and says until when it may go on
+// waiting for what a round has asked.
+func (m *Manager) takeRound(ctx context.Context, p peer.ID) (*peerState, error) {
+	for {
+		m.mu.Lock()
+		d := m.entry(p)
+		if !d.running {
+			d.running = true
+			if d.index >= 0 {
+				heap.Remove(&m.due, d.index)
+			}
+			m.mu.Unlock()
+			return d, nil
+		}
+		stir := d.stirred()
+		m.mu.Unlock()
+		// A round is short, and asks for the next one at its end.
+		select {
+		case <-stir:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// stirred returns a channel that is closed when a round is asked for. It must be called with
+// Manager.mu held.
+func (d *peerState) stirred() <-chan struct{} {
+	if d.stir == nil {
+		d.stir = make(chan struct{})
+	}
+	return d.stir
 }
 
 func earlier(a, b time.Time) time.Time {
@@ -205,7 +277,7 @@ func later(a, b time.Time) time.Time {
 }
 
 // dueHeap is a heap of peers by the time of their next round.
-type dueHeap []*duplicates
+type dueHeap []*peerState
 
 func (h dueHeap) Len() int           { return len(h) }
 func (h dueHeap) Less(i, j int) bool { return h[i].at.Before(h[j].at) }
@@ -216,7 +288,7 @@ func (h dueHeap) Swap(i, j int) {
 }
 
 func (h *dueHeap) Push(x any) {
-	d := x.(*duplicates)
+	d := x.(*peerState)
 	d.index = len(*h)
 	*h = append(*h, d)
 }

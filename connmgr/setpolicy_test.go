@@ -22,7 +22,7 @@ func TestSetPolicy(t *testing.T) {
 		preferTCP, err := policy.Parse("chain(transport(tcp,quic))")
 		require.NoError(t, err)
 		require.NoError(t, w.m.SetPolicy(preferTCP))
-		w.pass(rtt)
+		w.pass(minRoundGap + rtt)
 		require.Equal(t, tcp, w.m.steer(t.Context(), higher), "at once, although the other one is the incumbent")
 		require.Equal(t, 2, tcp.count())
 		require.Contains(t, w.m.Explain(higher).String(), "tcp over quic")

@@ -27,7 +27,8 @@ const counters = 1 << 16
 // watcher is the notifiee of a Manager: inner's, with our eyes beside it.
 type watcher struct {
 	inner network.Notifiee
-	wake  func() // must not block, and is called without mu
+	wake  func()             // must not block, and is called without mu
+	gone  func(network.Conn) // as wake; told of each connection that is gone
 
 	seed maphash.Seed // random, so that nobody can choose peer IDs that share a counter
 
@@ -47,11 +48,11 @@ type event struct {
 
 var _ network.Notifiee = (*watcher)(nil)
 
-func newWatcher(inner network.Notifiee, wake func()) *watcher {
+func newWatcher(inner network.Notifiee, wake func(), gone func(network.Conn)) *watcher {
 	if inner == nil {
 		inner = network.GlobalNoopNotifiee
 	}
-	return &watcher{inner: inner, wake: wake, seed: maphash.MakeSeed()}
+	return &watcher{inner: inner, wake: wake, gone: gone, seed: maphash.MakeSeed()}
 }
 
 func (w *watcher) Listen(n network.Network, a ma.Multiaddr) {
@@ -96,6 +97,7 @@ func (w *watcher) Connected(n network.Network, c network.Conn) {
 
 func (w *watcher) Disconnected(n network.Network, c network.Conn) {
 	w.inner.Disconnected(n, c)
+	w.gone(c)
 	p := c.RemotePeer()
 	count := &w.open[w.slot(p)]
 	w.mu.Lock()

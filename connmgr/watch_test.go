@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"runtime"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -85,7 +86,7 @@ func heapObjects() int {
 func TestCounters(t *testing.T) {
 	net := &fakeNet{conns: make(map[peer.ID][]*fakeConn)}
 	c := &fakeConn{net: net, remote: higher}
-	newTestWatcher := func() *watcher { return newWatcher(nil, func() {}) }
+	newTestWatcher := func() *watcher { return newWatcher(nil, func() {}, func(network.Conn) {}) }
 	t.Run("second connection", func(t *testing.T) {
 		w := newTestWatcher()
 		w.Connected(net, c)
@@ -146,7 +147,7 @@ func BenchmarkDuplicates(b *testing.B) {
 			var kept int
 			for b.Loop() {
 				b.StopTimer()
-				m, err := New(connmgr.NullConnMgr{}, WithSettleDelay(1))
+				m, err := New(connmgr.NullConnMgr{}, WithSettleDelay(time.Millisecond))
 				require.NoError(b, err)
 				net := &fakeNet{
 					conns:     make(map[peer.ID][]*fakeConn),

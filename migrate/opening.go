@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
+	"github.com/quic-go/quic-go"
 )
 
 // On which connection a stream is opened
@@ -94,12 +95,27 @@ func (h *Host) openNamed(ctx context.Context, p peer.ID, named network.Conn) net
 		choices[i] = choice{c, stat.Limited, c == named, relayed(c), stat.NumStreams}
 	}
 	slices.SortStableFunc(choices, better)
-	for _, choice := range choices {
+	for _, choice := range noWorse(choices) {
 		if u := h.openAtOnce(ctx, choice.conn); u != nil {
 			return u
 		}
 	}
 	return nil
+}
+
+// noWorse returns those of the choices, the best first, that do as well as the first. A
+// limited connection is none beside an unlimited one. Nor is a relayed one beside a direct
+// one that is merely busy: there the stream waits, as a plain host's. QUIC keeps a stream
+// waiting only where the other end's credit is used up, which may be for ever.
+func noWorse(choices []choice) []choice {
+	credit := true // what is direct waits for nothing but credit
+	for _, c := range choices {
+		credit = credit && (c.relayed || c.conn.As(new(*quic.Conn)))
+	}
+	best := choices[0]
+	return slices.DeleteFunc(choices, func(c choice) bool {
+		return c.limited && !best.limited || c.relayed && !best.relayed && !credit
+	})
 }
 
 type choice struct {

@@ -113,11 +113,19 @@ func WithSlog(log *slog.Logger) Option {
 }
 
 // WithTracer has every step of every migration reported to trace, on the goroutine of
-// the migration: it is called concurrently and must not block. Default: none.
+// the migration: it is called concurrently and must not block. It may be given several
+// times, and all are called. Default: none.
 func WithTracer(trace func(Event)) Option {
 	return func(c *config) error {
 		if trace == nil {
 			return errors.New("WithTracer: nil; leave the option out to trace nothing")
+		}
+		if first := c.tracer; first != nil {
+			c.tracer = func(e Event) {
+				first(e)
+				trace(e)
+			}
+			return nil
 		}
 		c.tracer = trace
 		return nil

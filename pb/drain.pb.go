@@ -4,8 +4,9 @@
 // 	protoc        v3.21.12
 // source: github.com/go-portage/portage/pb/drain.proto
 
-// The messages of the protocol /portage/drain/1.0.0. Each is sent
-// length-delimited (unsigned varint) and is at most 1 KiB long.
+// The messages of the protocol /portage/drain/2.0.0: one request and one answer
+// on a stream of its own, on the connection that the request is about. Each is
+// sent length-delimited (unsigned varint) and is at most 1 KiB long.
 
 package pb
 
@@ -31,8 +32,11 @@ type DrainMessage struct {
 	// Types that are valid to be assigned to Type:
 	//
 	//	*DrainMessage_Drain
+	//	*DrainMessage_Keep
 	//	*DrainMessage_Drained
 	//	*DrainMessage_Refused
+	//	*DrainMessage_Kept
+	//	*DrainMessage_Busy
 	Type          isDrainMessage_Type `protobuf_oneof:"type"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -84,6 +88,15 @@ func (x *DrainMessage) GetDrain() *Drain {
 	return nil
 }
 
+func (x *DrainMessage) GetKeep() *Keep {
+	if x != nil {
+		if x, ok := x.Type.(*DrainMessage_Keep); ok {
+			return x.Keep
+		}
+	}
+	return nil
+}
+
 func (x *DrainMessage) GetDrained() *Drained {
 	if x != nil {
 		if x, ok := x.Type.(*DrainMessage_Drained); ok {
@@ -102,15 +115,40 @@ func (x *DrainMessage) GetRefused() *Refused {
 	return nil
 }
 
+func (x *DrainMessage) GetKept() *Kept {
+	if x != nil {
+		if x, ok := x.Type.(*DrainMessage_Kept); ok {
+			return x.Kept
+		}
+	}
+	return nil
+}
+
+func (x *DrainMessage) GetBusy() *Busy {
+	if x != nil {
+		if x, ok := x.Type.(*DrainMessage_Busy); ok {
+			return x.Busy
+		}
+	}
+	return nil
+}
+
 type isDrainMessage_Type interface {
 	isDrainMessage_Type()
 }
 
 type DrainMessage_Drain struct {
+	// Requests.
 	Drain *Drain `protobuf:"bytes,1,opt,name=drain,oneof"`
 }
 
+type DrainMessage_Keep struct {
+	Keep *Keep `protobuf:"bytes,4,opt,name=keep,oneof"`
+}
+
 type DrainMessage_Drained struct {
+	// Answers: to Drain one of drained, busy and refused; to Keep one of kept
+	// and refused.
 	Drained *Drained `protobuf:"bytes,2,opt,name=drained,oneof"`
 }
 
@@ -118,15 +156,32 @@ type DrainMessage_Refused struct {
 	Refused *Refused `protobuf:"bytes,3,opt,name=refused,oneof"`
 }
 
+type DrainMessage_Kept struct {
+	Kept *Kept `protobuf:"bytes,5,opt,name=kept,oneof"`
+}
+
+type DrainMessage_Busy struct {
+	Busy *Busy `protobuf:"bytes,6,opt,name=busy,oneof"`
+}
+
 func (*DrainMessage_Drain) isDrainMessage_Type() {}
+
+func (*DrainMessage_Keep) isDrainMessage_Type() {}
 
 func (*DrainMessage_Drained) isDrainMessage_Type() {}
 
 func (*DrainMessage_Refused) isDrainMessage_Type() {}
 
-// Drain asks the peer to open nothing more on the connection that carries it.
+func (*DrainMessage_Kept) isDrainMessage_Type() {}
+
+func (*DrainMessage_Busy) isDrainMessage_Type() {}
+
+// Drain asks the peer to open nothing more on the connection that carries it,
+// and whether it has anything there.
 type Drain struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For how many seconds the peer shall open nothing there. Absent or 0: 60.
+	Lease         *uint32 `protobuf:"varint,1,opt,name=lease" json:"lease,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -161,8 +216,15 @@ func (*Drain) Descriptor() ([]byte, []int) {
 	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{1}
 }
 
-// Drained says that the stream that carries it is the sender's only stream on
-// the connection.
+func (x *Drain) GetLease() uint32 {
+	if x != nil && x.Lease != nil {
+		return *x.Lease
+	}
+	return 0
+}
+
+// Drained says that the sender has no other stream on the connection, and has
+// had none for a while.
 type Drained struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -199,7 +261,54 @@ func (*Drained) Descriptor() ([]byte, []int) {
 	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{2}
 }
 
-// Refused says that the sender wants to keep the connection.
+// Busy says that the sender opens nothing more on the connection, but still has
+// a stream there or has had one until recently.
+type Busy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// After how many milliseconds it is worth asking again. Absent: not known.
+	Wait          *uint32 `protobuf:"varint,1,opt,name=wait" json:"wait,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Busy) Reset() {
+	*x = Busy{}
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Busy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Busy) ProtoMessage() {}
+
+func (x *Busy) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Busy.ProtoReflect.Descriptor instead.
+func (*Busy) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Busy) GetWait() uint32 {
+	if x != nil && x.Wait != nil {
+		return *x.Wait
+	}
+	return 0
+}
+
+// Refused says that the sender does not do what it was asked.
 type Refused struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// For people; empty where the sender gives none.
@@ -210,7 +319,7 @@ type Refused struct {
 
 func (x *Refused) Reset() {
 	*x = Refused{}
-	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[3]
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -222,7 +331,7 @@ func (x *Refused) String() string {
 func (*Refused) ProtoMessage() {}
 
 func (x *Refused) ProtoReflect() protoreflect.Message {
-	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[3]
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -235,7 +344,7 @@ func (x *Refused) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Refused.ProtoReflect.Descriptor instead.
 func (*Refused) Descriptor() ([]byte, []int) {
-	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{3}
+	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Refused) GetReason() string {
@@ -245,20 +354,103 @@ func (x *Refused) GetReason() string {
 	return ""
 }
 
+// Keep says that the sender keeps the connection that carries it: the peer
+// moves the streams that it opened there.
+type Keep struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Keep) Reset() {
+	*x = Keep{}
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Keep) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Keep) ProtoMessage() {}
+
+func (x *Keep) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Keep.ProtoReflect.Descriptor instead.
+func (*Keep) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{5}
+}
+
+// Kept says that the sender does so.
+type Kept struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Kept) Reset() {
+	*x = Kept{}
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Kept) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Kept) ProtoMessage() {}
+
+func (x *Kept) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Kept.ProtoReflect.Descriptor instead.
+func (*Kept) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{6}
+}
+
 var File_github_com_go_portage_portage_pb_drain_proto protoreflect.FileDescriptor
 
 const file_github_com_go_portage_portage_pb_drain_proto_rawDesc = "" +
 	"\n" +
-	",github.com/go-portage/portage/pb/drain.proto\x12\x10portage.drain.pb\"\xb5\x01\n" +
+	",github.com/go-portage/portage/pb/drain.proto\x12\x10portage.drain.pb\"\xbf\x02\n" +
 	"\fDrainMessage\x12/\n" +
-	"\x05drain\x18\x01 \x01(\v2\x17.portage.drain.pb.DrainH\x00R\x05drain\x125\n" +
+	"\x05drain\x18\x01 \x01(\v2\x17.portage.drain.pb.DrainH\x00R\x05drain\x12,\n" +
+	"\x04keep\x18\x04 \x01(\v2\x16.portage.drain.pb.KeepH\x00R\x04keep\x125\n" +
 	"\adrained\x18\x02 \x01(\v2\x19.portage.drain.pb.DrainedH\x00R\adrained\x125\n" +
-	"\arefused\x18\x03 \x01(\v2\x19.portage.drain.pb.RefusedH\x00R\arefusedB\x06\n" +
-	"\x04type\"\a\n" +
-	"\x05Drain\"\t\n" +
-	"\aDrained\"!\n" +
+	"\arefused\x18\x03 \x01(\v2\x19.portage.drain.pb.RefusedH\x00R\arefused\x12,\n" +
+	"\x04kept\x18\x05 \x01(\v2\x16.portage.drain.pb.KeptH\x00R\x04kept\x12,\n" +
+	"\x04busy\x18\x06 \x01(\v2\x16.portage.drain.pb.BusyH\x00R\x04busyB\x06\n" +
+	"\x04type\"\x1d\n" +
+	"\x05Drain\x12\x14\n" +
+	"\x05lease\x18\x01 \x01(\rR\x05lease\"\t\n" +
+	"\aDrained\"\x1a\n" +
+	"\x04Busy\x12\x12\n" +
+	"\x04wait\x18\x01 \x01(\rR\x04wait\"!\n" +
 	"\aRefused\x12\x16\n" +
-	"\x06reason\x18\x01 \x01(\tR\x06reasonB\"Z github.com/go-portage/portage/pb"
+	"\x06reason\x18\x01 \x01(\tR\x06reason\"\x06\n" +
+	"\x04Keep\"\x06\n" +
+	"\x04KeptB\"Z github.com/go-portage/portage/pb"
 
 var (
 	file_github_com_go_portage_portage_pb_drain_proto_rawDescOnce sync.Once
@@ -272,22 +464,28 @@ func file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP() []byte {
 	return file_github_com_go_portage_portage_pb_drain_proto_rawDescData
 }
 
-var file_github_com_go_portage_portage_pb_drain_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_github_com_go_portage_portage_pb_drain_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_github_com_go_portage_portage_pb_drain_proto_goTypes = []any{
 	(*DrainMessage)(nil), // 0: portage.drain.pb.DrainMessage
 	(*Drain)(nil),        // 1: portage.drain.pb.Drain
 	(*Drained)(nil),      // 2: portage.drain.pb.Drained
-	(*Refused)(nil),      // 3: portage.drain.pb.Refused
+	(*Busy)(nil),         // 3: portage.drain.pb.Busy
+	(*Refused)(nil),      // 4: portage.drain.pb.Refused
+	(*Keep)(nil),         // 5: portage.drain.pb.Keep
+	(*Kept)(nil),         // 6: portage.drain.pb.Kept
 }
 var file_github_com_go_portage_portage_pb_drain_proto_depIdxs = []int32{
 	1, // 0: portage.drain.pb.DrainMessage.drain:type_name -> portage.drain.pb.Drain
-	2, // 1: portage.drain.pb.DrainMessage.drained:type_name -> portage.drain.pb.Drained
-	3, // 2: portage.drain.pb.DrainMessage.refused:type_name -> portage.drain.pb.Refused
-	3, // [3:3] is the sub-list for method output_type
-	3, // [3:3] is the sub-list for method input_type
-	3, // [3:3] is the sub-list for extension type_name
-	3, // [3:3] is the sub-list for extension extendee
-	0, // [0:3] is the sub-list for field type_name
+	5, // 1: portage.drain.pb.DrainMessage.keep:type_name -> portage.drain.pb.Keep
+	2, // 2: portage.drain.pb.DrainMessage.drained:type_name -> portage.drain.pb.Drained
+	4, // 3: portage.drain.pb.DrainMessage.refused:type_name -> portage.drain.pb.Refused
+	6, // 4: portage.drain.pb.DrainMessage.kept:type_name -> portage.drain.pb.Kept
+	3, // 5: portage.drain.pb.DrainMessage.busy:type_name -> portage.drain.pb.Busy
+	6, // [6:6] is the sub-list for method output_type
+	6, // [6:6] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_github_com_go_portage_portage_pb_drain_proto_init() }
@@ -297,8 +495,11 @@ func file_github_com_go_portage_portage_pb_drain_proto_init() {
 	}
 	file_github_com_go_portage_portage_pb_drain_proto_msgTypes[0].OneofWrappers = []any{
 		(*DrainMessage_Drain)(nil),
+		(*DrainMessage_Keep)(nil),
 		(*DrainMessage_Drained)(nil),
 		(*DrainMessage_Refused)(nil),
+		(*DrainMessage_Kept)(nil),
+		(*DrainMessage_Busy)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -306,7 +507,7 @@ func file_github_com_go_portage_portage_pb_drain_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_github_com_go_portage_portage_pb_drain_proto_rawDesc), len(file_github_com_go_portage_portage_pb_drain_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

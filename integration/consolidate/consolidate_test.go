@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -26,9 +25,8 @@ import (
 // member is a host with a manager. Node is the plain host, whose streams have no label.
 type member struct {
 	*Node
-	mgr    *connmgr.Manager // nil: none
-	host   *migrate.Host    // nil: not wrapped
-	ranked *counted         // its policy
+	mgr  *connmgr.Manager // nil: none
+	host *migrate.Host    // nil: not wrapped
 }
 
 // ips are the addresses of a two-homed host; i tells hosts apart.
@@ -46,10 +44,9 @@ func newMember(t *testing.T, n *Net, ips []string, p policy.Policy, opts ...libp
 
 func newMemberWith(t *testing.T, newNode func([]string, ...libp2p.Option) *Node, ips []string, p policy.Policy, opts ...libp2p.Option) *member {
 	t.Helper()
-	ranked := &counted{Policy: p}
-	mgr, err := connmgr.New(coreconnmgr.NullConnMgr{}, connmgr.WithPolicy(ranked))
+	mgr, err := connmgr.New(coreconnmgr.NullConnMgr{}, connmgr.WithPolicy(p))
 	require.NoError(t, err)
-	m := &member{Node: newNode(ips, append([]libp2p.Option{libp2p.ConnectionManager(mgr), unlimited()}, opts...)...), mgr: mgr, ranked: ranked}
+	m := &member{Node: newNode(ips, append([]libp2p.Option{libp2p.ConnectionManager(mgr), unlimited()}, opts...)...), mgr: mgr}
 	h, err := mgr.Wrap(m.Node.Host)
 	require.NoError(t, err)
 	m.host = h
@@ -75,26 +72,6 @@ func newPlain(n *Net, ips []string, opts ...libp2p.Option) *member {
 	m := &member{Node: n.NewNode(ips, append([]libp2p.Option{unlimited()}, opts...)...)}
 	m.serve()
 	return m
-}
-
-// counted is a policy that knows how often it was asked.
-type counted struct {
-	policy.Policy
-	mu    sync.Mutex
-	times int
-}
-
-func (c *counted) Rank(candidates []policy.Candidate) policy.Ranking {
-	c.mu.Lock()
-	c.times++
-	c.mu.Unlock()
-	return c.Policy.Rank(candidates)
-}
-
-func (c *counted) asked() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.times
 }
 
 // conns returns the open connections of m to other.

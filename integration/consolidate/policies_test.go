@@ -40,7 +40,7 @@ var disagreements = []struct{ name, a, b string }{
 	{"nothing and something", "chain()", "default"},
 }
 
-// Hosts that disagree settle within two rounds, and stay settled: for ten minutes, in
+// Hosts that disagree settle once streams have moved, and stay settled: for ten minutes, in
 // which all connections have to stay since there are streams that cannot move, and
 // streams come and go, no stream migrates again.
 func TestDisagreementSettles(t *testing.T) {
@@ -49,10 +49,6 @@ func TestDisagreementSettles(t *testing.T) {
 			eachDecider(t, func(t *testing.T, aDecides bool) {
 				Run(t, func(t *testing.T, n *Net) {
 					a, b := duo(t, n, aDecides, parse(t, d.a), parse(t, d.b))
-					decides := a
-					if !aDecides {
-						decides = b
-					}
 					wait := connect(t, n, dial(a, b, TCP, 0, 0), dial(b, a, QUIC, 0, 0), dial(a, b, QUIC, 1, 0))
 					app := new(traffic)
 					go func() { // before the first round
@@ -69,10 +65,10 @@ func TestDisagreementSettles(t *testing.T) {
 					}
 					begun := time.Now()
 					var last time.Time // of a migration
-					rounds, before := 0, 0
+					before := 0
 					for time.Since(begun) < 10*time.Minute {
 						if total, _ := app.migrations(0, 12); total != before {
-							before, last, rounds = total, time.Now(), decides.ranked.asked()
+							before, last = total, time.Now()
 						}
 						if since := time.Since(begun); since%(20*time.Second) == 0 {
 							from, to := a, b
@@ -94,8 +90,8 @@ func TestDisagreementSettles(t *testing.T) {
 					}
 					total, most := app.migrations(0, 12)
 					short, mostShort := app.migrations(12, math.MaxInt)
-					t.Logf("%d migrations of 12 streams, the last after %v, in round %d; then %d short ones", total, after, rounds, short)
-					require.LessOrEqual(t, rounds, 2, "settled within two rounds")
+					t.Logf("%d migrations of 12 streams, the last after %v; then %d short ones", total, after, short)
+					require.LessOrEqual(t, after, 5*time.Second, "settled soon after they have moved once")
 					require.LessOrEqual(t, most, 2, "migrations of one stream")
 					require.LessOrEqual(t, mostShort, 1, "migrations of one short stream")
 					app.requireAll(t)

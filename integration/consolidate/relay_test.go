@@ -37,6 +37,15 @@ func eachRelay(t *testing.T, f func(t *testing.T, aDecides, limited bool)) {
 	}
 }
 
+// offRelay is how long it may take until only the direct connection is left: at once where
+// the relay limits the other one, and else once the direct one has proved itself.
+func offRelay(limited bool) time.Duration {
+	if limited {
+		return 10 * time.Second
+	}
+	return 45 * time.Second
+}
+
 // Streams that were opened through a relay go on over the direct connection, for longer
 // than the relay would have let them.
 func TestRelayedThenDirect(t *testing.T) {
@@ -53,7 +62,7 @@ func TestRelayedThenDirect(t *testing.T) {
 					total, _ := app.allMigrations()
 					require.Zero(t, total)
 					direct := n.Dial(a.Node, b.Node, Path{Transport: tr, From: a.IPs()[1], To: b.IPs()[1]})
-					settle(t, 30*time.Second, a, b)
+					settle(t, offRelay(limited), a, b)
 					require.True(t, through.IsClosed())
 					app.requireAll(t)
 					require.Equal(t, direct, requireOne(t, a, b))
@@ -88,7 +97,7 @@ func TestTwoRelayedThenDirect(t *testing.T) {
 			app := new(traffic)
 			openBoth(t, app, a, b, 60)
 			direct := n.Dial(a.Node, b.Node, Path{Transport: QUIC, From: a.IPs()[1], To: b.IPs()[1]})
-			settle(t, 30*time.Second, a, b)
+			settle(t, offRelay(limited), a, b)
 			app.requireAll(t)
 			require.Equal(t, direct, requireOne(t, a, b))
 			_, most := app.allMigrations()
@@ -97,7 +106,8 @@ func TestTwoRelayedThenDirect(t *testing.T) {
 	})
 }
 
-// Without a direct connection one of the relayed ones is kept.
+// Without a direct connection one of the relayed ones is kept, but where the relay limits
+// them: then each has a budget of its own, and both stay.
 func TestTwoRelayed(t *testing.T) {
 	eachRelay(t, func(t *testing.T, aDecides, limited bool) {
 		Run(t, func(t *testing.T, n *Net) {
@@ -105,13 +115,20 @@ func TestTwoRelayed(t *testing.T) {
 			n.JoinRelayed(a.Node, b.Node, r, QUIC)
 			app := new(traffic)
 			openBoth(t, app, a, b, 30)
-			settle(t, 30*time.Second, a, b)
-			app.requireAll(t)
-			if !limited { // else it is over by now
+			if limited {
+				time.Sleep(45 * time.Second)
+				require.Len(t, a.conns(b), 2)
+				require.Len(t, b.conns(a), 2)
+			} else {
+				settle(t, 45*time.Second, a, b)
 				requireOne(t, a, b)
 			}
-			_, most := app.allMigrations()
+			app.requireAll(t)
+			total, most := app.allMigrations()
 			require.LessOrEqual(t, most, 1)
+			if limited {
+				require.Zero(t, total)
+			}
 		})
 	})
 }

@@ -1,0 +1,284 @@
+package connmgr
+
+import (
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
+
+	"github.com/go-portage/portage/policy"
+)
+
+// view is the facts of a peer, with the connections and streams that they are of.
+type view struct {
+	facts facts
+	mover mover // nil without Wrap
+	conns []connView
+}
+
+type connView struct {
+	*connState
+	facts    *connFacts // in view.facts
+	labelled []network.Stream
+}
+
+func openConns(n network.Network, p peer.ID) []network.Conn {
+	if n == nil {
+		return nil
+	}
+	return slices.DeleteFunc(n.ConnsToPeer(p), network.Conn.IsClosed)
+}
+
+// look looks at the open connections of p. d is nil if p has no entry. It does not block.
+func (m *Manager) look(p peer.ID, d *peerState) *view {
+	net := m.watch.network()
+	conns := openConns(net, p)
+	v := &view{conns: make([]connView, len(conns))}
+	f := &v.facts
+	f.conns = make([]connFacts, len(conns))
+	m.mu.Lock()
+	v.mover = m.mover
+	sticky := d != nil && d.manages
+	for i, c := range conns {
+		if v.conns[i].facts = &f.conns[i]; d != nil {
+			v.conns[i].connState = d.state(c)
+		}
+		if v.conns[i].connState == nil {
+			v.conns[i].connState = newConnState(c)
+		}
+	}
+	m.mu.Unlock()
+
+	f.now = time.Now()
+	f.wrapped = v.mover != nil
+	f.migrates = f.wrapped && v.mover.Supports(p)
+	if net != nil {
+		f.lower = strings.Compare(string(net.LocalPeer()), string(p)) < 0
+		if f.manages = managed(net, p); sticky {
+			f.manages = yes
+		}
+	}
+	f.exempt = m.exemptPeer(p)
+	use := m.policy().use
+	rtts := make([]time.Duration, len(conns))
+	open := make([]streamCount, len(conns))
+	carried := make([]traffic, len(conns))
+	for i, c := range conns {
+		cv, cf := &v.conns[i], &f.conns[i]
+		cf.candidate, cf.opened, cf.ends = cv.base, cv.opened, cv.ends
+		if !cv.opened.IsZero() {
+			cf.candidate.Age = max(f.now.Sub(cv.opened), 1)
+		}
+		if f.migrates {
+			cv.labelled = v.mover.Streams(c)
+		}
+		open[i] = streamsOn(c, f.manages == yes)
+		cf.candidate.Labelled = len(cv.labelled)
+		if use.RTT {
+			rtts[i] = transportRTT(c)
+		}
+		if use.Interface {
+			cf.candidate.Interface = m.interfaces.of(c.LocalMultiaddr(), f.now)
+		}
+		if cf.exempt = f.exempt; cf.exempt == "" {
+			cf.exempt = m.exemptConn(c)
+		}
+		carried[i] = m.trafficOn(v.mover, c)
+		cf.room = roomOn(c)
+	}
+
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i := range v.conns {
+		m.lookAt(d, v, &v.conns[i], open[i], carried[i])
+	}
+	if use.RTT {
+		f.measuring = slices.ContainsFunc(v.conns, func(cv connView) bool {
+			return cv.path.asking && cv.rtt == 0 && cv.path.tries == 0 && !cv.path.gaveUp(f.now, m.cfg.probeTime)
+		})
+		v.measure(rtts)
+	}
+	if d != nil {
+		f.came, f.firstOf = d.came, d.firstOf
+		f.ranking, f.atOnce, f.fresh, f.better, f.since = d.ranking, d.atOnce, d.fresh, d.better, d.since
+		f.takeover = d.takeover
+		if d.winner != nil {
+			f.winner = d.winner.base.ID
+		}
+	}
+	f.deaths = m.young.of(p, f.now)
+	return v
+}
+
+// lookAt fills in what is kept of a connection. It must be called with mu held.
+func (m *Manager) lookAt(d *peerState, v *view, cv *connView, open streamCount, carried traffic) {
+	f, cf := &v.facts, cv.facts
+	if !cv.seen.IsZero() && cv.traffic.heard(carried) {
+		cv.path.hear(cv.seen)
+	}
+	cv.traffic, cv.seen = carried, f.now
+	cf.path, cf.closing = cv.path, cv.closing
+	cf.pledged = f.now.Before(cv.pledged)
+	cv.drain.lapse(f.now)
+	cf.drain, cf.told, cf.same, cf.serves, cf.lacks = cv.drain, cv.told, cv.same, cv.serves, cv.lacks
+	cv.carried = max(cv.carried, carried.received, carried.sent)
+	cf.spent = cv.budget > 0 && cv.carried >= cv.budget-cv.budget/spentShare
+	if cv.lastUse().After(cv.drain.at) {
+		cv.drain.void(f.now)
+		cf.drain = cv.drain
+	}
+	cf.candidate.Streams = open.without(cv.requests)
+	cf.candidate.Pinned = cf.candidate.Streams - cf.candidate.Labelled
+	if d == nil {
+		cf.candidate.Pinned = max(cf.candidate.Pinned, 0)
+		return
+	}
+	cf.named, cf.used = d.named == cv.connState, cv.lastUse()
+	cf.candidate.Incumbent = d.winner == cv.connState
+	cf.moving = d.touching(cv.connState)
+	switch {
+	case cf.candidate.Streams > 0 || cf.moving > 0:
+		cv.quiet = time.Time{}
+	case cv.quiet.IsZero():
+		cv.quiet = f.now
+	}
+	if cf.quiet = cv.quiet; !cf.quiet.IsZero() {
+		cf.quiet = later(cf.quiet, cv.lastUse())
+	}
+	// A stream in motion has an underlying stream on both connections, whether it is listed
+	// there or not.
+	cf.candidate.Pinned -= cf.moving
+	for _, s := range cv.labelled {
+		b, waits := d.backoff[s]
+		mo, moves := d.moving[s]
+		switch {
+		case moves:
+			if mo.touches(cv.connState) {
+				cf.candidate.Pinned++
+			}
+		case b.denied:
+			cf.candidate.Pinned++
+		case waits && f.now.Before(b.until):
+			if cf.retries++; cf.retries == 1 || b.until.Before(cf.retryAt) {
+				cf.retryAt = b.until
+			}
+		case s.Stat().Direction == network.DirInbound:
+			cf.theirs++
+		default:
+			cf.own++
+		}
+	}
+	cf.candidate.Pinned = max(cf.candidate.Pinned, 0)
+}
+
+// streamCount counts the streams on a connection.
+type streamCount struct {
+	others  int // that are not the managers' own, as far as their protocol tells
+	unnamed int // of them: have none yet
+	pings   int // of them: to a peer that runs no manager, so that they may be the application's
+}
+
+// without returns how many are left without so many of this manager's own.
+func (n streamCount) without(requests int) int {
+	return n.others - min(requests, n.unnamed+n.pings)
+}
+
+// streamsOn counts the streams on c. Requests and pings between two managers are not
+// counted, of whichever of them.
+func streamsOn(c network.Conn, managed bool) streamCount {
+	var n streamCount
+	if n.others = c.Stat().NumStreams; n.others == 0 || n.others > fewStreams {
+		return n
+	}
+	n.others = 0
+	for _, s := range c.GetStreams() {
+		switch id := s.Protocol(); {
+		case id == DrainID, id == identify.ID, id == identify.IDPush, id == ping.ID && managed:
+			continue
+		case id == ping.ID:
+			n.pings++
+		case id == "":
+			n.unnamed++
+		}
+		n.others++
+	}
+	return n
+}
+
+// roomOn returns how many streams this side may still open on c, without those that are
+// left for new ones; negative where no limit is known. go-libp2p's QUIC takes 256 from each
+// end.
+func roomOn(c network.Conn) int {
+	var cf policy.Candidate
+	cf.SetAddr(c.RemoteMultiaddr())
+	if cf.Relayed || cf.Transport != policy.QUIC && cf.Transport != policy.WebTransport {
+		return -1
+	}
+	out := c.Stat().NumStreams // at most
+	if out > quicStreams/4 {   // counting is not for nothing
+		out = 0
+		for _, s := range c.GetStreams() {
+			if s.Stat().Direction == network.DirOutbound {
+				out++
+			}
+		}
+	}
+	return max(0, quicStreams-headroom-out)
+}
+
+// managed says whether p advertises a manager. That is known once it has been identified:
+// there may be other entries for p in the book, of protocols that streams were opened for,
+// but whoever has been identified is listed with identify itself.
+func managed(n network.Network, p peer.ID) knowledge {
+	all, err := n.Peerstore().GetProtocols(p)
+	if err != nil {
+		return unknown
+	}
+	told := unknown
+	for _, id := range all {
+		switch id {
+		case DrainID:
+			return yes
+		case identify.ID, identify.IDPush:
+			told = no
+		}
+	}
+	return told
+}
+
+var (
+	errNoWinner = errors.New("the policy names no connection that it was given")
+	errSilent   = errors.New("no connection of the peer answers")
+	errStuck    = errors.New("the policy has not returned for a second")
+	errPanic    = errors.New("the policy panicked")
+)
+
+// began is told of each stream that a wrapped host opens or gets.
+func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
+	if m.usage.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
+		return
+	}
+	if id == ping.ID && managed(m.watch.network(), c.RemotePeer()) == yes {
+		return // its manager's, most likely
+	}
+	if m.usage.note(c) != nil {
+		m.poke(c.RemotePeer())
+	}
+}
+
+// poke has a round for a peer of which a connection is used again that was not for a while:
+// nobody has asked since whether it works.
+func (m *Manager) poke(p peer.ID) {
+	m.mu.Lock()
+	if d := m.peers[p]; d != nil {
+		m.schedule(d, time.Now())
+	}
+	m.mu.Unlock()
+	m.wakeUp()
+}

@@ -1,0 +1,309 @@
+package connmgr
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/policy"
+)
+
+// Moving
+//
+// The streams of a round move at once, each in a goroutine of its own, and nobody holds a
+// place for them. Streams that something was in the way of, which passes with the others,
+// are tried once more when these have finished; what fails then waits (WithRetry). There is
+// one deadline for all of them: after it the batch is told as it is, and what is left goes
+// on.
+
+// batch is the migrations that one round has started. Guarded by Manager.mu, but for the
+// first four.
+type batch struct {
+	d      *peerState
+	mover  mover
+	to     *connState
+	start  time.Time
+	losers map[*connState]*count
+
+	started int // migrations; those that are tried again are not counted twice
+	pending int // migrations that have not returned
+	again   []toMove
+	passed  bool          // of those started last, one has returned without anything in its way
+	done    chan struct{} // closed when none is pending and none is tried again
+	late    bool          // the deadline has passed
+	err     error         // of the first migration that failed
+}
+
+// count is what became of the streams of one loser.
+type count struct {
+	decision              policy.Decision
+	moved, failed, denied int
+	moving                int // have not returned
+	took                  time.Duration
+}
+
+// toMove is a stream to move, and where it is.
+type toMove struct {
+	s    network.Stream
+	from *connState
+}
+
+// mayMove returns the streams that the plan moves.
+func (m *Manager) mayMove(d *peerState, v *view, p *plan) []toMove {
+	var list []toMove
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for i, verdict := range p.verdicts {
+		if verdict.move == moveNone {
+			continue
+		}
+		for _, s := range v.conns[i].labelled {
+			b, waits := d.backoff[s]
+			_, moves := d.moving[s]
+			switch {
+			case moves, b.denied, waits && !v.facts.forced && v.facts.now.Before(b.until):
+			case verdict.move == moveOwn && s.Stat().Direction == network.DirInbound:
+			default:
+				list = append(list, toMove{s, v.conns[i].connState})
+			}
+		}
+	}
+	if p.room >= 0 && len(list) > p.room {
+		list = list[:p.room]
+	}
+	return list
+}
+
+// move starts to migrate the streams of a plan. It returns nil where there are none.
+func (m *Manager) move(d *peerState, v *view, p *plan) *batch {
+	streams := m.mayMove(d, v, p)
+	if len(streams) == 0 {
+		return nil
+	}
+	b := &batch{
+		d: d, mover: v.mover, to: v.conns[p.winner].connState, start: v.facts.now,
+		losers: make(map[*connState]*count), started: len(streams), done: make(chan struct{}),
+	}
+	for i := range v.conns {
+		if i != p.winner {
+			b.losers[v.conns[i].connState] = &count{decision: p.verdicts[i].decision}
+		}
+	}
+	if !m.begin() {
+		return nil
+	}
+	m.mu.Lock()
+	m.startMigrations(b, streams)
+	m.mu.Unlock()
+	go func() {
+		defer m.wg.Done()
+		m.watchBatch(b)
+	}()
+	return b
+}
+
+// watchBatch tells of a batch when it is done, or its time is over.
+func (m *Manager) watchBatch(b *batch) {
+	timer := time.NewTimer(moveWait)
+	defer timer.Stop()
+	select {
+	case <-b.done:
+	case <-timer.C:
+	case <-m.ctx.Done():
+	}
+	m.mu.Lock()
+	b.late = b.pending > 0
+	for _, r := range b.again {
+		m.failed(b, r)
+	}
+	b.again = nil
+	moved := b.report()
+	err := b.err
+	m.schedule(b.d, time.Now())
+	m.mu.Unlock()
+	m.logMoved(b.d.peer, b.to.info(), moved, err)
+	m.wakeUp()
+}
+
+// report returns what became of the losers so far. It must be called with mu held.
+func (b *batch) report() []Loser {
+	losers := make([]Loser, 0, len(b.losers))
+	for cs, c := range b.losers {
+		losers = append(losers, Loser{Conn: cs.info(), Decision: c.decision,
+			Moved: c.moved, Failed: c.failed, Moving: c.moving, took: c.took})
+	}
+	slices.SortFunc(losers, func(a, b Loser) int { return cmp.Compare(a.Conn.ID, b.Conn.ID) })
+	return losers
+}
+
+// startMigrations must be called with mu held.
+func (m *Manager) startMigrations(b *batch, streams []toMove) {
+	b.pending, b.passed = len(streams), false
+	if b.d.moving == nil {
+		b.d.moving = make(map[network.Stream]motion)
+	}
+	for _, r := range streams {
+		b.d.moving[r.s] = motion{r.from, b.to}
+		b.losers[r.from].moving++
+		m.wg.Add(1)
+		go m.migrate(b, r)
+	}
+}
+
+// migrate moves one stream and notes what came of it. A cancelled context would only end
+// the waiting, not the migration; so only the manager's own is used, and what is in motion
+// is known for as long as it is.
+func (m *Manager) migrate(b *batch, r toMove) {
+	defer m.wg.Done()
+	ctx := m.ctx
+	if r.from.base.Limited && b.to.base.Limited {
+		ctx = network.WithAllowLimitedConn(ctx, "stream migration")
+	}
+	err := b.mover.Migrate(ctx, r.s, b.to.conn)
+	elsewhere := err != nil && r.s.Conn() != r.from.conn // the peer moved it, or it is closed
+	now := time.Now()
+
+	m.mu.Lock()
+	d := b.d
+	delete(d.moving, r.s)
+	c := b.losers[r.from]
+	c.moving--
+	switch {
+	case err == nil:
+		b.passed = true
+		delete(d.backoff, r.s)
+		c.moved++
+		r.from.moved++
+		d.progress = now
+		if took := now.Sub(b.start); took > c.took {
+			r.from.took += took - c.took
+			c.took = took
+		}
+	case errors.Is(err, migrate.ErrDenied):
+		b.passed = true
+		c.denied++
+		d.wait(r.s, backoff{denied: true})
+	case m.ctx.Err() != nil:
+	case elsewhere, errors.Is(err, migrate.ErrClosed), errors.Is(err, migrate.ErrNotLabelled):
+		b.passed = true
+		delete(d.backoff, r.s)
+	default:
+		if b.err == nil {
+			b.err = err
+		}
+		if passes(err) && !b.late {
+			b.again = append(b.again, r)
+		} else {
+			b.passed = true
+			m.failed(b, r)
+		}
+	}
+	if b.pending--; b.pending == 0 && !b.late {
+		if again := b.again; len(again) > 0 && b.passed && !m.closed {
+			b.again = nil
+			m.startMigrations(b, again)
+		} else {
+			close(b.done)
+		}
+	}
+	late := b.late
+	if late {
+		m.schedule(d, now)
+	}
+	m.mu.Unlock()
+	if late {
+		m.wakeUp()
+	}
+}
+
+// passes says whether what stood in the way of a migration may be gone once others have
+// finished.
+func passes(err error) bool {
+	var reset *network.StreamError
+	return errors.Is(err, migrate.ErrTryLater) ||
+		errors.Is(err, network.ErrResourceLimitExceeded) ||
+		errors.As(err, &reset) && reset.ErrorCode == network.StreamResourceLimitExceeded
+}
+
+// failed has a stream wait for its next attempt. It must be called with mu held.
+func (m *Manager) failed(b *batch, r toMove) {
+	b.losers[r.from].failed++
+	w := b.d.backoff[r.s]
+	w.until = time.Now().Add(m.cfg.retryAfter(w.failures))
+	w.failures++
+	b.d.wait(r.s, w)
+}
+
+func (d *peerState) wait(s network.Stream, b backoff) {
+	if d.backoff == nil {
+		d.backoff = make(map[network.Stream]backoff)
+	}
+	d.backoff[s] = b
+}
+
+// migrated is told of each step of each migration, of both ends. What the peer moves is
+// told in this side's log, too.
+func (m *Manager) migrated(e migrate.Event) {
+	if e.Initiator || e.Kind != migrate.Started && e.Kind != migrate.Finished || m.usage.count.Load() == 0 {
+		return
+	}
+	defer m.wakeUp()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d := m.peers[e.Peer]
+	if d == nil {
+		return
+	}
+	from, to := d.state(e.From), d.state(e.To)
+	if from == nil || to == nil {
+		return
+	}
+	b := &from.byPeer
+	if b.to != to {
+		*b = byPeer{first: e.Time, to: to}
+	}
+	if e.Kind == migrate.Started {
+		return
+	}
+	b.streams++
+	b.last = e.Time
+	d.progress = e.Time
+	m.schedule(d, e.Time.Add(byPeerPause))
+}
+
+// mover is what a Manager needs of a *migrate.Host.
+type mover interface {
+	// Supports says whether p migrates streams.
+	Supports(p peer.ID) bool
+	// Streams returns the labelled streams that are on c.
+	Streams(c network.Conn) []network.Stream
+	// Migrate moves s, and returns when its old underlying stream is done with, or when
+	// ctx is.
+	Migrate(ctx context.Context, s network.Stream, to network.Conn) error
+	// Traffic returns what the labelled streams on c have carried.
+	Traffic(c network.Conn) traffic
+}
+
+var _ mover = hostMover{}
+
+type hostMover struct{ *migrate.Host }
+
+func (h hostMover) Streams(c network.Conn) []network.Stream {
+	labelled := h.Host.Streams(c)
+	streams := make([]network.Stream, len(labelled))
+	for i, s := range labelled {
+		streams[i] = s
+	}
+	return streams
+}
+
+func (h hostMover) Traffic(c network.Conn) traffic {
+	t := h.Host.Traffic(c)
+	return traffic{received: t.Received, sent: t.Sent, blocked: t.Blocked}
+}

@@ -1,0 +1,240 @@
+package connmgr
+
+import (
+	"context"
+	"errors"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
+	"github.com/quic-go/quic-go"
+)
+
+// Paths
+//
+// A connection whose path is gone looks like any other until its transport notices, which
+// takes half a minute. A peer that has lost its network and reconnects has two connections
+// then, and the older one is dead. So connections are asked, with a ping, whether they work.
+//
+// An answer that is late says little: eight uploads may be queued before the ping. What
+// counts is evidence, and there are three outcomes:
+//
+//	alive     something came from the peer since it was asked: the answer, or any byte
+//	silent    it was asked, the question could be put, and nothing at all came in time
+//	unknown   it could not be asked (no stream to be had, a full queue), or has not been yet
+//
+//	           ask                 evidence
+//	unknown ---------> (asking) ---------------> alive
+//	   ^                  | in time: nothing came       | asked again, and so on
+//	   |  not put         v
+//	   +------------------+----> silent --- a late answer ---> alive
+
+// health is what is known of a path.
+type health uint8
+
+const (
+	pathUnknown health = iota
+	pathAlive
+	pathSilent
+)
+
+func (h health) String() string {
+	switch h {
+	case pathAlive:
+		return "alive"
+	case pathSilent:
+		return "silent"
+	default:
+		return "unknown"
+	}
+}
+
+// path is what is known of the path of a connection.
+type path struct {
+	health health
+	at     time.Time // alive: when what was answered was asked
+	since  time.Time // alive: from when on every question was answered
+	asked  time.Time // last; zero: never
+	wide   bool      // it has carried what is larger than a packet
+	asking bool      // the answer is awaited
+	tries  int       // in a row without an answer
+}
+
+func (p path) alive() bool { return p.health == pathAlive }
+
+// gaveUp says whether the question has been out for so long that its outcome is known.
+func (p path) gaveUp(now time.Time, wait time.Duration) bool { return !now.Before(p.asked.Add(wait)) }
+
+func (p *path) ask(now time.Time) { p.asked, p.asking = now, true }
+
+// hear notes evidence that the path worked at some time.
+func (p *path) hear(at time.Time) {
+	if p.health == pathSilent || p.since.IsZero() {
+		p.since = at
+	}
+	p.health, p.at, p.tries = pathAlive, later(p.at, at), 0
+}
+
+// miss notes that the last question has brought no evidence.
+func (p *path) miss(put bool) {
+	p.tries++
+	if put {
+		p.health = pathSilent
+	} else {
+		p.health = pathUnknown
+	}
+}
+
+func (p *path) end() { p.asking = false }
+
+// reprobe is how long after a question without an answer the next one is put.
+func reprobe(tries int, wait time.Duration) time.Duration {
+	return max(min(wait<<min(tries, 6), maxReprobe), wait)
+}
+
+// traffic is what a connection has carried, as far as this side can know.
+type traffic struct {
+	packets  uint64 // received: all, on QUIC
+	received uint64 // by labelled streams, in bytes
+	sent     uint64 // of labelled streams, in bytes that the transport has taken
+	blocked  bool   // a Write of a labelled stream waits for the transport
+}
+
+// heard says whether what came between two looks shows that the path works: anything that
+// was received, or that a Write went on that had been blocked, since only the other end
+// makes room.
+func (before traffic) heard(after traffic) bool {
+	return after.packets > before.packets || after.received > before.received ||
+		before.blocked && after.sent > before.sent
+}
+
+func (m *Manager) trafficOn(mv mover, c network.Conn) traffic {
+	var t traffic
+	if mv != nil {
+		t = mv.Traffic(c)
+	}
+	var q *quic.Conn
+	if c.As(&q) {
+		t.packets = q.ConnectionStats().PacketsReceived
+	}
+	return t
+}
+
+// prober asks whether a connection works, and returns how long the answer took. It calls
+// put when the question has been handed to the transport. full asks with more than one
+// packet, since there are paths that only swallow large ones.
+type prober func(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error)
+
+// probe asks with a ping, limited connection or not. A peer that does not serve ping
+// answers, too.
+func probe(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, openTimeout)
+	defer cancel()
+	start := time.Now()
+	s, err := openOn(ctx, c, ping.ID, put)
+	switch {
+	case isNotSupported(err):
+		return time.Since(start), nil
+	case err != nil:
+		return 0, err
+	}
+	defer s.Reset()
+	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
+	start = time.Now()
+	size := ping.PingSize
+	if full {
+		size = fullProbe
+	}
+	buf := make([]byte, ping.PingSize, size)
+	if _, err := s.Write(buf); err != nil {
+		return 0, orDone(ctx, err)
+	}
+	if full {
+		buf = buf[:size]
+		if _, err := s.Write(buf[ping.PingSize:]); err != nil { // all at once
+			return 0, orDone(ctx, err)
+		}
+	}
+	if _, err := io.ReadFull(s, buf[:ping.PingSize]); err != nil {
+		return 0, orDone(ctx, err)
+	}
+	took := time.Since(start)
+	_, err = io.ReadFull(s, buf[ping.PingSize:])
+	return took, orDone(ctx, err)
+}
+
+// orDone returns ctx's error in place of what its end made of a stream.
+func orDone(ctx context.Context, err error) error {
+	if err != nil && ctx.Err() != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+// answered says whether an error is something that came from the peer.
+func answered(err error) bool {
+	var reset *network.StreamError
+	return err == nil || isNotSupported(err) || errors.As(err, &reset) && reset.Remote
+}
+
+// probePath asks cs, whose path is asking already, and notes what comes of it. It must be
+// called with begin.
+func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
+	defer m.wg.Done()
+	start := time.Now()
+	before := m.trafficOn(mv, cs.conn)
+	var put atomic.Bool
+	type outcome struct {
+		took time.Duration
+		err  error
+	}
+	came := make(chan outcome, 1)
+	go func() {
+		took, err := m.probe(m.ctx, cs.conn, full, func() { put.Store(true) })
+		came <- outcome{took, err}
+	}()
+	// note is called once in time, and once more for an answer that is late.
+	note := func(out *outcome, late bool) {
+		heard := out != nil && answered(out.err) || before.heard(m.trafficOn(mv, cs.conn))
+		closed := cs.conn.IsClosed()
+		m.mu.Lock()
+		was := cs.path.health
+		switch {
+		case heard && !closed:
+			cs.path.hear(start)
+			if out != nil && out.err == nil {
+				cs.pinged(out.took)
+				cs.path.wide = cs.path.wide || full
+			}
+		case late: // and no news
+		case out != nil:
+			cs.path.miss(false) // it could not be asked
+		default:
+			cs.path.miss(put.Load())
+		}
+		if out != nil {
+			cs.path.end()
+			cs.requests--
+		}
+		silent := cs.path.health == pathSilent && was != pathSilent && !closed
+		m.schedule(d, time.Now())
+		m.mu.Unlock()
+		m.wakeUp()
+		if silent {
+			m.logSilent(d.peer, cs.info(), time.Since(start))
+		}
+	}
+	timer := time.NewTimer(m.cfg.probeTime)
+	defer timer.Stop()
+	select {
+	case out := <-came:
+		note(&out, false)
+		return
+	case <-timer.C:
+		note(nil, false)
+	}
+	out := <-came
+	note(&out, true)
+}

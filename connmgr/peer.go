@@ -1,0 +1,186 @@
+package connmgr
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
+
+	"github.com/go-portage/portage/policy"
+)
+
+// peerState is what is kept of a peer while it has two connections or more.
+type peerState struct {
+	peer peer.ID // immutable
+
+	// Guarded by Manager.mu, like all that follows.
+	schedule
+	came    time.Time // when a connection came last
+	firstOf time.Time // when the first came of those that have come since the last decision
+	gone    bool      // not in Manager.peers any more
+
+	manages bool // the peer is known to run a manager: it stays so while connected
+	conns   []*connState
+	ranking policy.Ranking // in force
+	winner  *connState     // of ranking; nil before the first
+	atOnce  bool           // see facts, as the next three
+	fresh   bool
+	better  string // see facts
+	since   time.Time
+	takeover
+	left  int  // the fewest streams that were seen to be movable; only if seen is set
+	seen  bool // left is set
+	named *connState
+
+	moving  map[network.Stream]motion
+	backoff map[network.Stream]backoff
+	stuck   bool          // the policy has not returned
+	stir    chan struct{} // if not nil, closed when a round is asked for
+	waited  int           // rounds in a row that used up their place
+}
+
+// motion is a migration that has not returned.
+type motion struct{ from, to *connState }
+
+func (mo motion) touches(cs *connState) bool { return mo.from == cs || mo.to == cs }
+
+// backoff keeps a stream where it is: for good if the peer denied, else until the next
+// attempt.
+type backoff struct {
+	denied   bool
+	until    time.Time
+	failures int
+}
+
+// connState is what is kept of one connection of a peer with duplicates.
+type connState struct {
+	conn   network.Conn     // immutable
+	base   policy.Candidate // immutable: what does not change while the connection lives
+	opened time.Time        // immutable
+	ends   time.Time        // immutable: when its relay cuts it; zero: not known
+	budget uint64           // immutable: bytes each way that its relay allows; 0: not known
+
+	used atomic.Int64 // when a stream began last, of whatever kind, in Unix nanoseconds
+
+	// Guarded by Manager.mu.
+	path    path
+	traffic traffic       // at the last look
+	seen    time.Time     // when that was; zero: never
+	rtt     time.Duration // smoothed, by pings; 0: not known
+	rttAt   time.Time
+	quiet   time.Time     // since when there has been no stream; zero: there is one
+	carried uint64        // bytes that labelled streams have carried, the most that was seen
+	moved   int           // streams that this side moved from here
+	took    time.Duration // by the batches that moved them
+	byPeer  byPeer        // streams that the peer moved from here
+	died    bool          // as a winner, and that is noted
+	closing bool          // it is being closed by this side
+	pledged time.Time     // until when this side opens nothing on it (D1); zero: it may
+	drained time.Time     // when this side said last that it has done with it; zero: never
+	drain   drain
+	told    telling
+	serves  bool // the other end has answered a request
+	lacks   bool // it has not served the last one, whatever the peer advertises
+	same    sameness
+
+	requests int // streams of this manager's own that are on it
+}
+
+// byPeer counts what the peer has moved away, to be told in the log.
+type byPeer struct {
+	streams     int
+	told        int // of them, in the log
+	first, last time.Time
+	to          *connState
+}
+
+func newConnState(c network.Conn) *connState {
+	stat := c.Stat()
+	cs := &connState{conn: c, opened: stat.Opened}
+	cs.base.ID = c.ID()
+	cs.base.SetAddr(c.RemoteMultiaddr())
+	if local := c.LocalMultiaddr(); local != nil {
+		cs.base.SetLocalAddr(local)
+	}
+	cs.base.Limited = stat.Limited
+	cs.base.Direction = stat.Direction
+	if d, ok := stat.Extra[client.StatLimitDuration].(time.Duration); ok && d > 0 && stat.Limited {
+		cs.ends = stat.Opened.Add(d)
+	}
+	if b, ok := stat.Extra[client.StatLimitData].(uint64); ok && stat.Limited {
+		cs.budget = b
+	}
+	return cs
+}
+
+func (d *peerState) state(c network.Conn) *connState {
+	i := slices.IndexFunc(d.conns, func(cs *connState) bool { return cs.conn == c })
+	if i < 0 {
+		return nil
+	}
+	return d.conns[i]
+}
+
+// touching returns the number of migrations from or to cs that have not returned.
+func (d *peerState) touching(cs *connState) int {
+	n := 0
+	for _, mo := range d.moving {
+		if mo.touches(cs) {
+			n++
+		}
+	}
+	return n
+}
+
+// lastUse returns when a stream began last on cs, as far as is known; zero: never.
+func (cs *connState) lastUse() time.Time {
+	if ns := cs.used.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
+}
+
+// usage knows when a stream began last on the connections of peers with duplicates. A short
+// stream comes and goes between two looks. It is told of each stream that a wrapped host
+// opens or gets, so it has a lock of its own, and none at all while no peer has duplicates.
+type usage struct {
+	count atomic.Int32
+	mu    sync.RWMutex // a leaf
+	of    map[network.Conn]*connState
+}
+
+func (u *usage) add(cs *connState) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.of == nil {
+		u.of = make(map[network.Conn]*connState)
+	}
+	u.of[cs.conn] = cs
+	u.count.Store(int32(len(u.of)))
+}
+
+func (u *usage) drop(cs *connState) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	delete(u.of, cs.conn)
+	u.count.Store(int32(len(u.of)))
+}
+
+// note notes that a stream begins on c. It returns c's state if none has for a while.
+func (u *usage) note(c network.Conn) *connState {
+	u.mu.RLock()
+	cs := u.of[c]
+	u.mu.RUnlock()
+	if cs == nil {
+		return nil
+	}
+	now := time.Now().UnixNano()
+	if before := cs.used.Swap(now); now-before > int64(useProbe) {
+		return cs
+	}
+	return nil
+}

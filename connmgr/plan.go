@@ -1,0 +1,1077 @@
+package connmgr
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/go-portage/portage/policy"
+)
+
+// The plan
+//
+// Why does a connection live or die? This file answers that, and no other has a rule of
+// its own. decide takes what is known of one peer at one moment (facts) and says what
+// becomes of each of its connections (verdict):
+//
+//	look (look.go) --facts--> decide --plan--> act (round.go): probe, steer, move, ask, close
+//	                                  |
+//	                                  +------> Explain, Report and the log print it
+//
+// decide is pure: no clock, no network, no lock; the same facts give the same plan. What
+// an invariant forbids is forbidden here (fuzzed in plan_fuzz_test.go):
+//
+//   - The last usable connection is never closed.
+//   - Nothing moves from an unlimited connection to a limited one, and nothing from one
+//     limited connection to another, unless the first is about to end.
+//   - Nothing is closed, and nothing moves, because of what is not known. A connection that
+//     could not be asked whether its path works (pathUnknown) loses to no older one, and no
+//     direct one to a relayed one.
+//   - No unlimited direct connection is closed for a relayed one.
+
+// knowledge is what is known of a question.
+type knowledge uint8
+
+const (
+	unknown knowledge = iota
+	yes
+	no
+)
+
+// facts is what is known of a peer at one moment.
+type facts struct {
+	now      time.Time
+	lower    bool      // this side has the lower peer ID of the two
+	wrapped  bool      // false: a bare manager, which can move nothing and ask nobody
+	manages  knowledge // whether the peer runs a manager
+	migrates bool      // whether streams with the peer can move
+	forced   bool      // Consolidate wants it done now
+	exempt   string    // why the peer is left alone; empty: it is not
+
+	conns []connFacts // as the network lists them
+
+	came      time.Time // when a connection came last
+	firstOf   time.Time // when the first came of those that have come since the last decision
+	winner    string    // the winner so far; "": none
+	ranking   policy.Ranking
+	atOnce    bool      // the decision does not wait for anything that may still come
+	fresh     bool      // connections have come or gone since the last decision: a better one wins at once
+	measuring bool      // the first round-trip times that the policy asks for are on their way
+	better    string    // ranked first last time, but has yet to stay there; "": none
+	since     time.Time // when better was ranked first
+	takeover  takeover
+	// deaths is how many winners of a kind have died young of late.
+	deaths map[pathKind]int
+}
+
+// connFacts is what is known of one connection.
+type connFacts struct {
+	candidate policy.Candidate
+	opened    time.Time
+	exempt    string    // why it is left alone; empty: it is not
+	ends      time.Time // when its relay cuts it; zero: not known
+	spent     bool      // most of the data that its relay allows has been carried
+	path      path
+	closing   bool      // this side is closing it
+	pledged   bool      // this side has agreed to lose it
+	named     bool      // the peer has said that it keeps it (K1)
+	quiet     time.Time // since when there has been no stream; zero: there is one
+	used      time.Time // when a stream began last, as far as is known; zero: never
+	own       int       // labelled streams that this side opened and that may move now
+	theirs    int       // and that the peer opened
+	retries   int       // streams whose migration failed
+	retryAt   time.Time // when the first of them may be tried again
+	moving    int       // migrations from or to it that have not returned
+	room      int       // streams that this side may still open on it; negative: no limit is known
+	drain     drain     // what the peer was asked about it
+	told      telling   // whether the peer knows that it is kept
+	serves    bool      // its other end has answered a manager's request
+	lacks     bool      // its other end serves none, whatever the peer advertises
+	same      sameness  // whether a plain peer's process is the winner's
+}
+
+func (c *connFacts) id() string      { return c.candidate.ID }
+func (c *connFacts) limited() bool   { return c.candidate.Limited }
+func (c *connFacts) unlimited() bool { return !c.candidate.Limited }
+
+// ending says whether the relay is about to cut it.
+func (c *connFacts) ending(now time.Time) bool {
+	return c.spent || !c.ends.IsZero() && c.ends.Sub(now) < endingSoon
+}
+
+// livesSince is from when on c has answered whenever it was asked.
+func (c *connFacts) livesSince() time.Time { return later(c.opened, c.path.since) }
+
+// fate is what becomes of a connection.
+type fate uint8
+
+const (
+	fateKeep    fate = iota // it stays
+	fateWait                // it goes once something has passed
+	fateAsk                 // it goes: the peer is asked whether it has done with it
+	fateConfirm             // both have done with it: the peer is asked once more
+	fateCompare             // it is idle: a plain peer is asked whether it is the same process
+	fateClose               // nothing keeps it
+)
+
+// moves says which labelled streams leave a connection.
+type moves uint8
+
+const (
+	moveNone moves = iota
+	moveOwn        // those that this side opened
+	moveAll
+)
+
+// verdict is what becomes of one connection, and why.
+type verdict struct {
+	fate     fate
+	why      string          // in words, for people
+	until    time.Time       // when what is waited for is over by itself; zero: nobody knows
+	decision policy.Decision // the rule by which it lost; the zero value where it was not ranked
+	out      string          // why it was not ranked; empty: it was
+	kept     string          // what forbids to close it; empty: nothing does
+	move     moves
+}
+
+// role is what this side may do about a peer, and why.
+type role struct {
+	decides bool   // it is the controller
+	reason  string // why it is, or is not
+	over    bool   // it is not, but has taken over
+	moves   bool   // it moves streams to its choice, and tells the peer
+	prunes  bool   // it closes the others
+}
+
+// plan is what is to be done about a peer.
+type plan struct {
+	state    string // in words
+	role     role
+	winner   int // in facts.conns; -1: there is none
+	ranking  policy.Ranking
+	decided  bool  // there is a winner that can be acted on
+	left     bool  // there is none, since all are left alone on purpose
+	err      error // why there is none, where something is wrong
+	better   string
+	since    time.Time
+	settled  time.Time // until when connections may still come; not after facts.now: they have
+	steer    bool      // new streams go to the winner
+	tell     bool      // the peer is told that the winner is kept
+	asks     bool      // what can be decided depends on answers that are on their way
+	probe    []int     // connections that are asked whether their path works
+	room     int       // streams that may move to the winner now; negative: no limit is known
+	verdicts []verdict // of facts.conns
+	closed   []int     // that were closed, once the plan has been acted on
+	next     time.Time // when to look again if nothing is heard; zero: never
+}
+
+// planner makes one plan.
+type planner struct {
+	cfg *config
+	f   *facts
+	rank
+	manages knowledge // facts.manages, unless its manager has been switched off
+	plan
+}
+
+// rank is the policy, as decide sees it.
+type rank func([]policy.Candidate) (policy.Ranking, error)
+
+// decide says what is to be done about a peer with these connections.
+func decide(cfg *config, by rank, f *facts) plan {
+	pl := &planner{cfg: cfg, f: f, rank: by}
+	pl.winner, pl.room, pl.settled = -1, -1, f.now
+	pl.verdicts = make([]verdict, len(f.conns))
+	pl.better, pl.since = f.better, f.since
+	pl.decide()
+	return pl.plan
+}
+
+func (pl *planner) decide() {
+	f := pl.f
+	switch len(f.conns) {
+	case 0:
+		pl.state = "no connection"
+		return
+	case 1:
+		pl.alone()
+		return
+	}
+	pl.look(f.now.Add(pl.cfg.interval))
+	split, off := pl.process()
+	if pl.manages = f.manages; off {
+		pl.manages = no
+	}
+	pl.role = pl.roleOf()
+	if f.exempt != "" {
+		pl.state, pl.err = f.exempt, ErrExempt
+		pl.all(verdict{why: "kept: " + f.exempt, kept: f.exempt})
+		return
+	}
+	if split {
+		pl.left = true
+		pl.state = "its connections lead to different processes that share its key, so that all are kept"
+		pl.all(verdict{why: "kept: the peer's connections lead to different processes", kept: "the peer's connections lead to different processes"})
+		return
+	}
+	pl.askPaths()
+	if !pl.elect() {
+		return
+	}
+	pl.decided = true
+	w := &f.conns[pl.winner]
+	pl.steer = w.path.alive() && (w.unlimited() || !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.unlimited() && !c.closing }))
+	pl.tell = pl.role.moves && f.wrapped && pl.manages == yes && w.told.due(f.now)
+	pl.room = w.room
+	pl.verdicts[pl.winner] = verdict{why: "kept"}
+	for i := range f.conns {
+		if i != pl.winner {
+			pl.verdicts[i] = pl.judge(&f.conns[i], w)
+		}
+	}
+	pl.state = pl.inWords()
+}
+
+// alone is a peer with one connection.
+func (pl *planner) alone() {
+	c := &pl.f.conns[0]
+	pl.winner = 0
+	pl.state = "one connection, nothing to do"
+	v := verdict{why: "the only one"}
+	if c.limited() {
+		pl.state = "one connection, through a relay that limits it"
+		v.why = "the only one; the relay cuts it when its limit is reached, and streams on it end then unless a direct connection comes before"
+		if !c.ends.IsZero() {
+			v.why = fmt.Sprintf("the only one; the relay cuts it in %s at the latest, and streams on it end then unless a direct connection comes before", inWords(c.ends.Sub(pl.f.now)))
+			v.until = c.ends
+		}
+	} else if c.candidate.Relayed {
+		pl.state = "one connection, through a relay"
+	}
+	pl.verdicts[0] = v
+}
+
+// process says whether the connections of a peer that advertises a manager lead to one: what
+// it advertises may be another one's, since replicas may share a key (split), and it may have
+// been switched off (off).
+func (pl *planner) process() (split, off bool) {
+	if pl.f.manages != yes {
+		return false, false
+	}
+	serve, lack := 0, 0
+	for i := range pl.f.conns {
+		switch c := &pl.f.conns[i]; {
+		case c.serves && c.lacks:
+			return false, true
+		case c.serves:
+			serve++
+		case c.lacks:
+			lack++
+		}
+	}
+	return serve > 0 && lack > 0, lack == len(pl.f.conns)
+}
+
+func (pl *planner) all(v verdict) {
+	for i := range pl.verdicts {
+		pl.verdicts[i] = v
+	}
+}
+
+// look has the peer looked at again at the given time at the latest.
+func (pl *planner) look(at time.Time) {
+	at = later(at, pl.f.now.Add(minRoundGap))
+	if pl.next.IsZero() || at.Before(pl.next) {
+		pl.next = at
+	}
+}
+
+// Who decides
+//
+//	this side   the peer runs a manager   lower ID   decides
+//	wrapped     any                       ours       this side
+//	wrapped     yes                       theirs     the peer
+//	wrapped     no                        theirs     this side
+//	wrapped     not known                 theirs     the peer
+//	bare        yes                       any        the peer: it does not see us, and decides
+//	bare        no                        ours       this side
+//	bare        no                        theirs     the peer: it may be a bare manager too
+//
+// A bare manager has no host to advertise itself on, so two of them cannot see each other;
+// the last two rows keep them from each closing the connection that the other one keeps.
+//
+// The one that does not decide takes over when nothing has happened for a while.
+func (pl *planner) roleOf() role {
+	f := pl.f
+	var r role
+	switch {
+	case f.wrapped && f.lower, !f.wrapped && f.lower && pl.manages != yes:
+		r.decides, r.reason = true, "it has the lower peer ID"
+	case f.wrapped && pl.manages == no:
+		r.decides, r.reason = true, "the peer runs no manager"
+	case f.wrapped && pl.manages == unknown:
+		r.reason = "the peer has the lower peer ID and has not been identified"
+	case !f.wrapped && pl.manages == yes:
+		r.reason = "the peer runs a manager, and this one is bare"
+	default:
+		r.reason = "the peer has the lower peer ID"
+	}
+	t := f.takeover
+	switch {
+	case r.decides, f.forced:
+		r.moves, r.prunes = true, true
+	case !f.now.Before(t.due(pl.cfg)):
+		r.over, r.moves, r.prunes = true, true, true
+	case t.times > 0:
+		r.over, r.prunes = true, true
+	case t.forced:
+		r.prunes = true
+	}
+	if !r.moves {
+		pl.look(t.due(pl.cfg))
+	}
+	return r
+}
+
+// takeover is what a follower waits with.
+type takeover struct {
+	progress time.Time // when something happened last
+	times    int       // takeovers, of these connections
+	forced   bool      // Consolidate has been called for these connections
+}
+
+// due returns when a follower takes over if nothing happens.
+func (t takeover) due(cfg *config) time.Time {
+	return t.progress.Add(cfg.takeover << min(t.times, maxTakeoverDoublings))
+}
+
+// askPaths has connections asked whether they work: all of them when one has come, since
+// it may have come because another one is dead; and every now and then those that streams
+// depend on. All are asked at once, and nobody waits in a round for the answers.
+func (pl *planner) askPaths() {
+	f := pl.f
+	newest := pl.newest()
+	for i := range f.conns {
+		c := &f.conns[i]
+		if c.closing {
+			continue
+		}
+		at := pl.dueProbe(c, newest)
+		if at.After(f.now) {
+			pl.look(at)
+		} else if !c.path.asking {
+			pl.probe = append(pl.probe, i)
+		}
+	}
+}
+
+func (pl *planner) newest() time.Time {
+	var t time.Time
+	for i := range pl.f.conns {
+		t = later(t, pl.f.conns[i].opened)
+	}
+	return t
+}
+
+// dueProbe returns when c is to be asked next.
+func (pl *planner) dueProbe(c *connFacts, newest time.Time) time.Time {
+	f := pl.f
+	switch p := c.path; {
+	case p.asked.IsZero() || p.asked.Before(newest):
+		return f.now // not since the last one came
+	case p.health != pathAlive:
+		return p.asked.Add(reprobe(p.tries, pl.cfg.probeTime))
+	case pl.narrow(c):
+		return f.now
+	case f.now.Sub(c.used) < pl.cfg.interval:
+		return later(p.asked, p.at).Add(useProbe) // something depends on it
+	case c.quiet.IsZero() && f.now.Sub(c.used) < idleProbe:
+		return later(p.asked, p.at).Add(pl.cfg.interval)
+	case c.quiet.IsZero():
+		return later(p.asked, p.at).Add(idleProbe / 2)
+	case pl.proving(c):
+		return p.asked.Add(pl.cfg.interval)
+	default:
+		return later(p.asked, p.at).Add(idleProbe)
+	}
+}
+
+// narrow says whether c works, and has yet to show that it carries what is large. It is asked
+// for that once new streams go elsewhere: a path that swallows it may be stuck for good.
+func (pl *planner) narrow(c *connFacts) bool {
+	return c.path.alive() && !c.path.wide && c.unlimited() && !pl.oldest(c)
+}
+
+// proving says whether it is looked at whether c lives for long enough.
+func (pl *planner) proving(c *connFacts) bool {
+	f := pl.f
+	deaths := f.deaths[kindOf(c.candidate)]
+	return c.unlimited() && f.now.Before(c.livesSince().Add(pl.cfg.proof(true, deaths))) &&
+		slices.ContainsFunc(f.conns, func(o connFacts) bool {
+			return o.id() != c.id() && o.unlimited() && (deaths > 0 || o.candidate.Relayed && !c.candidate.Relayed)
+		})
+}
+
+// ruledOut says why c is not ranked; empty if it is.
+func (pl *planner) ruledOut(c *connFacts) string {
+	switch {
+	case c.closing:
+		return "it is being closed"
+	case c.pledged && !c.named:
+		return "the peer wants to close it"
+	case c.path.health == pathSilent:
+		return "it does not answer"
+	case c.limited() && c.ending(pl.f.now) && slices.ContainsFunc(pl.f.conns, func(o connFacts) bool {
+		return o.id() != c.id() && !o.closing && o.path.health != pathSilent && !(o.limited() && o.ending(pl.f.now))
+	}):
+		return "its relay is about to cut it"
+	}
+	return ""
+}
+
+// elect finds the winner, and says whether there is one that can be acted on.
+func (pl *planner) elect() bool {
+	f := pl.f
+	newest := pl.newest()
+	var candidates []policy.Candidate
+	limited := true // all that are not closing
+	for i := range f.conns {
+		c := &f.conns[i]
+		limited = limited && (c.limited() || c.closing)
+		v := &pl.verdicts[i]
+		if v.out = pl.ruledOut(c); v.out == "" {
+			candidates = append(candidates, c.candidate)
+			v.why = "not decided on"
+		} else {
+			v.why = v.out
+		}
+	}
+	if len(candidates) == 0 {
+		pl.state, pl.err = "no connection answers; nothing is done until one does", errSilent
+		return false
+	}
+	ranking, err := pl.rank(candidates)
+	if err == nil {
+		err = pl.check(ranking, candidates)
+	}
+	if err != nil {
+		pl.state, pl.err = err.Error(), err
+		pl.avoidSilent(candidates)
+		return false
+	}
+	pl.ranking = ranking
+	order := make([]*connFacts, 0, len(candidates))
+	for _, c := range ranking.Order {
+		order = append(order, pl.find(c.ID))
+	}
+	for _, d := range ranking.Decisions {
+		if i := pl.index(d.Loser.ID); i >= 0 {
+			pl.verdicts[i].decision = d
+		}
+	}
+	best := pl.present(pl.proved(order))
+	settled, why := pl.settles(best, order)
+	if pl.settled = settled; settled.After(f.now) && !f.forced {
+		pl.look(settled)
+		pl.state = "settling for another " + inWords(settled.Sub(f.now)) + why
+		pl.steerMeanwhile(order, newest)
+		return false
+	}
+	if f.measuring && !f.forced {
+		pl.asks = true
+		pl.state = "measuring round-trip times"
+		pl.steerMeanwhile(order, newest)
+		return false
+	}
+	if limited && !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.ending(f.now) }) {
+		pl.left = true
+		pl.state = "only limited connections: each has a budget of its own, so all are left"
+		for i := range f.conns {
+			c := &f.conns[i]
+			pl.verdicts[i].why, pl.verdicts[i].kept = "kept: its relay limits it, as the others", "its relay limits it, as the others"
+			if !c.ends.IsZero() {
+				pl.look(c.ends.Add(-endingSoon))
+			}
+		}
+		return false
+	}
+	pick, waits := pl.vouched(best, order, newest)
+	if pick == nil {
+		pl.state = waits
+		pl.steerMeanwhile(order, newest)
+		return false
+	}
+	pl.choose(pick, ranking)
+	return true
+}
+
+// check says what is wrong with a ranking.
+func (pl *planner) check(r policy.Ranking, given []policy.Candidate) error {
+	if len(r.Order) == 0 {
+		return errNoWinner
+	}
+	for _, c := range r.Order {
+		if !slices.ContainsFunc(given, func(g policy.Candidate) bool { return g.ID == c.ID }) {
+			return errNoWinner
+		}
+	}
+	return nil
+}
+
+// present returns the order in which to consider connections: as ranked, with the one that
+// the peer names first for a follower, and with the winner so far first while a better one
+// has to stay better for a while.
+func (pl *planner) present(order []*connFacts) []*connFacts {
+	f := pl.f
+	first := func(c *connFacts) []*connFacts {
+		rest := slices.DeleteFunc(slices.Clone(order), func(o *connFacts) bool { return o == c })
+		return append([]*connFacts{c}, rest...)
+	}
+	if !pl.role.moves {
+		if i := slices.IndexFunc(order, func(c *connFacts) bool { return c.named }); i >= 0 {
+			pl.better, pl.since = "", time.Time{}
+			return first(order[i])
+		}
+	}
+	i := slices.IndexFunc(order, func(c *connFacts) bool { return c.id() == f.winner })
+	if i <= 0 || f.fresh || f.atOnce || f.forced {
+		pl.better, pl.since = "", time.Time{}
+		return order
+	}
+	if pl.better != order[0].id() {
+		pl.better, pl.since = order[0].id(), f.now
+	}
+	over := pl.since.Add(patienceIntervals * pl.cfg.interval)
+	if !f.now.Before(over) {
+		pl.better, pl.since = "", time.Time{}
+		return order
+	}
+	pl.look(over)
+	return first(order[i])
+}
+
+// settles returns until when connections may still come that change the decision: nothing
+// outranks the only unlimited connection among limited ones, and the end of a relay's limit
+// does not wait.
+func (pl *planner) settles(best, order []*connFacts) (time.Time, string) {
+	f := pl.f
+	if f.firstOf.IsZero() || f.atOnce {
+		return f.now, ""
+	}
+	delay, why := pl.cfg.settleDelay, ""
+	unlimited := 0
+	for _, c := range order {
+		if c.unlimited() {
+			unlimited++
+		}
+	}
+	if slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.limited() && c.ending(f.now) && !c.closing }) {
+		return f.now, ""
+	}
+	if unlimited == 1 && len(order) > 1 && best[0].unlimited() {
+		delay = min(delay, fastSettle)
+		why = ", since all others are limited"
+	}
+	return earlier(f.came.Add(delay), f.firstOf.Add(maxSettleDelays*delay)), why
+}
+
+// vouched returns the first connection whose path is known to work. One that could not be
+// asked is passed over only for a newer one, which may have come because it is dead; and a
+// direct one never for a relayed one. Else it says what is waited for.
+func (pl *planner) vouched(best, order []*connFacts, newest time.Time) (*connFacts, string) {
+	f := pl.f
+	var passed []*connFacts
+	for _, c := range best {
+		if c.path.alive() && !c.path.at.Before(newest) && (c.path.wide || c.limited() || pl.oldest(c)) {
+			for _, u := range passed {
+				if !c.opened.After(u.opened) || u.unlimited() && c.limited() || !u.candidate.Relayed && c.candidate.Relayed {
+					return nil, "it is not known whether " + kind(u.candidate) + " works: nothing is done until it is"
+				}
+			}
+			return c, ""
+		}
+		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(newest) || pl.narrow(c) && !c.path.asking {
+			pl.asks = true
+			return nil, "asking which connections work"
+		}
+		passed = append(passed, c)
+	}
+	if len(passed) == 0 {
+		return nil, "the only connection that could win has yet to prove itself"
+	}
+	return nil, "it is not known which connections work: nothing is done until it is"
+}
+
+// oldest says whether no connection is older than c. The oldest one has carried what there
+// was; any other has to show that it carries what is large before it is relied on.
+func (pl *planner) oldest(c *connFacts) bool {
+	return !slices.ContainsFunc(pl.f.conns, func(o connFacts) bool { return o.opened.Before(c.opened) })
+}
+
+// proved returns order without the connections that have yet to live for longer, since
+// winners of their kind have died young of late.
+func (pl *planner) proved(order []*connFacts) []*connFacts {
+	return slices.DeleteFunc(slices.Clone(order), func(c *connFacts) bool {
+		at, deaths := pl.proves(c, order)
+		if deaths == 0 || !at.After(pl.f.now) {
+			return false
+		}
+		pl.look(at)
+		pl.out(c, fmt.Sprintf("%s of this kind died young of late: it wins if it still works in %s", times(deaths), inWords(at.Sub(pl.f.now))))
+		return true
+	})
+}
+
+func (pl *planner) out(c *connFacts, why string) {
+	v := &pl.verdicts[pl.index(c.id())]
+	v.out, v.why = why, why
+}
+
+// proves returns when c, of a kind of which deaths winners have died young, has lived for
+// long enough to win over another unlimited connection.
+func (pl *planner) proves(c *connFacts, order []*connFacts) (time.Time, int) {
+	deaths := pl.f.deaths[kindOf(c.candidate)]
+	if deaths == 0 || pl.f.forced || !slices.ContainsFunc(order, func(o *connFacts) bool { return o != c && o.unlimited() }) {
+		return time.Time{}, 0
+	}
+	return c.livesSince().Add(pl.cfg.proof(true, deaths)), deaths
+}
+
+// choose makes c the winner.
+func (pl *planner) choose(c *connFacts, ranking policy.Ranking) {
+	f := pl.f
+	pl.winner = pl.index(c.id())
+	if top, _ := ranking.Winner(); top.ID == c.id() {
+		return
+	}
+	// The decisions of this ranking are over the one that was passed over; where the ranking
+	// in force has this winner, its decisions still tell the truth.
+	if top, _ := f.ranking.Winner(); top.ID == c.id() {
+		pl.ranking = f.ranking
+	}
+	for i := range pl.verdicts {
+		v := &pl.verdicts[i]
+		v.decision = policy.Decision{}
+		for _, d := range pl.ranking.Decisions {
+			if d.Loser.ID == f.conns[i].id() && d.Winner.ID == c.id() {
+				v.decision = d
+			}
+		}
+	}
+}
+
+// steerMeanwhile says where new streams go while nothing can be decided: to the winner so far,
+// or else to another connection that has answered since the last one came. The newest one is
+// none as long as it has only carried what is small. A relayed one is none beside a direct one
+// that may work: the swarm would not choose it either.
+func (pl *planner) steerMeanwhile(order []*connFacts, newest time.Time) {
+	f := pl.f
+	good := func(c *connFacts) bool {
+		return c != nil && pl.verdicts[pl.index(c.id())].out == "" && c.path.alive() && !c.path.at.Before(newest) && !pl.narrow(c)
+	}
+	unlimited := slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.unlimited() && !c.closing })
+	direct := slices.ContainsFunc(f.conns, func(c connFacts) bool {
+		return !c.candidate.Relayed && !c.closing && c.path.health != pathSilent
+	})
+	for _, c := range append([]*connFacts{pl.find(f.winner)}, order...) {
+		if good(c) && (c.unlimited() || !unlimited) && (!c.candidate.Relayed || !direct) {
+			pl.steer, pl.winner = true, pl.index(c.id())
+			return
+		}
+	}
+}
+
+// avoidSilent sends new streams to a connection that works where the policy cannot say which
+// is best and one is known not to work: that much needs no policy.
+func (pl *planner) avoidSilent(usable []policy.Candidate) {
+	f := pl.f
+	if !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.path.health == pathSilent }) {
+		return
+	}
+	for _, c := range policy.Default().Rank(usable).Order {
+		if i := pl.index(c.ID); f.conns[i].path.alive() && f.conns[i].unlimited() {
+			pl.steer, pl.winner = true, i
+			return
+		}
+	}
+}
+
+func (pl *planner) index(id string) int {
+	return slices.IndexFunc(pl.f.conns, func(c connFacts) bool { return c.id() == id })
+}
+
+func (pl *planner) find(id string) *connFacts {
+	if i := pl.index(id); i >= 0 {
+		return &pl.f.conns[i]
+	}
+	return nil
+}
+
+// judge says what becomes of a loser.
+func (pl *planner) judge(l, w *connFacts) verdict {
+	f := pl.f
+	v := pl.verdicts[pl.index(l.id())]
+	v.why = v.out
+	keep := func(why string) verdict {
+		v.fate, v.why, v.kept = fateKeep, "kept: "+why, why
+		return v
+	}
+	switch {
+	case l.closing:
+		v.fate, v.why = fateKeep, "it is being closed"
+		return v
+	case l.exempt != "":
+		return keep(l.exempt)
+	case l.unlimited() && w.limited():
+		return keep("it is unlimited, and the winner is not")
+	case l.limited() && w.limited() && !l.ending(f.now):
+		return keep("its relay limits it, as the winner")
+	}
+	v.move = pl.moves(l, w)
+	if at := pl.movesAt(l, w); at.After(f.now) && l.own+l.theirs > 0 {
+		pl.look(at)
+	}
+	if l.limited() && w.limited() {
+		v.fate, v.why = fateWait, "its relay is about to cut it"
+		return v
+	}
+	if l.unlimited() && w.candidate.Relayed && !l.candidate.Relayed {
+		return keep("it is direct, and the winner is not")
+	}
+	v.fate = fateWait
+	if l.pledged && !l.quiet.IsZero() {
+		pl.look(f.now.Add(pl.gap(pl.cfg.quietTime))) // the peer is going to ask since when
+	}
+	if movable := l.own + l.theirs + l.retries; movable > 0 && pl.role.moves {
+		v.why = streams(movable) + " to move"
+		if l.retries > 0 && l.own+l.theirs == 0 {
+			v.until = l.retryAt
+			v.why = fmt.Sprintf("%s failed to move, next attempt in %s", streams(l.retries), inWords(l.retryAt.Sub(f.now)))
+		}
+		if at := pl.movesAt(l, w); at.After(f.now) {
+			v.until = at
+			v.why += " when the winner has proved itself, in " + inWords(at.Sub(f.now))
+		} else if v.move != moveNone && pl.room == 0 {
+			v.why += " when the winner has room for more"
+		}
+		if l.retries > 0 {
+			pl.look(l.retryAt)
+		}
+	}
+	if !pl.role.prunes {
+		v.why = cmp.Or(v.why, pl.busyWith(l), "the peer decides")
+		return v
+	}
+	why := v.why
+	v = pl.mayGo(v, l, w)
+	if v.kept == "" && why != "" {
+		v.why = why // what it carries matters more than what was asked
+	}
+	return v
+}
+
+// busyWith says what l carries; empty: nothing.
+func (pl *planner) busyWith(l *connFacts) string {
+	switch n := l.candidate.Streams; {
+	case l.moving > 0:
+		return streams(l.moving) + " moving"
+	case n > 0:
+		return "kept until " + streams(n) + " that cannot move have ended"
+	case l.quiet.IsZero():
+		return "no stream"
+	}
+	return ""
+}
+
+// moves says which streams leave l for w now. Each end moves those that it opened: it has
+// the muxer's credit for them. What a peer does not move, although it was told, this side
+// moves after a while.
+func (pl *planner) moves(l, w *connFacts) moves {
+	f := pl.f
+	if !f.migrates || !w.path.alive() || pl.movesAt(l, w).After(f.now) || l.own+l.theirs == 0 {
+		return moveNone
+	}
+	if l.unlimited() && l.path.health != pathSilent && f.now.Sub(w.path.at) > freshFor {
+		pl.asks = true // they are well where they are: a moment ago is not good enough
+		pl.probeWinner(w)
+		return moveNone
+	}
+	others := l.theirs > 0 && (pl.manages != yes || f.forced || pl.role.over || w.told.over(f.now))
+	if pl.role.over && pl.manages == yes && w.told.phase != tellKept && w.told.phase != tellFailed {
+		return moveNone // the one that decides is told first: it may be there after all
+	}
+	switch {
+	case pl.role.moves && others:
+		return moveAll
+	case pl.role.moves:
+		if l.theirs > 0 && !w.told.until.IsZero() {
+			pl.look(w.told.until)
+		}
+		return moveOwn
+	case w.named, l.limited() && w.unlimited() && pl.onlyUnlimited(w):
+		return moveOwn // nobody can think otherwise
+	}
+	return moveNone
+}
+
+// movesAt is from when on streams may leave l for w. Those on a relayed connection without a
+// limit are in no danger, so that they wait until w has proved itself: were it to die before,
+// they would have been better off where they were.
+func (pl *planner) movesAt(l, w *connFacts) time.Time {
+	if l.limited() || !l.candidate.Relayed || pl.f.forced || l.path.health == pathSilent {
+		return time.Time{}
+	}
+	return w.livesSince().Add(pl.cfg.proof(true, pl.f.deaths[kindOf(w.candidate)]))
+}
+
+// onlyUnlimited says whether all connections but w are limited.
+func (pl *planner) onlyUnlimited(w *connFacts) bool {
+	return !slices.ContainsFunc(pl.f.conns, func(c connFacts) bool { return c.id() != w.id() && c.unlimited() })
+}
+
+// mayGo says whether l can be closed now, or what is in the way.
+//
+//	the peer runs a manager   both have done with it: asked, quiet, and asked again after
+//	                          the winner has shown that it works (D1, D2)
+//	it runs none              no stream here for much longer; the winner has shown that it
+//	                          works; and both connections lead to the same process
+//	not known                 it stays
+func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
+	f := pl.f
+	quietFor := "no stream yet"
+	if busy := pl.busyWith(l); busy != "" {
+		quietFor = busy
+	} else {
+		quietFor = "quiet for " + inWords(f.now.Sub(l.quiet))
+	}
+	if pl.cfg.standby && l.unlimited() && l == pl.standby(w) {
+		v.fate, v.why, v.kept = fateKeep, "kept: it stands by", "it stands by"
+		return v
+	}
+	if pl.manages == unknown {
+		v.why = quietFor + "; the peer has not been identified, so that it stays"
+		return v
+	}
+	quiet := pl.cfg.quietTime
+	asks := f.wrapped && pl.manages == yes && !l.lacks
+	if !asks {
+		quiet = pl.cfg.plainQuietTime
+		if pl.role.over {
+			// That the controller has not closed it may mean that it has something to read
+			// there. And if both closed a connection at the same moment, each another one,
+			// none would be left: its turn has to be over.
+			quiet += pl.cfg.takeover
+		}
+	}
+	isQuiet := !l.quiet.IsZero() && f.now.Sub(l.quiet) >= quiet && l.moving == 0 && l.candidate.Streams == 0
+	ready := later(l.quiet.Add(quiet), pl.provenAt(l, w))
+	if !l.quiet.IsZero() {
+		pl.look(later(ready, f.now.Add(pl.gap(quiet))))
+		v.until = ready
+	}
+	proven := !f.now.Before(pl.provenAt(l, w)) && !w.path.at.Before(pl.provenAt(l, w))
+	v.why = quietFor
+	switch {
+	case l.candidate.Streams > 0 || l.quiet.IsZero() || l.moving > 0:
+	case !isQuiet:
+		v.why += " of " + inWords(quiet) + ", then closed"
+	case !proven && f.now.Before(pl.provenAt(l, w)):
+		v.why += "; closed when the winner has proved itself, in " + inWords(pl.provenAt(l, w).Sub(f.now))
+	case !proven:
+		v.why += "; the winner is asked once more"
+		pl.probeWinner(w)
+		isQuiet = false
+	default:
+		v.why += ", closed next"
+	}
+	isQuiet = isQuiet && proven
+	if w.pledged && !w.named || w.closing {
+		v.why = "the peer may close the winner"
+		return v
+	}
+	if !asks {
+		return pl.idle(v, l, w, isQuiet)
+	}
+	return pl.drain(v, l, w, isQuiet)
+}
+
+// provenAt is when w has lived for long enough for l to be closed: it matters where l is
+// the last other unlimited connection.
+func (pl *planner) provenAt(l, w *connFacts) time.Time {
+	f := pl.f
+	if l.limited() || f.forced {
+		return time.Time{}
+	}
+	for i := range f.conns {
+		c := &f.conns[i]
+		if c.id() != l.id() && c.id() != w.id() && c.unlimited() && pl.ruledOut(c) == "" {
+			return time.Time{}
+		}
+	}
+	return w.livesSince().Add(pl.cfg.proof(l.candidate.Relayed, f.deaths[kindOf(w.candidate)]))
+}
+
+// standby returns the connection that is kept beside w: the best other unlimited one.
+func (pl *planner) standby(w *connFacts) *connFacts {
+	for _, c := range pl.ranking.Order {
+		if o := pl.find(c.ID); o != nil && o.id() != w.id() && o.unlimited() && pl.ruledOut(o) == "" {
+			return o
+		}
+	}
+	return nil
+}
+
+// gap is how long to wait before the next look at a connection that has to be quiet.
+func (pl *planner) gap(quiet time.Duration) time.Duration {
+	return min(maxQuietGap, quiet/quietLooks)
+}
+
+func (pl *planner) probeWinner(w *connFacts) {
+	i := pl.index(w.id())
+	if !w.path.asking && !slices.Contains(pl.probe, i) {
+		pl.probe = append(pl.probe, i)
+	}
+}
+
+// idle is the way of a connection to a peer that cannot be asked.
+func (pl *planner) idle(v verdict, l, w *connFacts, isQuiet bool) verdict {
+	f := pl.f
+	if !isQuiet {
+		return v
+	}
+	if f.wrapped {
+		switch l.same {
+		case sameUnknown:
+			v.fate, v.why = fateCompare, v.why+": asking whether it leads to the same process"
+			return v
+		case sameAsked:
+			v.fate, v.why = fateWait, v.why+": asking whether it leads to the same process"
+			return v
+		case sameNot:
+			why := "it is not known to lead to the same process as the winner"
+			v.fate, v.why, v.kept = fateKeep, "kept: "+why, why
+			return v
+		}
+	}
+	if f.now.Sub(w.path.at) > pl.cfg.quietTime {
+		pl.probeWinner(w)
+		return v
+	}
+	v.fate = fateClose
+	return v
+}
+
+// drain is the way of a connection to a peer that is asked.
+func (pl *planner) drain(v verdict, l, w *connFacts, isQuiet bool) verdict {
+	f := pl.f
+	d := l.drain
+	renew := !d.at.IsZero() && !f.now.Before(d.at.Add(d.lease/3))
+	switch d.phase {
+	case drainOff:
+		v.fate = fateAsk
+	case drainAsked:
+		v.why += ", waiting for the peer's answer"
+	case drainRefused:
+		if f.now.Before(d.until) {
+			pl.look(d.until)
+			why := fmt.Sprintf("the peer refused: %q", d.reason)
+			v.fate, v.why, v.kept, v.until = fateKeep, "kept: "+why, why, d.until
+			return v
+		}
+		v.fate = fateAsk
+	case drainFailed:
+		v.why += fmt.Sprintf("; the peer did not answer, it is asked again in %s", inWords(d.until.Sub(f.now)))
+		if !f.now.Before(d.until) {
+			v.fate = fateAsk
+		} else {
+			pl.look(d.until)
+		}
+	case drainBusy:
+		v.why += fmt.Sprintf(", the peer has not done with it (asked for %s)", inWords(f.now.Sub(d.since)))
+		switch {
+		case renew, isQuiet && !f.now.Before(d.until):
+			v.fate = fateAsk
+		case isQuiet:
+			pl.look(d.until)
+		}
+	case drainAgreed:
+		switch {
+		case renew:
+			v.fate = fateAsk
+		case !isQuiet:
+		case w.path.alive() && w.path.at.After(d.at):
+			v.fate = fateConfirm
+		default:
+			pl.probeWinner(w)
+		}
+	case drainConfirmed:
+		switch {
+		case renew:
+			v.fate = fateAsk
+		case !isQuiet:
+		case f.now.Sub(d.at) > pl.cfg.quietTime+pl.cfg.probeTime:
+			v.fate = fateAsk // too long ago for the winner's answer to mean anything
+		default:
+			v.fate = fateClose
+		}
+	}
+	if !d.at.IsZero() && d.phase != drainAsked {
+		pl.look(d.at.Add(d.lease / 3))
+	}
+	return v
+}
+
+// inWords is what is being done about the peer.
+func (pl *planner) inWords() string {
+	f := pl.f
+	moving, retries, soonest := 0, 0, time.Time{}
+	for i := range f.conns {
+		c := &f.conns[i]
+		moving += c.moving
+		if c.retries > 0 {
+			if retries += c.retries; soonest.IsZero() || c.retryAt.Before(soonest) {
+				soonest = c.retryAt
+			}
+		}
+	}
+	switch {
+	case moving > 0:
+		return streams(moving/2) + " moving"
+	case pl.better != "":
+		return "another connection ranks first now, and wins if it still does in " +
+			inWords(pl.since.Add(patienceIntervals*pl.cfg.interval).Sub(f.now))
+	case retries > 0 && pl.role.moves:
+		return fmt.Sprintf("%s failed to move, next attempt in %s", streams(retries), inWords(soonest.Sub(f.now)))
+	case !pl.role.decides && f.takeover.times > 0:
+		return "taken over, since the peer did nothing"
+	case !pl.role.decides && !f.forced:
+		return "following, takes over in " + inWords(f.takeover.due(pl.cfg).Sub(f.now)) + " if nothing happens"
+	default:
+		return "consolidating"
+	}
+}
+
+// pathKind is what paths have in common that die together: the UDP that a network drops,
+// the relay that restarts.
+type pathKind struct {
+	udp, relayed bool
+}
+
+func kindOf(c policy.Candidate) pathKind {
+	return pathKind{
+		udp:     c.Transport != policy.TCP && c.Transport != policy.WebSocket,
+		relayed: c.Relayed,
+	}
+}
+
+func (k pathKind) String() string {
+	switch {
+	case k.relayed:
+		return "relay"
+	case k.udp:
+		return "udp"
+	default:
+		return "tcp"
+	}
+}

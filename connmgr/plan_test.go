@@ -1,0 +1,471 @@
+package connmgr
+
+import (
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	ma "github.com/multiformats/go-multiaddr"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/policy"
+)
+
+// The plan's table: what is known of a peer on the left, what becomes of its connections on
+// the right. Times are counted from noon, when the facts are.
+var noon = time.Date(2030, 1, 1, 12, 0, 0, 0, time.UTC)
+
+func ago(d time.Duration) time.Time { return noon.Add(-d) }
+func in(d time.Duration) time.Time  { return noon.Add(d) }
+
+// aConn is a connection that has been there for a minute, works, and has been quiet for half
+// of that.
+func aConn(id, addr string, change ...func(*connFacts)) connFacts {
+	c := connFacts{opened: ago(time.Minute), quiet: ago(30 * time.Second), room: -1}
+	c.candidate.ID = id
+	c.candidate.SetAddr(ma.StringCast(addr))
+	c.path = path{health: pathAlive, at: ago(time.Millisecond), since: ago(time.Minute), asked: ago(time.Millisecond), wide: true}
+	for _, f := range change {
+		f(&c)
+	}
+	c.candidate.Age = noon.Sub(c.opened)
+	return c
+}
+
+func quicConn(change ...func(*connFacts)) connFacts { return aConn("quic", quicAddr, change...) }
+func tcpConn(change ...func(*connFacts)) connFacts  { return aConn("tcp", tcpAddr, change...) }
+func relayConn(change ...func(*connFacts)) connFacts {
+	return aConn("relay", relayAddr, change...)
+}
+
+func limitedConn(change ...func(*connFacts)) connFacts {
+	return aConn("limited", relayAddr, append([]func(*connFacts){limited}, change...)...)
+}
+
+func limited(c *connFacts) { c.candidate.Limited = true }
+func silent(c *connFacts) {
+	c.path = path{health: pathSilent, asked: ago(3 * time.Second), tries: 1}
+}
+func notAsked(c *connFacts) { c.path = path{} }
+func asking(c *connFacts)   { c.path = path{asking: true, asked: ago(time.Second)} }
+func notToBeAsked(c *connFacts) {
+	c.path = path{health: pathUnknown, asked: ago(3 * time.Second), tries: 1}
+}
+func narrow(c *connFacts) { c.path.wide = false }
+func named(c *connFacts)  { c.named = true }
+func serves(c *connFacts) { c.serves = true }
+func lacks(c *connFacts)  { c.lacks = true }
+func pledged(c *connFacts) {
+	c.pledged = true
+}
+
+func opened(before time.Duration) func(*connFacts) {
+	return func(c *connFacts) {
+		c.opened, c.path.since = ago(before), ago(before)
+		c.quiet = later(c.quiet, c.opened)
+	}
+}
+
+func quietFor(d time.Duration) func(*connFacts) {
+	return func(c *connFacts) { c.quiet = ago(d) }
+}
+
+// carries puts labelled streams on a connection: of this side, and of the peer.
+func carries(own, theirs int) func(*connFacts) {
+	return func(c *connFacts) {
+		c.own, c.theirs = own, theirs
+		c.candidate.Labelled = own + theirs
+		c.candidate.Streams = c.candidate.Labelled + c.candidate.Pinned
+		c.quiet = time.Time{}
+	}
+}
+
+func pins(n int) func(*connFacts) {
+	return func(c *connFacts) {
+		c.candidate.Pinned = n
+		c.candidate.Streams = c.candidate.Labelled + n
+		c.quiet = time.Time{}
+	}
+}
+
+func room(n int) func(*connFacts) { return func(c *connFacts) { c.room = n } }
+
+func drains(phase drainPhase, asked time.Duration) func(*connFacts) {
+	return func(c *connFacts) {
+		c.drain = drain{phase: phase, since: ago(asked), sent: ago(asked), at: ago(asked), lease: shortLease, until: ago(0), asks: 1}
+	}
+}
+
+func told(t telling) func(*connFacts) { return func(c *connFacts) { c.told = t } }
+func same(s sameness) func(*connFacts) {
+	return func(c *connFacts) { c.same = s }
+}
+
+// between makes facts of a peer that runs a manager and of which this side decides.
+func between(conns ...connFacts) *facts {
+	return &facts{
+		now: noon, lower: true, wrapped: true, manages: yes, migrates: true, conns: conns,
+		takeover: takeover{progress: ago(time.Second)},
+	}
+}
+
+func (f *facts) with(change func(*facts)) *facts {
+	change(f)
+	return f
+}
+
+func follower(f *facts)    { f.lower = false }
+func plainPeer(f *facts)   { f.manages, f.migrates = no, false }
+func unheardOf(f *facts)   { f.manages, f.migrates = unknown, false }
+func bareManager(f *facts) { f.wrapped, f.migrates, f.manages = false, false, no }
+func winner(id string) func(*facts) {
+	return func(f *facts) { f.winner = id }
+}
+
+// settling has the last connection come a while ago.
+func settling(since time.Duration) func(*facts) {
+	return func(f *facts) { f.came, f.firstOf = ago(since), ago(since) }
+}
+
+// want is what a plan should be. What is not set does not matter.
+type want struct {
+	winner string // "-": none
+	steer  *bool
+	probes []string
+	tell   *bool
+	fates  map[string]fate
+	moves  map[string]moves
+	why    map[string]string // a part of it
+	state  string            // a part of it
+	next   time.Duration     // the next look is at the latest then
+}
+
+var (
+	isSo    = func() *bool { b := true; return &b }()
+	isNotSo = func() *bool { b := false; return &b }()
+)
+
+type fates = map[string]fate
+
+func testConfig(change ...func(*config)) *config {
+	cfg := defaultConfig()
+	for _, f := range change {
+		f(&cfg)
+	}
+	return &cfg
+}
+
+func byDefault(cs []policy.Candidate) (policy.Ranking, error) { return policy.Default().Rank(cs), nil }
+
+func TestPlan(t *testing.T) {
+	kept := telling{phase: tellKept, until: ago(0)}
+	fresh := telling{phase: tellKept, until: in(time.Second)}
+	for _, tc := range []struct {
+		name  string
+		facts *facts
+		cfg   *config
+		rank  rank
+		want  want
+	}{
+		// One connection.
+		{name: "alone", facts: between(quicConn()), want: want{winner: "quic", state: "nothing to do"}},
+		{name: "alone on a limited relay", facts: between(limitedConn(func(c *connFacts) { c.ends = in(time.Minute) })),
+			want: want{winner: "limited", state: "through a relay that limits it", why: map[string]string{"limited": "the relay cuts it in 1 m 0 s"}}},
+
+		// Settling.
+		{name: "settles", facts: between(quicConn(opened(time.Second/2)), tcpConn(carries(2, 0))).with(settling(time.Second / 2)),
+			want: want{state: "settling for another 500 ms", moves: map[string]moves{"tcp": moveNone}, next: 500 * time.Millisecond}},
+		{name: "a fast stream does not wait for long on a limited relay",
+			facts: between(limitedConn(carries(1, 1)), quicConn(opened(50*time.Millisecond))).with(settling(50 * time.Millisecond)),
+			want:  want{state: "settling for another 50 ms", next: 50 * time.Millisecond}},
+		{name: "and moves then", facts: between(limitedConn(carries(1, 1)), quicConn(opened(110*time.Millisecond))).with(settling(110 * time.Millisecond)),
+			want: want{winner: "quic", moves: map[string]moves{"limited": moveOwn}, tell: isSo}},
+		{name: "a follower moves its own at once, too, since nobody can think otherwise",
+			facts: between(limitedConn(carries(1, 1)), quicConn(opened(110*time.Millisecond))).with(settling(110 * time.Millisecond)).with(follower),
+			want:  want{winner: "quic", moves: map[string]moves{"limited": moveOwn}, tell: isNotSo}},
+		{name: "two direct ones settle for as long as ever",
+			facts: between(limitedConn(carries(1, 1)), quicConn(opened(110*time.Millisecond)), tcpConn(opened(110*time.Millisecond))).with(settling(110 * time.Millisecond)),
+			want:  want{state: "settling for another 890 ms"}},
+		{name: "a relay's end does not wait", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.ends = in(5 * time.Second) }),
+			quicConn(opened(time.Millisecond))).with(settling(time.Millisecond)),
+			want: want{winner: "quic", moves: map[string]moves{"limited": moveOwn}}},
+
+		// Paths.
+		{name: "all are asked when one has come", facts: between(quicConn(notAsked), tcpConn(notAsked, carries(1, 0))),
+			want: want{winner: "-", probes: []string{"quic", "tcp"}, moves: map[string]moves{"tcp": moveNone}}},
+		{name: "an answer from before is none", facts: between(quicConn(func(c *connFacts) { c.path.at, c.path.asked = ago(time.Minute), ago(time.Minute) }), tcpConn(opened(time.Second))),
+			want: want{winner: "-", probes: []string{"quic"}}},
+		{name: "nothing moves while the winner is asked", facts: between(limitedConn(carries(1, 1)), quicConn(opened(time.Second), asking)),
+			want: want{winner: "-", state: "asking", moves: map[string]moves{"limited": moveNone}}},
+		{name: "a newer one that works beats one that does not answer", facts: between(quicConn(silent, carries(2, 0)), tcpConn(opened(5*time.Second))),
+			want: want{winner: "tcp", moves: map[string]moves{"quic": moveOwn}}},
+		{name: "a direct one that does not answer is not closed for a relayed one", facts: between(quicConn(silent, quietFor(time.Hour), opened(2*time.Hour)), relayConn(opened(time.Minute))),
+			want: want{winner: "relay", fates: fates{"quic": fateKeep}, why: map[string]string{"quic": "direct"}}},
+		{name: "a busy direct one that could not be asked loses to no older one",
+			facts: between(relayConn(opened(time.Hour), carries(3, 0)), quicConn(notToBeAsked, carries(8, 0))),
+			want:  want{winner: "-", state: "not known", moves: map[string]moves{"quic": moveNone, "relay": moveNone}}},
+		{name: "nor to a newer relayed one", facts: between(quicConn(notToBeAsked, carries(8, 0), opened(time.Hour)), relayConn()),
+			want: want{winner: "-", moves: map[string]moves{"quic": moveNone}, fates: fates{"quic": fateKeep}}},
+		{name: "but to a newer direct one that works", facts: between(quicConn(notToBeAsked, carries(8, 0), opened(time.Hour)), tcpConn()),
+			want: want{winner: "tcp", moves: map[string]moves{"quic": moveOwn}}},
+		{name: "a path that swallows what is large is none", facts: between(relayConn(opened(time.Hour), carries(3, 0)), quicConn(narrow)),
+			want: want{winner: "-", moves: map[string]moves{"relay": moveNone}}},
+		{name: "the oldest has carried what there was", facts: between(quicConn(narrow, opened(time.Hour)), tcpConn()),
+			want: want{winner: "quic"}},
+		{name: "none answers", facts: between(quicConn(silent, carries(1, 0)), tcpConn(silent)),
+			want: want{winner: "-", state: "no connection answers", fates: fates{"quic": fateKeep, "tcp": fateKeep}, steer: isNotSo}},
+		{name: "what is used is asked again soon", facts: between(quicConn(pins(1), func(c *connFacts) {
+			c.path.at, c.path.asked, c.used = ago(2*time.Second), ago(2*time.Second), ago(time.Second)
+		}), tcpConn(pins(1))).with(winner("quic")),
+			want: want{winner: "quic", probes: []string{"quic"}}},
+		{name: "by a follower as well", facts: between(quicConn(pins(1), func(c *connFacts) {
+			c.path.at, c.path.asked, c.used = ago(2*time.Second), ago(2*time.Second), ago(time.Second)
+		}), tcpConn(pins(1))).with(winner("quic")).with(follower),
+			want: want{winner: "quic", probes: []string{"quic"}}},
+		{name: "a path that carries only what is small so far is asked for more, while new streams go elsewhere", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow)),
+			want: want{winner: "-", state: "asking", steer: isSo, probes: []string{"quic"}}},
+		{name: "streams that are well leave for what works now, not for what worked before", facts: between(tcpConn(opened(time.Hour), carries(2, 2)), quicConn(func(c *connFacts) { c.path.at = ago(time.Second) })),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}, probes: []string{"quic"}}},
+		{name: "what is idle is not asked all the time", facts: between(quicConn(func(c *connFacts) { c.path.at, c.path.asked = ago(20*time.Second), ago(20*time.Second) }), tcpConn(quietFor(time.Second))).with(winner("quic")),
+			want: want{winner: "quic", probes: []string{}}},
+
+		// Who moves what.
+		{name: "each end moves what it opened", facts: between(limitedConn(carries(2, 3)), quicConn(told(fresh))),
+			want: want{winner: "quic", moves: map[string]moves{"limited": moveOwn}, tell: isNotSo, next: time.Second}},
+		{name: "what the peer leaves, this side moves", facts: between(limitedConn(carries(2, 3)), quicConn(told(kept))),
+			want: want{moves: map[string]moves{"limited": moveAll}}},
+		{name: "a peer that only migrates moves nothing", facts: between(limitedConn(carries(2, 3)), quicConn()).with(func(f *facts) { f.manages = no }),
+			want: want{moves: map[string]moves{"limited": moveAll}, tell: isNotSo}},
+		{name: "a follower moves its own to the connection that the peer names", facts: between(tcpConn(named, told(telling{})), quicConn(carries(2, 2))).with(follower),
+			want: want{winner: "tcp", moves: map[string]moves{"quic": moveOwn}}},
+		{name: "and nothing before", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}, fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "stream"}}},
+		{name: "a follower takes over", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover) }),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}, tell: isSo}},
+		{name: "once it has told, and nobody objects", facts: between(tcpConn(carries(1, 1)), quicConn(told(fresh))).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover) }),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveAll}, tell: isNotSo}},
+		{name: "or nobody answers", facts: between(tcpConn(carries(1, 1)), quicConn(told(telling{phase: tellFailed, until: in(time.Second)}))).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover) }),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveAll}}},
+		{name: "not where the one that decides is there", facts: between(tcpConn(carries(1, 1)), quicConn(told(telling{phase: tellRefused, until: in(time.Second)}))).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover) }),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}}},
+		{name: "later each time", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower).with(func(f *facts) {
+			f.takeover.progress, f.takeover.times = ago(defaultTakeover), 1
+		}), want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}}},
+		{name: "the winner has no room", facts: between(tcpConn(carries(100, 0)), quicConn(room(0))),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveOwn}, why: map[string]string{"tcp": "room"}}},
+
+		// Limited connections.
+		{name: "no stream goes from an unlimited to a limited one, whatever the policy says", facts: between(quicConn(carries(1, 1)), limitedConn()),
+			rank: func(cs []policy.Candidate) (policy.Ranking, error) {
+				p, _ := policy.Parse("chain(streams, younger)")
+				r := p.Rank([]policy.Candidate{cs[1], cs[0]})
+				return r, nil
+			},
+			want: want{winner: "quic"}},
+		{name: "limited ones are left alone", facts: between(limitedConn(carries(1, 0)), aConn("other", relayAddr, limited, carries(0, 1))),
+			want: want{winner: "-", state: "budget", fates: fates{"limited": fateKeep, "other": fateKeep}, moves: map[string]moves{"limited": moveNone, "other": moveNone}}},
+		{name: "but for one that is about to end", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.ends = in(5 * time.Second) }), aConn("other", relayAddr, limited)),
+			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
+		{name: "or has spent what it may carry", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.spent = true }), aConn("other", relayAddr, limited)),
+			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
+		{name: "nothing is steered to a limited one beside an unlimited one", facts: between(quicConn(silent), limitedConn(opened(time.Second))),
+			want: want{steer: isNotSo, winner: "limited"}},
+
+		// Pruning, where the peer is asked.
+		{name: "the peer is asked at once", facts: between(quicConn(), limitedConn(pins(1))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "and again when both are quiet", facts: between(quicConn(), limitedConn(drains(drainBusy, 5*time.Second))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "not while there is a stream here", facts: between(quicConn(), limitedConn(pins(1), drains(drainBusy, 5*time.Second))), want: want{fates: fates{"limited": fateWait}}},
+		{name: "but to renew its lease", facts: between(quicConn(), limitedConn(pins(1), drains(drainBusy, shortLease/3))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "the winner answers before the last question", facts: between(quicConn(func(c *connFacts) { c.path.at = ago(3 * time.Second) }), limitedConn(drains(drainAgreed, 2*time.Second))),
+			want: want{fates: fates{"limited": fateWait}, probes: []string{"quic"}}},
+		{name: "then it is put", facts: between(quicConn(), limitedConn(drains(drainAgreed, 2*time.Second))), want: want{fates: fates{"limited": fateConfirm}}},
+		{name: "and the loser closed", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 100*time.Millisecond))), want: want{fates: fates{"limited": fateClose}}},
+		{name: "unless the answer is old", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 10*time.Second))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "or it has not been quiet for long", facts: between(quicConn(), limitedConn(quietFor(time.Second), drains(drainConfirmed, 100*time.Millisecond))),
+			want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "quiet for 1 s of 2 s"}}},
+		{name: "a refusal is kept to", facts: between(quicConn(), limitedConn(drains(drainRefused, time.Second), func(c *connFacts) { c.drain.until, c.drain.reason = in(time.Minute), "it is mine" })),
+			want: want{fates: fates{"limited": fateKeep}, why: map[string]string{"limited": `kept: the peer refused: "it is mine"`}}},
+		{name: "a follower asks nothing", facts: between(quicConn(), limitedConn()).with(follower), want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "the peer decides"}}},
+		{name: "nothing is closed while the peer may close the winner", facts: between(quicConn(), tcpConn(drains(drainConfirmed, 0)), aConn("third", "/ip4/9.9.9.9/tcp/1", pledged)).with(func(f *facts) {
+			f.conns[0].pledged = true
+			f.conns[0].named = false
+		}), want: want{winner: "tcp"}},
+
+		// A winner proves itself.
+		{name: "a winner has to live before the last relay goes", facts: between(relayConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(20*time.Second))),
+			want: want{winner: "quic", fates: fates{"relay": fateWait}, why: map[string]string{"relay": "proved itself, in 10 s"}}},
+		{name: "and streams stay there until then", facts: between(relayConn(opened(time.Hour), carries(2, 2)), quicConn(opened(20*time.Second))),
+			want: want{winner: "quic", steer: isSo, moves: map[string]moves{"relay": moveNone}, why: map[string]string{"relay": "proved itself, in 10 s"}}},
+		{name: "then they move", facts: between(relayConn(opened(time.Hour), carries(2, 2)), quicConn(opened(31*time.Second))),
+			want: want{winner: "quic", moves: map[string]moves{"relay": moveOwn}}},
+		{name: "a direct one can be dialled again, and waits for a tenth", facts: between(tcpConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(2900*time.Millisecond))),
+			want: want{winner: "quic", fates: fates{"tcp": fateWait}}},
+		{name: "no longer", facts: between(tcpConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(3100*time.Millisecond), func(c *connFacts) { c.path.at = ago(0) })),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+		{name: "a silence starts it again", facts: between(relayConn(opened(time.Hour), carries(2, 2)), quicConn(opened(time.Hour/2), func(c *connFacts) { c.path.since = ago(5 * time.Second) })),
+			want: want{winner: "quic", moves: map[string]moves{"relay": moveNone}}},
+		{name: "with a third one nothing has to be proved to close", facts: between(tcpConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(2*time.Second)), aConn("third", "/ip4/9.9.9.9/tcp/1", opened(time.Hour))),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+		{name: "one that died young is not relied on at once", facts: between(tcpConn(opened(time.Hour), carries(2, 2)), quicConn(opened(20*time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 1} }),
+			want: want{winner: "tcp", moves: map[string]moves{"tcp": moveNone}, why: map[string]string{"quic": "died young"}}},
+		{name: "twice as long each time", facts: between(tcpConn(opened(time.Hour)), quicConn(opened(100*time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 2} }),
+			want: want{winner: "tcp"}},
+		{name: "then it wins", facts: between(tcpConn(opened(time.Hour)), quicConn(opened(130*time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 2} }),
+			want: want{winner: "quic"}},
+		{name: "a limited relay is left whatever died", facts: between(limitedConn(carries(1, 1)), quicConn(opened(time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 5} }),
+			want: want{winner: "quic", moves: map[string]moves{"limited": moveOwn}}},
+		{name: "one stands by", cfg: testConfig(func(c *config) { c.standby = true }), facts: between(quicConn(), tcpConn(drains(drainConfirmed, 0)), aConn("third", "/ip4/9.9.9.9/tcp/1", drains(drainConfirmed, 0))),
+			want: want{winner: "quic", fates: fates{"tcp": fateKeep, "third": fateClose}, why: map[string]string{"tcp": "stands by"}}},
+
+		// Peers that cannot be asked.
+		{name: "a plain peer's loser needs a minute", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(59*time.Second))).with(plainPeer),
+			want: want{winner: "quic", fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "quiet for 59 s of 1 m 0 s"}}},
+		{name: "and to lead to the same process", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute))).with(plainPeer),
+			want: want{winner: "quic", fates: fates{"tcp": fateCompare}}},
+		{name: "which it does not", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute), same(sameNot))).with(plainPeer),
+			want: want{winner: "quic", fates: fates{"tcp": fateKeep}, why: map[string]string{"tcp": "same process"}}},
+		{name: "or does", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute), same(sameYes))).with(plainPeer),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+		{name: "a peer of which nothing is known keeps all", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour), same(sameYes))).with(unheardOf),
+			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "not been identified"}}},
+		{name: "also where it decides", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour), same(sameYes))).with(unheardOf).with(follower).with(func(f *facts) { f.takeover.progress = ago(time.Hour) }),
+			want: want{fates: fates{"tcp": fateWait}}},
+		{name: "a bare manager goes by what it sees", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute))).with(bareManager),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+
+		{name: "replicas that share a key, one of them with a manager", facts: between(quicConn(carries(1, 1), told(telling{phase: tellFailed}), lacks), tcpConn(drains(drainAgreed, time.Second), serves)),
+			want: want{winner: "-", steer: isNotSo, state: "different processes", fates: fates{"quic": fateKeep, "tcp": fateKeep}, moves: map[string]moves{"quic": moveNone, "tcp": moveNone}}},
+
+		{name: "a manager that has been switched off", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(2*time.Minute), same(sameYes), serves, lacks)),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+		{name: "or was never there", facts: between(quicConn(opened(time.Hour), lacks), tcpConn(opened(time.Hour), quietFor(2*time.Minute), same(sameYes), lacks)),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}, tell: isNotSo}},
+
+		// Policies.
+		{name: "a policy that names what it was not given", rank: func([]policy.Candidate) (policy.Ranking, error) {
+			return policy.Ranking{Order: []policy.Candidate{{ID: "gone"}}}, nil
+		}, facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", state: "names no connection", steer: isNotSo, moves: map[string]moves{"tcp": moveNone}}},
+		{name: "or nothing", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, nil },
+			facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", fates: fates{"quic": fateKeep, "tcp": fateKeep}}},
+		{name: "or fails", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, errors.New("oh") },
+			facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", state: "oh"}},
+		{name: "new streams avoid what does not answer all the same", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, errors.New("oh") },
+			facts: between(quicConn(silent, carries(1, 1)), tcpConn(opened(5*time.Second))), want: want{winner: "-", state: "oh", steer: isSo, moves: map[string]moves{"quic": moveNone}}},
+		{name: "a better one has to stay better", facts: between(quicConn(), tcpConn(carries(1, 1))).with(winner("tcp")),
+			want: want{winner: "tcp", state: "ranks first now", next: patienceIntervals * defaultInterval}},
+		{name: "where nothing has come or gone", facts: between(quicConn(), tcpConn(carries(1, 1))).with(winner("tcp")).with(func(f *facts) { f.fresh = true }),
+			want: want{winner: "quic"}},
+
+		// What is exempt.
+		{name: "an exempt peer", facts: between(quicConn(), tcpConn(carries(1, 1), drains(drainConfirmed, 0))).with(func(f *facts) { f.exempt = "it is ours" }),
+			want: want{winner: "-", steer: isNotSo, fates: fates{"quic": fateKeep, "tcp": fateKeep}, state: "it is ours"}},
+		{name: "an exempt connection", facts: between(quicConn(), tcpConn(carries(1, 1), drains(drainConfirmed, 0), func(c *connFacts) { c.exempt = "it is ours" })),
+			want: want{winner: "quic", fates: fates{"tcp": fateKeep}, moves: map[string]moves{"tcp": moveNone}}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cfg, by := tc.cfg, tc.rank
+			if cfg == nil {
+				cfg = testConfig()
+			}
+			if by == nil {
+				by = byDefault
+			}
+			p := decide(cfg, by, tc.facts)
+			index := func(id string) int {
+				for i := range tc.facts.conns {
+					if tc.facts.conns[i].id() == id {
+						return i
+					}
+				}
+				t.Fatalf("there is no connection %q", id)
+				return -1
+			}
+			got := "-"
+			if p.winner >= 0 && (p.decided || len(tc.facts.conns) == 1) {
+				got = tc.facts.conns[p.winner].id()
+			}
+			if tc.want.winner != "" {
+				require.Equal(t, tc.want.winner, got, "the winner; %s", p.state)
+			}
+			if tc.want.steer != nil {
+				require.Equal(t, *tc.want.steer, p.steer, "new streams are steered")
+			}
+			if tc.want.tell != nil {
+				require.Equal(t, *tc.want.tell, p.tell, "the peer is told")
+			}
+			if tc.want.probes != nil {
+				probes := []string{}
+				for _, i := range p.probe {
+					probes = append(probes, tc.facts.conns[i].id())
+				}
+				require.ElementsMatch(t, tc.want.probes, probes, "connections that are asked")
+			}
+			for id, want := range tc.want.fates {
+				require.Equal(t, want, p.verdicts[index(id)].fate, "fate of %s: %s", id, p.verdicts[index(id)].why)
+			}
+			for id, want := range tc.want.moves {
+				require.Equal(t, want, p.verdicts[index(id)].move, "moves from %s: %s", id, p.verdicts[index(id)].why)
+			}
+			for id, want := range tc.want.why {
+				require.Contains(t, p.verdicts[index(id)].why, want, "what is said of %s", id)
+			}
+			require.Contains(t, p.state, tc.want.state)
+			if tc.want.next > 0 {
+				require.False(t, p.next.After(in(tc.want.next)), "the next look is in %v", p.next.Sub(noon))
+			}
+			mustHold(t, tc.facts, &p)
+		})
+	}
+}
+
+// mustHold asserts what holds for every plan, whatever the facts.
+func mustHold(t *testing.T, f *facts, p *plan) {
+	t.Helper()
+	usable := 0 // connections that are left, whose path is not known to be dead
+	for i := range f.conns {
+		c := &f.conns[i]
+		if p.verdicts[i].fate != fateClose && !c.closing && c.path.health != pathSilent && !(c.pledged && !c.named) {
+			usable++
+		}
+	}
+	for i := range f.conns {
+		l, v := &f.conns[i], p.verdicts[i]
+		require.NotEmpty(t, v.why, "there is a reason for everything")
+		require.True(t, strings.ToValidUTF8(v.why, "") == v.why)
+		if v.fate == fateClose || v.move != moveNone || v.fate == fateAsk || v.fate == fateConfirm {
+			require.True(t, p.decided, "nothing is done without a winner")
+			require.NotEqual(t, i, p.winner, "the winner is not left, asked about or closed")
+			require.Empty(t, l.exempt)
+			require.Empty(t, f.exempt)
+			w := &f.conns[p.winner]
+			require.True(t, w.path.alive(), "and only for one whose path is known to work")
+			require.False(t, w.candidate.Limited && !l.candidate.Limited, "nothing leaves an unlimited connection for a limited one")
+			if w.candidate.Limited {
+				require.True(t, l.ending(f.now), "nothing leaves a limited connection for another, unless it is about to end")
+			}
+		}
+		if v.fate == fateClose {
+			w := &f.conns[p.winner]
+			require.Positive(t, usable, "a connection is left")
+			require.Zero(t, l.candidate.Streams, "nothing is on what is closed")
+			require.Zero(t, l.moving)
+			require.NotEqual(t, unknown, f.manages, "nothing is closed for what is not known")
+			require.False(t, w.candidate.Limited, "nothing is closed for a limited connection")
+			require.False(t, !l.candidate.Relayed && !l.candidate.Limited && w.candidate.Relayed, "no direct connection is closed for a relayed one")
+			require.False(t, w.closing || w.pledged && !w.named, "nor for one that goes itself")
+		}
+	}
+	if p.steer {
+		w := &f.conns[p.winner]
+		require.True(t, w.path.alive())
+		for i := range f.conns {
+			require.False(t, w.candidate.Limited && !f.conns[i].candidate.Limited && !f.conns[i].closing,
+				"no new stream is steered to a limited connection while an unlimited one is open")
+		}
+	}
+	if len(f.conns) > 1 {
+		require.False(t, p.next.IsZero(), "a peer with duplicates is looked at again")
+		require.True(t, p.next.After(f.now) || len(p.probe) > 0 || p.decided, "and not all the time")
+	}
+}
