@@ -18,10 +18,11 @@
 // # Where a byte goes
 //
 // A [Stream] is two independent halves, send.go and receive.go, over one underlying
-// stream, or two while it migrates. negotiate.go opens and accepts streams; labels.go
-// knows them by name; initiator.go and responder.go are the two sides of one
-// migration, and tell the halves what their next underlying stream is. docs/protocol.md
-// has the rules (W1, S12 and so on) that comments refer to.
+// stream, or two while it migrates; handover.go reads both. negotiate.go opens and accepts
+// streams; labels.go knows them by name; initiator.go and responder.go are the two sides of
+// one migration, and tell the halves what their next underlying stream is. docs/protocol.md
+// has the rules (W1, S12 and so on) that comments refer to; docs/design.md follows a byte
+// through a migration.
 package migrate
 
 import (

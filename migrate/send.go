@@ -22,6 +22,7 @@ import (
 //
 // Nothing that may block on a dead path is called with mu held.
 
+// sendState is where Writes go. Its transitions are pause, resume and fail, and no other.
 type sendState uint8
 
 const (
