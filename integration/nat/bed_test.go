@@ -282,6 +282,40 @@ func (w *world) directUp() time.Time {
 	return w.both("a direct connection", func(s natbed.Side, e natbed.Event) bool { return w.about(s, e, natbed.Connected, false) })
 }
 
+// punched is directUp where A has dialled. Now and then go-libp2p finds nothing: what B's
+// identify tells can take away the address that A was given to punch to. Then B asks again.
+func (w *world) punched() time.Time {
+	w.t.Helper()
+	failed := 0
+	e := w.await(natbed.B, "a direct connection, or none", func(e natbed.Event) bool {
+		if e.Kind == natbed.Punch && strings.Contains(e.Text, `"Success":false`) {
+			failed++
+		}
+		return failed == 3 || w.about(natbed.B, e, natbed.Connected, false) ||
+			e.Kind == natbed.Punch && strings.HasPrefix(e.Text, "ProtocolError ")
+	})
+	if e.Kind != natbed.Connected {
+		w.t.Logf("go-libp2p has found no direct connection: %s", e.Text)
+		w.call(natbed.B, "punch", w.info[natbed.A].ID, nil)
+	}
+	return w.directUp()
+}
+
+// directOrEnded waits until both sides have a direct connection, and returns when both had; or
+// until a stream that A has opened has ended without that: false. That happens with plain
+// hosts, too; see punched.
+func (w *world) directOrEnded() (time.Time, bool) {
+	w.t.Helper()
+	e := w.await(natbed.A, "a direct connection, or the end of a stream", func(e natbed.Event) bool {
+		return e.Kind == natbed.Ended || w.about(natbed.A, e, natbed.Connected, false)
+	})
+	if e.Kind == natbed.Ended {
+		w.t.Log("go-libp2p has found no direct connection while there was a stream")
+		return time.Time{}, false
+	}
+	return w.directUp(), true
+}
+
 // relayedDown waits until each side has lost a relayed connection, and returns when both had.
 func (w *world) relayedDown() time.Time {
 	w.t.Helper()

@@ -26,7 +26,7 @@ func TestDirectPathDiesBeforeTheMove(t *testing.T) {
 					// Ten seconds, which is longer than anybody takes to ask the new path.
 					w.openRelayed(natbed.A, natbed.Stream{Name: "s", Size: 80 << 10, Rate: 8 << 10, Chunk: 256})
 					opened := time.Now()
-					w.directUp()
+					w.punched()
 					w.onBoth(func(side natbed.Side) error { return w.net.Cut(side, natbed.Direct) })
 					pair := w.result(natbed.A, "s")
 					whole := pair.Whole()
@@ -91,7 +91,7 @@ func after(t *testing.T, s setup, f fall, relayLeft bool) aftermath {
 	w.dial(natbed.A)
 	if s.hosts == portage {
 		w.openRelayed(natbed.A, natbed.Stream{Name: "s", Rate: 8 << 10, Chunk: 256})
-		w.directUp()
+		w.punched()
 		if relayLeft {
 			w.both("the move", func(_ natbed.Side, e natbed.Event) bool { return e.Kind == natbed.Move && e.Text == "finished" })
 		} else {
@@ -99,7 +99,7 @@ func after(t *testing.T, s setup, f fall, relayLeft bool) aftermath {
 		}
 	} else {
 		// What plain go-libp2p opens on the relay stays there, and what it opens now does not.
-		w.directUp()
+		w.punched()
 		if on := w.open(natbed.A, natbed.Stream{Name: "s", Rate: 8 << 10, Chunk: 256}); on == natbed.Relayed {
 			t.Fatal("a stream is on the relay although there is a direct connection")
 		}
@@ -193,7 +193,7 @@ func TestDirectPathDiesDuringTheMove(t *testing.T) {
 			w := newWorld(t, s)
 			w.dial(natbed.A)
 			w.openRelayed(natbed.A, natbed.Stream{Name: "s", Rate: 32 << 10, Chunk: 256})
-			w.directUp()
+			w.punched()
 			w.await(natbed.A, "the start of the move", func(e natbed.Event) bool { return e.Kind == natbed.Move })
 			fell := time.Now()
 			w.onBoth(func(side natbed.Side) error { return w.net.Cut(side, natbed.Direct) })

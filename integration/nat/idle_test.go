@@ -49,7 +49,7 @@ func TestSlowStreamOutlivesTheRelaysTime(t *testing.T) {
 				w := newWorld(t, s)
 				w.dial(natbed.A)
 				w.openRelayed(natbed.A, natbed.Stream{Name: "s", Size: 65 << 10, Rate: 512, Chunk: 64})
-				w.directUp()
+				w.punched()
 				pair := w.result(natbed.A, "s")
 				whole := pair.Whole()
 				if whole != nil && h == portage {

@@ -66,7 +66,7 @@ func TestSecondAttemptSucceeds(t *testing.T) {
 					return e.Kind == natbed.Punch && strings.HasPrefix(e.Text, "EndHolePunch ")
 				})
 				w.onBoth(w.net.Mend)
-				up := w.directUp()
+				up := w.punched()
 				pair := w.result(natbed.A, "s")
 				whole := pair.Whole()
 				if whole != nil {

@@ -24,6 +24,8 @@ type row struct {
 	cells map[string][]time.Duration
 	whole int
 	runs  int
+	// missed counts the runs in which go-libp2p has found no direct connection.
+	missed int
 }
 
 func newTable(columns ...string) *table { return &table{columns: columns} }
@@ -32,12 +34,7 @@ func newTable(columns ...string) *table { return &table{columns: columns} }
 func (t *table) add(name string, whole bool, cells map[string]time.Duration) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	i := slices.IndexFunc(t.rows, func(r *row) bool { return r.name == name })
-	if i < 0 {
-		t.rows = append(t.rows, &row{name: name, cells: make(map[string][]time.Duration)})
-		i = len(t.rows) - 1
-	}
-	r := t.rows[i]
+	r := t.row(name)
 	r.runs++
 	if whole {
 		r.whole++
@@ -47,8 +44,27 @@ func (t *table) add(name string, whole bool, cells map[string]time.Duration) {
 	}
 }
 
-// print logs the table: of each column the median and the worst, in milliseconds.
+// missed puts a run into the table in which go-libp2p has found no direct connection.
+func (t *table) missed(name string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.row(name).missed++
+}
+
+// row must be called with mu held.
+func (t *table) row(name string) *row {
+	i := slices.IndexFunc(t.rows, func(r *row) bool { return r.name == name })
+	if i < 0 {
+		t.rows = append(t.rows, &row{name: name, cells: make(map[string][]time.Duration)})
+		i = len(t.rows) - 1
+	}
+	return t.rows[i]
+}
+
+// print logs the table: of each column the median and the worst, in milliseconds. If
+// go-libp2p has hardly ever found a direct connection, nothing was tested, and that fails.
 func (t *table) print(tb testing.TB) {
+	runs, missed := 0, 0
 	var text strings.Builder
 	w := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(w, "\nmedian / worst, in ms\t%s\twhole\n", strings.Join(t.columns, "\t"))
@@ -59,9 +75,16 @@ func (t *table) print(tb testing.TB) {
 			fmt.Fprint(w, "\t", spread(r.cells[column]))
 		}
 		fmt.Fprintf(w, "\t%d/%d\n", r.whole, r.runs)
+		runs, missed = runs+r.runs, missed+r.missed
 	}
 	w.Flush()
 	tb.Log(text.String())
+	if missed > 0 {
+		tb.Logf("in %d runs go-libp2p found no direct connection", missed)
+	}
+	if missed > runs/4 {
+		tb.Errorf("go-libp2p found no direct connection in %d of %d runs: is there one to be found?", missed, runs+missed)
+	}
 }
 
 func spread(all []time.Duration) string {

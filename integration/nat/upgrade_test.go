@@ -72,10 +72,13 @@ func leaveRelay(t *testing.T, s setup, load workload, results *table) {
 	dialled := time.Now()
 	w.dial(natbed.A)
 	w.openRelayed(natbed.A, load.stream)
-	up := w.directUp()
+	up, direct := w.directOrEnded()
 	pair := w.result(natbed.A, "s")
-
 	whole := pair.Whole()
+	if !direct {
+		results.missed(s.String())
+		return
+	}
 	cells := map[string]time.Duration{"direct after dial": up.Sub(dialled), "longest gap": pair.Gap()}
 	if moved, did := w.moved(); did {
 		cells["moved after direct"] = moved.Sub(up)
@@ -117,35 +120,26 @@ func dialAtOnce(t *testing.T, s setup, results *table) {
 	})
 	size := int64(40 << 10) // both streams may be on one relayed connection
 	if s.hosts == portage {
-		size = 192 << 10 // more than a relayed connection carries
+		size = 96 << 10 // more than a relayed connection carries of both
 	}
 	for _, from := range []natbed.Side{natbed.A, natbed.B} {
-		w.open(from, natbed.Stream{Name: from.String(), Size: size, Rate: 50 << 10, Chunk: 1 << 10})
+		w.open(from, natbed.Stream{Name: from.String(), Size: size, Rate: 24 << 10, Chunk: 512})
 	}
 	// Where both hosts have dialled both punch, and on TCP one punch can be in the way of the
-	// other, so that go-libp2p gives up at once. Then there is nothing to move to.
-	first := w.await(natbed.A, "a direct connection, or the end of a stream", func(e natbed.Event) bool {
-		return e.Kind == natbed.Ended || w.about(natbed.A, e, natbed.Connected, false)
-	})
-	if first.Kind == natbed.Ended && s.hosts == portage {
-		t.Log("go-libp2p has found no direct connection: both of its punches have failed")
-		for _, from := range []natbed.Side{natbed.A, natbed.B} {
-			w.result(from, from.String())
-		}
-		return
-	}
+	// other, so that go-libp2p gives up at once.
+	_, direct := w.directOrEnded()
 	whole := true
 	var gap time.Duration
 	for _, from := range []natbed.Side{natbed.A, natbed.B} {
 		pair := w.result(from, from.String())
-		if err := pair.Whole(); err != nil {
+		if err := pair.Whole(); err != nil && (direct || s.hosts == plain) {
 			t.Errorf("stream of %v: %v", from, err)
 			whole = false
 		}
 		gap = max(gap, pair.Gap())
 	}
-	results.add(s.String(), whole, map[string]time.Duration{"longest gap": gap})
-	if s.hosts != portage {
+	results.add(s.String(), whole && direct, map[string]time.Duration{"longest gap": gap})
+	if s.hosts != portage || !direct {
 		return
 	}
 	w.both("the last relayed connection to end", func(side natbed.Side, e natbed.Event) bool {
