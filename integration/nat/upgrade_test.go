@@ -24,9 +24,9 @@ type workload struct {
 
 var workloads = []workload{
 	{
-		// 128 KiB each way are the budget, three seconds at this pace.
+		// 128 KiB each way are the budget, a second and a quarter at this pace.
 		name: "paced beyond the relay's budget", limit: byDefault, outlives: true,
-		stream: natbed.Stream{Size: 160 << 10, Rate: 40 << 10, Chunk: 1 << 10},
+		stream: natbed.Stream{Size: 256 << 10, Rate: 100 << 10, Chunk: 1 << 10},
 	},
 	{
 		name: "paced beyond the relay's time", limit: &natbed.Limit{Duration: 3 * time.Second, Data: 1 << 20}, outlives: true,
