@@ -352,11 +352,15 @@ func (m *Manager) askDrain(d *peerState, loser *connState, lease time.Duration) 
 		loser.drain.answer(now, &m.cfg, answer)
 	}
 	loser.requests--
+	phase := loser.drain.phase
 	said := loser.drain.phase == drainRefused && loser.drain.reason != was
 	reason := loser.drain.reason
 	m.schedule(d, now)
 	m.mu.Unlock()
 	m.wakeUp()
+	if mt := m.cfg.metrics; mt != nil {
+		mt.DrainAnswered(phase.outcome())
+	}
 	switch {
 	case said:
 		m.logRefused(d.peer, loser.info(), reason)

@@ -60,6 +60,9 @@ var (
 //
 // The host closes the manager and the inner one, also where libp2p.New fails.
 //
+// It is measured as go-libp2p's own parts are, where libp2p.PrometheusRegisterer says, unless
+// libp2p.DisableMetrics says not to. [WithMetricsTracer] has another one measure.
+//
 // What libp2p.New returns is a routed host, also without libp2p.Routing. It differs from
 // a basic one in that Connect does not take over the addresses of a peer that is connected,
 // and that NewStream dials again where a peer has closed the connection at once.
@@ -125,6 +128,9 @@ func (e *enabling) decorateQUIC(quic *quicreuse.ConnManager, lc fx.Lifecycle) (*
 	}
 	if inner == nil { // libp2p.NewWithoutDefaults
 		inner = connmgr.NullConnMgr{}
+	}
+	if e.cfg.metrics == nil && !e.node.DisableMetrics {
+		e.cfg.metrics = NewMetricsTracer(WithRegisterer(e.node.PrometheusRegisterer))
 	}
 	e.manager = newManager(inner, e.cfg)
 	e.node.ConnManager = e.manager

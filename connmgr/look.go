@@ -26,6 +26,7 @@ type connView struct {
 	*connState
 	facts    *connFacts // in view.facts
 	labelled []network.Stream
+	denied   []network.Stream // of them: the peer denies to move them
 }
 
 func openConns(n network.Network, p peer.ID) []network.Conn {
@@ -164,6 +165,7 @@ func (m *Manager) lookAt(d *peerState, v *view, cv *connView, open streamCount, 
 			}
 		case b.denied:
 			cf.candidate.Pinned++
+			cv.denied = append(cv.denied, s)
 		case waits && f.now.Before(b.until):
 			if cf.retries++; cf.retries == 1 || b.until.Before(cf.retryAt) {
 				cf.retryAt = b.until
@@ -199,7 +201,7 @@ func streamsOn(c network.Conn, managed bool) streamCount {
 	n.others = 0
 	for _, s := range c.GetStreams() {
 		switch id := s.Protocol(); {
-		case id == DrainID, id == identify.ID, id == identify.IDPush, id == ping.ID && managed:
+		case ownProtocol(id, managed):
 			continue
 		case id == ping.ID:
 			n.pings++
@@ -209,6 +211,12 @@ func streamsOn(c network.Conn, managed bool) streamCount {
 		n.others++
 	}
 	return n
+}
+
+// ownProtocol says whether a stream of this protocol is the managers' own, or of a kind that
+// each connection has for itself. managed: the peer runs a manager, too.
+func ownProtocol(id protocol.ID, managed bool) bool {
+	return id == DrainID || id == identify.ID || id == identify.IDPush || id == ping.ID && managed
 }
 
 // roomOn returns how many streams this side may still open on c, without those that are

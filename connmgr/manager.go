@@ -150,6 +150,9 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
 	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.migrated), migrate.WithLogger(m.log)}
+	if mt := m.cfg.metrics; mt != nil {
+		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }))
+	}
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {
 		_ = identified.Close()
@@ -327,6 +330,7 @@ func (m *Manager) Close() error {
 				zap.Duration("waited", closeWait))
 		}
 		m.steering.clear()
+		m.measureNothing()
 		m.closeErr = m.inner.Close()
 	})
 	return m.closeErr

@@ -250,6 +250,7 @@ func (d *peerState) wait(s network.Stream, b backoff) {
 // migrated is told of each step of each migration, of both ends. What the peer moves is
 // told in this side's log, too.
 func (m *Manager) migrated(e migrate.Event) {
+	m.measureMigration(e)
 	if e.Initiator || e.Kind != migrate.Started && e.Kind != migrate.Finished || m.usage.count.Load() == 0 {
 		return
 	}

@@ -187,6 +187,7 @@ type config struct {
 	probeTime      time.Duration
 	exempt         []Exemption
 	migrateOptions []migrate.Option
+	metrics        MetricsTracer // nil: nobody measures
 }
 
 func defaultConfig() config {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/client"
 
 	"github.com/go-portage/portage/policy"
@@ -35,6 +36,9 @@ type peerState struct {
 	left  int  // the fewest streams that were seen to be movable; only if seen is set
 	seen  bool // left is set
 	named *connState
+
+	measured PeerMetrics         // what the metrics say of the peer
+	pinned   map[protocol.ID]int // and of its pinned streams
 
 	moving  map[network.Stream]motion
 	backoff map[network.Stream]backoff

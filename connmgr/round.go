@@ -42,6 +42,7 @@ func (m *Manager) runRound(d *peerState, forced bool) (*view, *plan, *batch) {
 	}
 	m.apply(d, v, &p)
 	b := m.act(d, v, &p)
+	m.measure(d, v, &p)
 	return v, &p, b
 }
 
@@ -154,6 +155,9 @@ func (m *Manager) tellByPeer(d *peerState, lines []byPeerLine, now time.Time) (n
 	}
 	m.mu.Unlock()
 	for _, l := range lines {
+		if mt := m.cfg.metrics; mt != nil && l.closed {
+			mt.ConnectionPruned(ByPeer, "", 0)
+		}
 		m.logByPeer(d.peer, l)
 	}
 	return next
@@ -273,7 +277,9 @@ func (m *Manager) close(d *peerState, v *view, p *plan, i int) {
 		err := loser.conn.CloseWithError(network.ConnSupplanted)
 		m.mu.Lock()
 		moved, took := loser.moved+loser.byPeer.streams, loser.took
+		asked := loser.drain.since
 		m.mu.Unlock()
+		m.measurePruned(p.verdicts[i], asked)
 		m.logPruned(d.peer, winner.info(), loser.info(), p.verdicts[i].decision, moved, took, err)
 	}()
 }
@@ -318,6 +324,9 @@ func (m *Manager) tookPart(d *peerState, r role) {
 	}
 	m.mu.Unlock()
 	if r.over {
+		if mt := m.cfg.metrics; mt != nil {
+			mt.TookOver()
+		}
 		m.logTookOver(d.peer, waited)
 	}
 }

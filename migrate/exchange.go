@@ -27,6 +27,7 @@ type exchange struct {
 	stop   func()         // ends the opening of new; nil until that begins
 
 	silence silence
+	started time.Time // when Started was told of, where anybody is; see trace
 }
 
 // phase is how far an exchange has come. Its transitions are begin, attach, yield, commit
@@ -313,6 +314,11 @@ func (x *exchange) trace(kind EventKind, err error) {
 		return
 	}
 	e := Event{Kind: kind, Time: time.Now(), Peer: s.peer, Stream: s, Initiator: x.initiator, From: x.old.Conn(), Err: err}
+	if kind == Started {
+		x.started = e.Time
+	} else if !x.started.IsZero() {
+		e.Took = e.Time.Sub(x.started)
+	}
 	to := zap.Skip()
 	if u := x.next(); u != nil {
 		e.To = u.Conn()

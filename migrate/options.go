@@ -24,6 +24,7 @@ type config struct {
 	acceptor    Acceptor
 	tracer      func(Event)
 	observers   []func(network.Conn, protocol.ID, network.Direction)
+	violated    []func(peer.ID)
 	verified    bool          // RequireVerifiedHandover
 	negotiates  bool          // negotiation was given
 	negotiation time.Duration // else the wrapped host's
@@ -144,6 +145,19 @@ func WithStreamObserver(begins func(c network.Conn, id protocol.ID, dir network.
 			return errors.New("WithStreamObserver: nil; leave the option out to observe nothing")
 		}
 		c.observers = append(c.observers, begins)
+		return nil
+	}
+}
+
+// WithViolationObserver has violated called each time that a peer breaks the protocol, also
+// where the log leaves the line out. It is called concurrently and must not block. The option
+// may be given several times, and all are called. Default: none.
+func WithViolationObserver(violated func(p peer.ID)) Option {
+	return func(c *config) error {
+		if violated == nil {
+			return errors.New("WithViolationObserver: nil; leave the option out to observe nothing")
+		}
+		c.violated = append(c.violated, violated)
 		return nil
 	}
 }

@@ -85,5 +85,8 @@ func (l *samples) warn(log *zap.Logger, what string, p peer.ID, err error, field
 
 // warnViolation logs that p broke the protocol (W4).
 func (h *Host) warnViolation(p peer.ID, err error, fields ...zap.Field) {
+	for _, violated := range h.cfg.violated {
+		violated(p)
+	}
 	h.violations.warn(h.log, "peer broke the stream-migration protocol", p, err, fields...)
 }

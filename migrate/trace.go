@@ -61,4 +61,7 @@ type Event struct {
 	Initiator bool // this side sent Migrate
 	From, To  network.Conn
 	Err       error // of Failed
+	// Took is the time since Started. It is 0 for Started itself, and where a migration
+	// failed before that.
+	Took time.Duration
 }

@@ -2,9 +2,11 @@ package migrate
 
 import (
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
@@ -51,7 +53,8 @@ func TestViolationOnOpening(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
 		core, logs := observer.New(zap.WarnLevel)
-		m.opts = append(m.opts, WithLogger(zap.New(core)))
+		var told atomic.Int32
+		m.opts = append(m.opts, WithLogger(zap.New(core)), WithViolationObserver(func(peer.ID) { told.Add(1) }))
 		p := m.meet(t)
 		p.host.violations.every = 0
 		s, old := p.hostAccepts()
@@ -81,6 +84,7 @@ func TestViolationOnOpening(t *testing.T) {
 					p.untouched(s, old)
 					// Before the reset. A handler that refuses ID would look the same to the peer.
 					require.Len(t, logs.TakeAll(), 1, "the violation is logged, once")
+					require.EqualValues(t, 1, told.Swap(0), "and the observer is told")
 				}
 			})
 		}
