@@ -1,0 +1,113 @@
+package interop
+
+import (
+	"io"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p"
+
+	"github.com/go-portage/portage/connmgr"
+	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/policy"
+)
+
+// newManaged is newPair, with a connection manager at both ends that keeps the younger
+// connection. There is one connection, and the other ends of streams are served.
+func newManaged(t *testing.T, lower string) *pair {
+	t.Helper()
+	requireNode(t)
+	mine, other := identities(t)
+	if lower == "js" {
+		mine, other = other, mine
+	}
+	mgr, err := connmgr.New(nil,
+		connmgr.WithPolicy(policy.Chain(policy.Younger())),
+		connmgr.WithSettleDelay(200*time.Millisecond),
+		connmgr.WithQuietTime(300*time.Millisecond),
+		connmgr.WithProof(time.Second),
+		connmgr.WithTakeover(time.Minute),
+		connmgr.WithSlog(slog.New(slog.NewTextHandler(t.Output(), nil))))
+	check(t, err)
+	h, err := mgr.Wrap(newHost(t, mine, libp2p.ConnectionManager(mgr)))
+	check(t, err)
+	p := &pair{host: h, held: make(chan *migrate.Stream, 100)}
+	p.serve()
+	p.node = startNode(t, other, args{"drain": args{"settle": 200, "quiet": 300, "others": 1000, "takeover": 60000}})
+	p.conns[0] = p.node.dial(t, h)
+	eventually(t, "identify has run at the Go host", func() bool { return h.Supports(p.node.info.ID) })
+	return p
+}
+
+// Of two connections one is left, in seconds, whoever decides. Streams of both ends, which
+// are on the other one to begin with, move and go on.
+func TestDrain(t *testing.T) {
+	for _, lower := range []string{"go", "js"} {
+		t.Run("decided by "+lower, func(t *testing.T) {
+			p := newManaged(t, lower)
+			s, id := p.heldByJS(t)
+			theirs, theirID := p.heldByGo(t)
+			goLoad, jsLoad := startLoad(p.openGo(t, "/echo/1.0.0")), p.loadJS(t)
+
+			p.conns[1] = p.node.dial(t, p.host)
+			begin := time.Now()
+			eventually(t, "one connection is left at both ends", func() bool {
+				return len(p.host.Network().ConnsToPeer(p.node.info.ID)) == 1 && len(p.node.must(t, "conns", nil).Conns) == 1
+			})
+			t.Logf("one connection is left after %v", time.Since(begin))
+			if left := p.host.Network().ConnsToPeer(p.node.info.ID)[0]; left.ID() != p.conns[1].ID() {
+				t.Errorf("connection %s is left, not the younger one", left.ID())
+			}
+			a := p.node.must(t, "conns", nil)
+			if want := map[string]string{"go": "peer", "js": "us"}[lower]; a.Conns[0].Conn != p.conns[1].js || a.By != want {
+				t.Errorf("the Node process has %+v, decided by %q, not %q", a.Conns, a.By, want)
+			}
+			p.settled(t, s, id)
+			p.talk(t, s, id)
+			p.settled(t, theirs, theirID)
+			p.talk(t, theirs, theirID)
+			check(t, goLoad.finish(t))
+			p.finishJS(t, jsLoad)
+		})
+	}
+}
+
+// A connection on which a stream cannot move is drained when that is over, and not before.
+func TestDrainWaits(t *testing.T) {
+	for _, lower := range []string{"go", "js"} {
+		t.Run("decided by "+lower, func(t *testing.T) {
+			p := newManaged(t, lower)
+			p.node.must(t, "accept", args{"on": false}) // it denies, so that the stream stays
+			s := p.openGo(t, "/held/1.0.0")
+			write(t, s, "begin")
+			id := wait(t, "a stream", p.node.streams).Stream
+			p.readJS(t, id, "begin")
+			plain, err := p.conns[0].NewStream(withLimit(t))
+			check(t, err)
+			hello := "\x13/multistream/1.0.0\n\x0c/echo/1.0.0\n"
+			write(t, plain, hello) // without a label: it cannot move at all
+			read(t, plain, hello)
+
+			p.conns[1] = p.node.dial(t, p.host)
+			eventually(t, "it was asked for, and is busy", func() bool {
+				write(t, plain, "still here")
+				read(t, plain, "still here")
+				return p.node.must(t, "conns", nil).Busy > 0
+			})
+			if n := len(p.host.Network().ConnsToPeer(p.node.info.ID)); n != 2 {
+				t.Fatalf("there are %d connections, though one carries a stream", n)
+			}
+			check(t, plain.CloseWrite())
+			if rest, err := io.ReadAll(plain); err != nil || len(rest) > 0 {
+				t.Fatalf("%d bytes at the end, %v", len(rest), err)
+			}
+			check(t, plain.Close())
+			check(t, s.Close())
+			p.node.must(t, "closeStream", args{"stream": id})
+			eventually(t, "one connection is left", func() bool {
+				return len(p.host.Network().ConnsToPeer(p.node.info.ID)) == 1 && len(p.node.must(t, "conns", nil).Conns) == 1
+			})
+		})
+	}
+}
