@@ -38,14 +38,14 @@ func FindLeaks(ignore ...goleak.Option) error {
 // Alone runs the test again in a process of its own, for what is counted by process, such
 // as allocations: there no other test has left goroutines or finalizers. It says whether
 // this is that process; in the other one the test is over. It is for tests at the top
-// level only.
-func Alone(t *testing.T) bool {
+// level only. args go to that process, such as -test.timeout for a test that may hang.
+func Alone(t *testing.T, args ...string) bool {
 	t.Helper()
 	const env = "PORTAGE_TEST_ALONE"
 	if os.Getenv(env) == t.Name() {
 		return true
 	}
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^"+t.Name()+"$")
+	cmd := exec.CommandContext(t.Context(), os.Args[0], append(args, "-test.run=^"+t.Name()+"$")...)
 	cmd.Env = append(os.Environ(), env+"="+t.Name())
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("in a process of its own: %v\n%s", err, out)

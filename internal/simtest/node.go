@@ -69,21 +69,28 @@ type route struct {
 // its peer ID, follows from the first of them. It is closed with the test.
 func (n *Net) NewNode(ips []string, opts ...libp2p.Option) *Node {
 	n.t.Helper()
-	return n.newNode(ips, []Transport{TCP, QUIC}, opts)
+	return n.newNode(ips[0], ips, []Transport{TCP, QUIC}, opts)
+}
+
+// NewReplica returns a host with the key, and so the peer ID, of the node whose first IP
+// is of, at IPs of its own.
+func (n *Net) NewReplica(of string, ips []string, opts ...libp2p.Option) *Node {
+	n.t.Helper()
+	return n.newNode(of, ips, []Transport{TCP, QUIC}, opts)
 }
 
 // NewTCPNode returns one without QUIC, which private networks do not allow.
 func (n *Net) NewTCPNode(ips []string, opts ...libp2p.Option) *Node {
 	n.t.Helper()
-	return n.newNode(ips, []Transport{TCP}, opts)
+	return n.newNode(ips[0], ips, []Transport{TCP}, opts)
 }
 
-func (n *Net) newNode(ips []string, transports []Transport, opts []libp2p.Option) *Node {
+func (n *Net) newNode(keyed string, ips []string, transports []Transport, opts []libp2p.Option) *Node {
 	n.t.Helper()
 	d := &Node{net: n, ips: ips, routes: make(map[string]route)}
-	key, err := keyOf(ips[0])
+	key, err := keyOf(keyed)
 	if err != nil {
-		n.t.Fatalf("key of %s: %v", ips[0], err)
+		n.t.Fatalf("key of %s: %v", keyed, err)
 	}
 	d.cm, err = d.quic()
 	if err != nil {
@@ -332,9 +339,9 @@ func (n *Net) NewRelay(ip string, opts ...relay.Option) *Node {
 // their first IP, and returns a's side.
 func (n *Net) DialRelayed(a, b, r *Node, tr Transport) network.Conn {
 	n.t.Helper()
-	n.reserve(b, r, tr)
-	n.reach(a, r, tr)
-	c, err := a.dialThrough(n.ctx(), b, r, tr)
+	n.Reserve(b, r, tr)
+	n.Reach(a, r, tr)
+	c, err := a.DialThrough(n.ctx(), b, r, tr)
 	if err != nil {
 		n.t.Fatalf("dial through the relay: %v", err)
 	}
@@ -346,12 +353,12 @@ func (n *Net) DialRelayed(a, b, r *Node, tr Transport) network.Conn {
 // some latency away from it.
 func (n *Net) JoinRelayed(a, b, r *Node, tr Transport) {
 	n.t.Helper()
-	n.reserve(a, r, tr)
-	n.reserve(b, r, tr)
+	n.Reserve(a, r, tr)
+	n.Reserve(b, r, tr)
 	results := make(chan error, 2)
 	for _, p := range [][2]*Node{{a, b}, {b, a}} {
 		go func() {
-			_, err := p[0].dialThrough(n.ctx(), p[1], r, tr)
+			_, err := p[0].DialThrough(n.ctx(), p[1], r, tr)
 			results <- err
 		}()
 	}
@@ -366,25 +373,27 @@ func (n *Net) JoinRelayed(a, b, r *Node, tr Transport) {
 	}
 }
 
-// reach connects d to the relay.
-func (n *Net) reach(d, r *Node, tr Transport) {
+// Reach connects d to the relay.
+func (n *Net) Reach(d, r *Node, tr Transport) {
 	n.t.Helper()
 	if _, err := d.Dial(n.ctx(), r, Path{tr, d.ips[0], r.ips[0]}); err != nil {
 		n.t.Fatalf("dial the relay: %v", err)
 	}
 }
 
-// reserve lets others reach d through the relay.
-func (n *Net) reserve(d, r *Node, tr Transport) {
+// Reserve lets others reach d through the relay.
+func (n *Net) Reserve(d, r *Node, tr Transport) {
 	n.t.Helper()
-	n.reach(d, r, tr)
+	n.Reach(d, r, tr)
 	info := peer.AddrInfo{ID: r.ID(), Addrs: []ma.Multiaddr{Addr(tr, r.ips[0])}}
 	if _, err := client.Reserve(n.ctx(), d.Host, info); err != nil {
 		n.t.Fatalf("reserve at the relay: %v", err)
 	}
 }
 
-func (d *Node) dialThrough(ctx context.Context, other, r *Node, tr Transport) (network.Conn, error) {
+// DialThrough connects d to other through the relay r, and returns d's side as soon as it
+// is there: d has reached the relay, and other has a reservation.
+func (d *Node) DialThrough(ctx context.Context, other, r *Node, tr Transport) (network.Conn, error) {
 	d.Peerstore().ClearAddrs(other.ID())
 	d.Peerstore().AddAddr(other.ID(), ma.StringCast(fmt.Sprintf("%s/p2p/%s/p2p-circuit", Addr(tr, r.ips[0]), r.ID())), peerstore.PermanentAddrTTL)
 	return d.Network().DialPeer(network.WithAllowLimitedConn(ctx, "test"), other.ID())

@@ -11,7 +11,7 @@ import (
 
 // Packets, for QUIC:
 //
-//	packetConn.WriteTo -> dropped where the link is frozen
+//	packetConn.WriteTo -> dropped where the link is frozen, or the packet too large for it
 //	                   -> simnet: uplink queue, latency, downlink queue
 //	                   -> packetConn.ReadFrom, some at a time
 
@@ -64,7 +64,7 @@ func (c *packetConn) WriteTo(p []byte, to net.Addr) (int, error) {
 	dest.IP = dest.IP.To4()
 	ip := dest.IP.String()
 	c.net.count(c.ip, ip, len(p))
-	if c.net.thawed(c.ip, ip) != nil {
+	if c.net.thawed(c.ip, ip) != nil || c.net.swallowed(c.ip, ip, len(p)) != nil {
 		return len(p), nil
 	}
 	return c.SimConn.WriteTo(p, &dest)

@@ -40,7 +40,8 @@ type Net struct {
 	mu        sync.Mutex // guards all below; never held while time passes
 	latency   map[link]time.Duration
 	frozen    map[link]chan struct{} // closed when the link thaws
-	rate      map[string]int         // bits per second, by IP
+	narrow    map[link]narrowing
+	rate      map[string]int // bits per second, by IP
 	buffer    int
 	sent      map[direction]Traffic
 	watch     func(from, to string)
@@ -91,6 +92,7 @@ func Run(t *testing.T, f func(t *testing.T, n *Net)) {
 			done:      make(chan struct{}),
 			latency:   make(map[link]time.Duration),
 			frozen:    make(map[link]chan struct{}),
+			narrow:    make(map[link]narrowing),
 			rate:      make(map[string]int),
 			buffer:    defaultBuffer,
 			sent:      make(map[direction]Traffic),
@@ -156,6 +158,46 @@ func (n *Net) Thaw(a, b string) {
 		close(ch)
 		delete(n.frozen, l)
 	}
+}
+
+// narrowing is a link that does not carry what is large.
+type narrowing struct {
+	most    int
+	widened chan struct{} // closed when it does again
+}
+
+// Narrow makes the link between two IPs swallow whatever is larger than most bytes, and
+// nobody is told: a path whose MTU has become smaller without a word of it. Packets of
+// QUIC are lost. On a TCP connection a burst (a write to the socket, of which up to 16 KiB
+// travel together) is lost however often it is repeated, and nothing that was sent after
+// it arrives before Widen.
+func (n *Net) Narrow(a, b string, most int) {
+	n.Widen(a, b)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.narrow[between(a, b)] = narrowing{most, make(chan struct{})}
+}
+
+// Widen ends a Narrow.
+func (n *Net) Widen(a, b string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	l := between(a, b)
+	if nw, ok := n.narrow[l]; ok {
+		close(nw.widened)
+		delete(n.narrow, l)
+	}
+}
+
+// swallowed returns a channel that is closed when the link may carry so many bytes
+// together, or nil where it does now.
+func (n *Net) swallowed(from, to string, bytes int) <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if nw, ok := n.narrow[between(from, to)]; ok && bytes > nw.most {
+		return nw.widened
+	}
+	return nil
 }
 
 // hangUp ends the TCP connections that are left, as an operating system does: those that

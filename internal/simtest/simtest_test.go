@@ -298,3 +298,32 @@ func TestNodeThatIsMadeAgain(t *testing.T) {
 		}
 	})
 }
+
+func TestNarrowSwallowsWhatIsLarge(t *testing.T) {
+	for _, tr := range transports {
+		Run(t, func(t *testing.T, n *Net) {
+			_, b, conns := join(t, n)
+			s := echo(t, b, conns[tr])
+			ping(t, s, 20_000)
+			from, to := ipsOf[tr][0], ipsOf[tr][1]
+			n.Narrow(from, to, 1000)
+			ping(t, s, 100)
+			start := time.Now()
+			time.AfterFunc(5*time.Second, func() { n.Widen(to, from) })
+			ping(t, s, 20_000)
+			require.GreaterOrEqual(t, time.Since(start), 5*time.Second, "%s: what is large has passed", tr)
+		})
+	}
+}
+
+func TestReplicaHasTheKeyOfAnother(t *testing.T) {
+	Run(t, func(t *testing.T, n *Net) {
+		a, b := n.NewNode([]string{ipA}), n.NewNode([]string{ipB})
+		again := n.NewReplica(ipB, []string{ipB2})
+		require.Equal(t, b.ID(), again.ID())
+		one, other := n.Dial(b, a, Path{TCP, ipB, ipA}), n.Dial(again, a, Path{TCP, ipB2, ipA})
+		require.Len(t, a.Network().ConnsToPeer(b.ID()), 2)
+		require.False(t, one.IsClosed())
+		require.False(t, other.IsClosed())
+	})
+}

@@ -153,7 +153,7 @@ func (w *wire) send() {
 	}
 	var last time.Time
 	for s, ok := w.sending.take(); ok; s, ok = w.sending.take() {
-		if !w.awaitThaw() {
+		if !w.awaitThaw(len(s.data)) {
 			continue
 		}
 		if rate > 0 {
@@ -166,13 +166,17 @@ func (w *wire) send() {
 		last = s.at
 		w.flying.put(s)
 	}
-	w.awaitThaw() // the end is told as late as the rest
+	w.awaitThaw(0) // the end is told as late as the rest
 }
 
-// awaitThaw waits until the link carries something. It says false when the test has ended.
-func (w *wire) awaitThaw() bool {
+// awaitThaw waits until the link carries so many bytes together. It says false when the
+// test has ended.
+func (w *wire) awaitThaw(bytes int) bool {
 	for {
 		thawed := w.net.thawed(w.from, w.to)
+		if thawed == nil {
+			thawed = w.net.swallowed(w.from, w.to, bytes)
+		}
 		if thawed == nil {
 			return true
 		}

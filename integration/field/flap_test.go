@@ -1,0 +1,100 @@
+package field
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	. "github.com/go-portage/portage/internal/simtest"
+)
+
+// Beside an unlimited relay there is a direct path that dies again and again. Plain hosts
+// leave the streams that they have opened on the relay there, and these never notice.
+func TestDirectPathThatDiesOften(t *testing.T) {
+	for _, c := range []struct {
+		tr     Transport
+		lives  time.Duration // and then its path is cut
+		deaths int
+	}{
+		{TCP, 7 * time.Second, 5},
+		{TCP, 1500 * time.Millisecond, 5},
+		{TCP, 20 * time.Second, 3},
+		{QUIC, 7 * time.Second, 3},
+	} {
+		t.Run(fmt.Sprintf("%s for %v", c.tr, c.lives), func(t *testing.T) {
+			compare(t, func(w *world) {
+				w.hosts(setup{})
+				w.relayed(false)
+				chats := w.chats(2)
+				time.Sleep(5 * time.Second)
+				a, b := w.a.IPs()[1], w.b.IPs()[1]
+				for i := range c.deaths {
+					w.direct(c.tr, 1)
+					time.Sleep(c.lives)
+					if c.tr == TCP {
+						w.Sever(a, b)
+						time.Sleep(200 * time.Millisecond)
+					} else {
+						w.Freeze(a, b)
+						w.until("QUIC notices", 90*time.Second, func() bool { return w.a.on(QUIC, w.b) == nil && w.b.on(QUIC, w.a) == nil })
+						w.Thaw(a, b)
+					}
+					w.holds(fmt.Sprintf("a connection is left after death %d", i+1), len(w.a.conns(w.b)) > 0 && len(w.b.conns(w.a)) > 0)
+					w.noteRequest(fmt.Sprintf("request after death %d", i+1), w.a, w.b, 5*time.Second, time.Second)
+					w.noteRequest(fmt.Sprintf("request back after death %d", i+1), w.b, w.a, 5*time.Second, time.Second)
+					time.Sleep(time.Second)
+				}
+				w.noteAll("stream that was opened on the relay", chats, 5*time.Second, 2*time.Second)
+			})
+		})
+	}
+}
+
+// A UDP path is down for some seconds, again and again, which QUIC survives.
+func TestDirectPathThatFlaps(t *testing.T) {
+	compare(t, func(w *world) {
+		w.hosts(setup{})
+		w.relayed(false)
+		chats := w.chats(2)
+		time.Sleep(5 * time.Second)
+		a, b := w.a.IPs()[1], w.b.IPs()[1]
+		quic := w.direct(QUIC, 1)
+		for i := range 6 {
+			time.Sleep(time.Duration(2+i) * time.Second)
+			w.Freeze(a, b)
+			time.Sleep(8 * time.Second)
+			w.Thaw(a, b)
+		}
+		time.Sleep(20 * time.Second)
+		w.holds("the direct connection stays", !quic.IsClosed())
+		w.holds("a connection is left", len(w.a.conns(w.b)) > 0 && len(w.b.conns(w.a)) > 0)
+		w.noteAll("stream that was opened on the relay", chats, 5*time.Second, 4*time.Second)
+		w.noteRequest("request", w.a, w.b, 5*time.Second, time.Second)
+		w.noteRequest("request back", w.b, w.a, 5*time.Second, time.Second)
+	})
+}
+
+// A direct path carries what is small, such as a ping, and swallows what is large. That
+// is no path: streams that do well on a relay stay there.
+func TestDirectPathThatSwallowsWhatIsLarge(t *testing.T) {
+	for _, most := range []int{8000, 4000} {
+		t.Run(fmt.Sprintf("over %d bytes", most), func(t *testing.T) {
+			compare(t, func(w *world) {
+				w.hosts(setup{})
+				w.relayed(false)
+				var chats []*chat
+				for range 2 {
+					chats = append(chats, w.chat(w.a, w.b, 20_000, time.Second), w.chat(w.b, w.a, 20_000, time.Second))
+				}
+				time.Sleep(5 * time.Second)
+				w.Narrow(w.a.IPs()[1], w.b.IPs()[1], most)
+				w.direct(TCP, 1)
+				for i := range 12 {
+					time.Sleep(5 * time.Second)
+					w.holds(fmt.Sprintf("a connection is left at %d", i), len(w.a.conns(w.b)) > 0 && len(w.b.conns(w.a)) > 0)
+				}
+				w.noteAll("stream that was opened on the relay", chats, 5*time.Second, 5*time.Second)
+			})
+		})
+	}
+}
