@@ -25,6 +25,8 @@ import (
 // on the connection that the request is about. No stream is held while anybody waits.
 //
 //	this side, which decides                the peer
+//	on each: Hello       -------------->    which process is it? (also shows that the path works)
+//	               <-------------- Hello
 //	on the winner: Keep  -------------->    moves the streams that it opened there (K1)
 //	               <-------------- Kept
 //	on a loser:    Drain -------------->    opens nothing more there, for the lease (D1)
@@ -200,6 +202,20 @@ func (cs *connState) heard(err error) {
 	}
 }
 
+func helloMessage(instance uint64) *pb.DrainMessage {
+	return &pb.DrainMessage{Type: &pb.DrainMessage_Hello{Hello: &pb.Hello{Instance: &instance}}}
+}
+
+// greeter asks which process a connection leads to, and how long the answer took; 0: it does
+// not say. It calls put when the question has been handed to the transport.
+type greeter func(ctx context.Context, c network.Conn, put func()) (instance uint64, took time.Duration, err error)
+
+func (m *Manager) hello(ctx context.Context, c network.Conn, put func()) (uint64, time.Duration, error) {
+	start := time.Now()
+	answer, err := request(ctx, c, helloMessage(m.instance), put)
+	return answer.GetHello().GetInstance(), time.Since(start), err
+}
+
 // sameness is whether a connection to a plain peer leads to the process that the winner
 // leads to. Replicas may share a key.
 type sameness uint8
@@ -293,10 +309,10 @@ func (s *ownStream) Write(p []byte) (int, error) {
 
 // request sends a message on a stream of its own on c and returns the answer. It blocks
 // until ctx is done, and for 10 s at most.
-func request(ctx context.Context, c network.Conn, msg *pb.DrainMessage) (*pb.DrainMessage, error) {
+func request(ctx context.Context, c network.Conn, msg *pb.DrainMessage, put func()) (*pb.DrainMessage, error) {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
-	s, err := openOn(ctx, c, DrainID, nil)
+	s, err := openOn(ctx, c, DrainID, put)
 	if err != nil {
 		return nil, err
 	}
@@ -327,7 +343,9 @@ func request(ctx context.Context, c network.Conn, msg *pb.DrainMessage) (*pb.Dra
 func answers(request, answer *pb.DrainMessage) bool {
 	switch answer.Type.(type) {
 	case *pb.DrainMessage_Refused:
-		return true
+		return request.GetHello() == nil
+	case *pb.DrainMessage_Hello:
+		return request.GetHello() != nil
 	case *pb.DrainMessage_Kept:
 		return request.GetKeep() != nil
 	case *pb.DrainMessage_Drained, *pb.DrainMessage_Busy:
@@ -341,7 +359,7 @@ func answers(request, answer *pb.DrainMessage) bool {
 func (m *Manager) askDrain(d *peerState, loser *connState, lease time.Duration) {
 	defer m.wg.Done()
 	seconds := uint32(lease / time.Second)
-	answer, err := request(m.ctx, loser.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Drain{Drain: &pb.Drain{Lease: &seconds}}})
+	answer, err := request(m.ctx, loser.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Drain{Drain: &pb.Drain{Lease: &seconds}}}, nil)
 	now := time.Now()
 	m.mu.Lock()
 	loser.heard(err)
@@ -372,7 +390,7 @@ func (m *Manager) askDrain(d *peerState, loser *connState, lease time.Duration) 
 // tellKeep tells the peer that winner is kept. It must be called with begin.
 func (m *Manager) tellKeep(d *peerState, winner *connState) {
 	defer m.wg.Done()
-	answer, err := request(m.ctx, winner.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Keep{Keep: &pb.Keep{}}})
+	answer, err := request(m.ctx, winner.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Keep{Keep: &pb.Keep{}}}, nil)
 	now := time.Now()
 	m.mu.Lock()
 	winner.heard(err)

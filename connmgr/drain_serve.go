@@ -80,6 +80,8 @@ func (m *Manager) serve(s network.Stream) error {
 	}
 	var answer *pb.DrainMessage
 	switch {
+	case msg.GetHello() != nil:
+		answer = m.answerHello(s.Conn(), msg.GetHello().GetInstance())
 	case msg.GetKeep() != nil:
 		answer = m.agreeToKeep(s.Conn())
 	case msg.GetDrain() != nil:
@@ -110,6 +112,19 @@ func (m *Manager) asked(c network.Conn, conns []network.Conn) (*peerState, *conn
 	}
 	cs.serves = true
 	return d, cs
+}
+
+// answerHello answers a Hello on c.
+func (m *Manager) answerHello(c network.Conn, instance uint64) *pb.DrainMessage {
+	conns := openConns(m.watch.network(), c.RemotePeer())
+	m.mu.Lock()
+	if d, cs := m.asked(c, conns); d != nil && instance != 0 && cs.instance != instance {
+		cs.instance = instance
+		m.schedule(d, time.Now())
+	}
+	m.mu.Unlock()
+	m.wakeUp()
+	return helloMessage(m.instance)
 }
 
 // agreeToKeep answers a Keep on c (K1).

@@ -281,6 +281,7 @@ type fakeConn struct {
 	leases   []uint32                                        // that they asked for
 	keeps    int                                             // requests
 	answer   func(request *pb.DrainMessage) *pb.DrainMessage // if set, in place of what the peer answers
+	instance uint64                                          // of the process at the other end; 0: 1
 	noDrain  bool                                            // the peer does not serve it, whatever it advertises
 	identity *identifypb.Identify
 }
@@ -496,6 +497,12 @@ func (c *fakeConn) serve(s *fakePipe) {
 
 // decide is what the peer answers.
 func (c *fakeConn) decide(request *pb.DrainMessage) *pb.DrainMessage {
+	if request.GetHello() != nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.pings++ // it shows that the path works, as a ping
+		return helloMessage(cmp.Or(c.instance, 1))
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if request.GetKeep() != nil {

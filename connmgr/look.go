@@ -127,7 +127,7 @@ func (m *Manager) lookAt(d *peerState, v *view, cv *connView, open streamCount, 
 	cf.path, cf.closing = cv.path, cv.closing
 	cf.pledged = f.now.Before(cv.pledged)
 	cv.drain.lapse(f.now)
-	cf.drain, cf.told, cf.same, cf.serves, cf.lacks = cv.drain, cv.told, cv.same, cv.serves, cv.lacks
+	cf.drain, cf.told, cf.same, cf.serves, cf.lacks, cf.instance = cv.drain, cv.told, cv.same, cv.serves, cv.lacks, cv.instance
 	cv.carried = max(cv.carried, carried.received, carried.sent)
 	cf.spent = cv.budget > 0 && cv.carried >= cv.budget-cv.budget/spentShare
 	if cv.lastUse().After(cv.drain.at) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,6 +59,8 @@ type Manager struct {
 	interfaces interfaces
 	ranking    atomic.Pointer[ranker]
 	probe      prober
+	greet      greeter
+	instance   uint64 // immutable: what this process calls itself; see Hello
 
 	// mu guards what follows and everything in each peerState that is not said to be
 	// immutable. It is held briefly, and never across a call to a host, a network, a
@@ -111,13 +114,15 @@ func configure(opts []Option) (config, error) {
 
 func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 	m := &Manager{
-		inner: inner,
-		cfg:   cfg,
-		log:   cfg.log,
-		wake:  make(chan struct{}, 1),
-		peers: make(map[peer.ID]*peerState),
-		probe: probe,
+		inner:    inner,
+		cfg:      cfg,
+		log:      cfg.log,
+		wake:     make(chan struct{}, 1),
+		peers:    make(map[peer.ID]*peerState),
+		probe:    probe,
+		instance: rand.Uint64() | 1,
 	}
+	m.greet = m.hello
 	m.ranking.Store(newRanker(cfg.policy))
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.watch = newWatcher(inner.Notifee(), m.wakeUp, m.young.disconnected)

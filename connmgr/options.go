@@ -125,8 +125,11 @@ const (
 	// ago: it is asked once more where its answer is older.
 	freshFor = 250 * time.Millisecond
 
-	// A connection that did not answer is asked again after twice the time, and so on up to
-	// this: transports notice by then that a path is dead.
+	// A late answer is waited for for twice the time; then a connection that did not answer is
+	// asked again, and after so many times less and less often, up to this: transports notice
+	// by then that a path is dead.
+	lateFactor = 2
+	oftenTries = 6
 	maxReprobe = 30 * time.Second
 
 	// How long nothing comes on a connection that streams depend on before it is asked, and

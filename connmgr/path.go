@@ -1,6 +1,7 @@
 package connmgr
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
@@ -89,9 +90,11 @@ func (p *path) miss(put bool) {
 
 func (p *path) end() { p.asking = false }
 
-// reprobe is how long after a question without an answer the next one is put.
+// reprobe is how long after a question without an answer the next one is put. A path that is
+// down for some seconds again and again works again with the next packet that is sent while it
+// is up, and QUIC itself waits twice as long each time; so it is asked often at first.
 func reprobe(tries int, wait time.Duration) time.Duration {
-	return max(min(wait<<min(tries, 6), maxReprobe), wait)
+	return max(min(lateFactor*wait<<max(0, min(tries, 12)-oftenTries), maxReprobe), lateFactor*wait)
 }
 
 // traffic is what a connection has carried, as far as this side can know.
@@ -187,13 +190,25 @@ func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
 	before := m.trafficOn(mv, cs.conn)
 	var put atomic.Bool
 	type outcome struct {
-		took time.Duration
-		err  error
+		took     time.Duration
+		err      error
+		instance uint64
 	}
+	m.mu.Lock()
+	greets := m.greet != nil && d.manages && !cs.greeted && !cs.lacks
+	cs.greeted = cs.greeted || greets
+	m.mu.Unlock()
 	came := make(chan outcome, 1)
+	ctx, cancel := context.WithTimeout(m.ctx, lateFactor*m.cfg.probeTime)
+	defer cancel()
 	go func() {
-		took, err := m.probe(m.ctx, cs.conn, full, func() { put.Store(true) })
-		came <- outcome{took, err}
+		var out outcome
+		if greets {
+			out.instance, out.took, out.err = m.greet(ctx, cs.conn, func() { put.Store(true) })
+		} else {
+			out.took, out.err = m.probe(ctx, cs.conn, full, func() { put.Store(true) })
+		}
+		came <- out
 	}()
 	// note is called once in time, and once more for an answer that is late.
 	note := func(out *outcome, late bool) {
@@ -201,12 +216,16 @@ func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
 		closed := cs.conn.IsClosed()
 		m.mu.Lock()
 		was := cs.path.health
+		if out != nil && greets {
+			cs.heard(out.err)
+			cs.instance = cmp.Or(out.instance, cs.instance)
+		}
 		switch {
 		case heard && !closed:
 			cs.path.hear(start)
 			if out != nil && out.err == nil {
 				cs.pinged(out.took)
-				cs.path.wide = cs.path.wide || full
+				cs.path.wide = cs.path.wide || full && !greets
 			}
 		case late: // and no news
 		case out != nil:

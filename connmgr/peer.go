@@ -71,25 +71,27 @@ type connState struct {
 	used atomic.Int64 // when a stream began last, of whatever kind, in Unix nanoseconds
 
 	// Guarded by Manager.mu.
-	path    path
-	traffic traffic       // at the last look
-	seen    time.Time     // when that was; zero: never
-	rtt     time.Duration // smoothed, by pings; 0: not known
-	rttAt   time.Time
-	quiet   time.Time     // since when there has been no stream; zero: there is one
-	carried uint64        // bytes that labelled streams have carried, the most that was seen
-	moved   int           // streams that this side moved from here
-	took    time.Duration // by the batches that moved them
-	byPeer  byPeer        // streams that the peer moved from here
-	died    bool          // as a winner, and that is noted
-	closing bool          // it is being closed by this side
-	pledged time.Time     // until when this side opens nothing on it (D1); zero: it may
-	drained time.Time     // when this side said last that it has done with it; zero: never
-	drain   drain
-	told    telling
-	serves  bool // the other end has answered a request
-	lacks   bool // it has not served the last one, whatever the peer advertises
-	same    sameness
+	path     path
+	traffic  traffic       // at the last look
+	seen     time.Time     // when that was; zero: never
+	rtt      time.Duration // smoothed, by pings; 0: not known
+	rttAt    time.Time
+	quiet    time.Time     // since when there has been no stream; zero: there is one
+	carried  uint64        // bytes that labelled streams have carried, the most that was seen
+	moved    int           // streams that this side moved from here
+	took     time.Duration // by the batches that moved them
+	byPeer   byPeer        // streams that the peer moved from here
+	died     bool          // as a winner, and that is noted
+	closing  bool          // it is being closed by this side
+	pledged  time.Time     // until when this side opens nothing on it (D1); zero: it may
+	drained  time.Time     // when this side said last that it has done with it; zero: never
+	drain    drain
+	told     telling
+	instance uint64 // the process that its other end is; 0: not known
+	greeted  bool   // it was asked
+	serves   bool   // the other end has answered a request
+	lacks    bool   // it has not served the last one, whatever the peer advertises
+	same     sameness
 
 	requests int // streams of this manager's own that are on it
 }

@@ -86,6 +86,7 @@ type connFacts struct {
 	room      int       // streams that this side may still open on it; negative: no limit is known
 	drain     drain     // what the peer was asked about it
 	told      telling   // whether the peer knows that it is kept
+	instance  uint64    // the process that its other end is; 0: not known
 	serves    bool      // its other end has answered a manager's request
 	lacks     bool      // its other end serves none, whatever the peer advertises
 	same      sameness  // whether a plain peer's process is the winner's
@@ -259,7 +260,16 @@ func (pl *planner) process() (split, off bool) {
 	if pl.f.manages != yes {
 		return false, false
 	}
-	serve, lack := 0, 0
+	serve, lack, instance := 0, 0, uint64(0)
+	for i := range pl.f.conns {
+		if of := pl.f.conns[i].instance; of != 0 {
+			split = split || instance != 0 && instance != of
+			instance = of
+		}
+	}
+	if split {
+		return true, false
+	}
 	for i := range pl.f.conns {
 		switch c := &pl.f.conns[i]; {
 		case c.serves && c.lacks:
@@ -445,6 +455,14 @@ func (pl *planner) elect() bool {
 			v.why = "not decided on"
 		} else {
 			v.why = v.out
+		}
+	}
+	if len(candidates) == 0 { // then one that the peer wants to close is better than none
+		for i := range f.conns {
+			if c := &f.conns[i]; c.pledged && !c.closing && c.path.health != pathSilent {
+				candidates = append(candidates, c.candidate)
+				pl.verdicts[i].out, pl.verdicts[i].why = "", "not decided on"
+			}
 		}
 	}
 	if len(candidates) == 0 {

@@ -215,6 +215,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "quic"}},
 		{name: "none answers", facts: between(quicConn(silent, carries(1, 0)), tcpConn(silent)),
 			want: want{winner: "-", state: "no connection answers", fates: fates{"quic": fateKeep, "tcp": fateKeep}, steer: isNotSo}},
+		{name: "one that the peer wants to close is better than one that does not answer", facts: between(quicConn(silent, carries(1, 1)), tcpConn(pledged)).with(follower),
+			want: want{winner: "tcp", steer: isSo}},
 		{name: "what is used is asked again soon", facts: between(quicConn(pins(1), func(c *connFacts) {
 			c.path.at, c.path.asked, c.used = ago(2*time.Second), ago(2*time.Second), ago(time.Second)
 		}), tcpConn(pins(1))).with(winner("quic")),
@@ -337,6 +339,8 @@ func TestPlan(t *testing.T) {
 		{name: "replicas that share a key, one of them with a manager", facts: between(quicConn(carries(1, 1), told(telling{phase: tellFailed}), lacks), tcpConn(drains(drainAgreed, time.Second), serves)),
 			want: want{winner: "-", steer: isNotSo, state: "different processes", fates: fates{"quic": fateKeep, "tcp": fateKeep}, moves: map[string]moves{"quic": moveNone, "tcp": moveNone}}},
 
+		{name: "replicas that share a key, both with a manager", facts: between(quicConn(carries(1, 1), func(c *connFacts) { c.instance = 1 }), tcpConn(drains(drainConfirmed, 0), func(c *connFacts) { c.instance = 2 })),
+			want: want{winner: "-", steer: isNotSo, state: "different processes", fates: fates{"quic": fateKeep, "tcp": fateKeep}, moves: map[string]moves{"quic": moveNone, "tcp": moveNone}}},
 		{name: "a manager that has been switched off", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(2*time.Minute), same(sameYes), serves, lacks)),
 			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
 		{name: "or was never there", facts: between(quicConn(opened(time.Hour), lacks), tcpConn(opened(time.Hour), quietFor(2*time.Minute), same(sameYes), lacks)),

@@ -108,6 +108,7 @@ func (m *Manager) remember(d *peerState, v *view) (gone []byPeerLine) {
 		d.progress = now // the controller is at work: it renews what it has asked for
 	}
 	d.takeover.forced = d.takeover.forced || v.facts.forced
+	d.manages = d.manages || v.facts.manages == yes
 	v.facts.takeover, v.facts.fresh = d.takeover, d.fresh
 	v.facts.deaths = m.young.of(d.peer, now)
 	return gone

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -187,7 +188,9 @@ func (h *Host) openAtOnce(ctx context.Context, c network.Conn) network.Stream {
 	}
 	opened := make(chan network.Stream)
 	gone := make(chan struct{})
+	var begun atomic.Bool // else it is this process that is late, and not the connection
 	go func() {
+		begun.Store(true)
 		u, err := c.NewStream(context.WithoutCancel(ctx))
 		if err != nil {
 			u = nil
@@ -204,11 +207,14 @@ func (h *Host) openAtOnce(ctx context.Context, c network.Conn) network.Stream {
 	}()
 	timer := time.NewTimer(tick)
 	defer timer.Stop()
-	for n := 1; ; n++ {
+	for n := 0; ; {
 		select {
 		case u := <-opened:
 			return u
 		case <-timer.C:
+			if begun.Load() {
+				n++
+			}
 			if n < ticks {
 				timer.Reset(tick)
 				continue

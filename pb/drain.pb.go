@@ -33,6 +33,7 @@ type DrainMessage struct {
 	//
 	//	*DrainMessage_Drain
 	//	*DrainMessage_Keep
+	//	*DrainMessage_Hello
 	//	*DrainMessage_Drained
 	//	*DrainMessage_Refused
 	//	*DrainMessage_Kept
@@ -97,6 +98,15 @@ func (x *DrainMessage) GetKeep() *Keep {
 	return nil
 }
 
+func (x *DrainMessage) GetHello() *Hello {
+	if x != nil {
+		if x, ok := x.Type.(*DrainMessage_Hello); ok {
+			return x.Hello
+		}
+	}
+	return nil
+}
+
 func (x *DrainMessage) GetDrained() *Drained {
 	if x != nil {
 		if x, ok := x.Type.(*DrainMessage_Drained); ok {
@@ -146,6 +156,11 @@ type DrainMessage_Keep struct {
 	Keep *Keep `protobuf:"bytes,4,opt,name=keep,oneof"`
 }
 
+type DrainMessage_Hello struct {
+	// A request, and its answer.
+	Hello *Hello `protobuf:"bytes,7,opt,name=hello,oneof"`
+}
+
 type DrainMessage_Drained struct {
 	// Answers: to Drain one of drained, busy and refused; to Keep one of kept
 	// and refused.
@@ -167,6 +182,8 @@ type DrainMessage_Busy struct {
 func (*DrainMessage_Drain) isDrainMessage_Type() {}
 
 func (*DrainMessage_Keep) isDrainMessage_Type() {}
+
+func (*DrainMessage_Hello) isDrainMessage_Type() {}
 
 func (*DrainMessage_Drained) isDrainMessage_Type() {}
 
@@ -429,14 +446,62 @@ func (*Kept) Descriptor() ([]byte, []int) {
 	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{6}
 }
 
+// Hello tells the process that the sender is, and asks for the receiver's.
+type Hello struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A random number that is not 0, the same for as long as the process runs.
+	// Absent or 0: not told.
+	Instance      *uint64 `protobuf:"fixed64,1,opt,name=instance" json:"instance,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Hello) Reset() {
+	*x = Hello{}
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Hello) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Hello) ProtoMessage() {}
+
+func (x *Hello) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_drain_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Hello.ProtoReflect.Descriptor instead.
+func (*Hello) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Hello) GetInstance() uint64 {
+	if x != nil && x.Instance != nil {
+		return *x.Instance
+	}
+	return 0
+}
+
 var File_github_com_go_portage_portage_pb_drain_proto protoreflect.FileDescriptor
 
 const file_github_com_go_portage_portage_pb_drain_proto_rawDesc = "" +
 	"\n" +
-	",github.com/go-portage/portage/pb/drain.proto\x12\x10portage.drain.pb\"\xbf\x02\n" +
+	",github.com/go-portage/portage/pb/drain.proto\x12\x10portage.drain.pb\"\xf0\x02\n" +
 	"\fDrainMessage\x12/\n" +
 	"\x05drain\x18\x01 \x01(\v2\x17.portage.drain.pb.DrainH\x00R\x05drain\x12,\n" +
-	"\x04keep\x18\x04 \x01(\v2\x16.portage.drain.pb.KeepH\x00R\x04keep\x125\n" +
+	"\x04keep\x18\x04 \x01(\v2\x16.portage.drain.pb.KeepH\x00R\x04keep\x12/\n" +
+	"\x05hello\x18\a \x01(\v2\x17.portage.drain.pb.HelloH\x00R\x05hello\x125\n" +
 	"\adrained\x18\x02 \x01(\v2\x19.portage.drain.pb.DrainedH\x00R\adrained\x125\n" +
 	"\arefused\x18\x03 \x01(\v2\x19.portage.drain.pb.RefusedH\x00R\arefused\x12,\n" +
 	"\x04kept\x18\x05 \x01(\v2\x16.portage.drain.pb.KeptH\x00R\x04kept\x12,\n" +
@@ -450,7 +515,9 @@ const file_github_com_go_portage_portage_pb_drain_proto_rawDesc = "" +
 	"\aRefused\x12\x16\n" +
 	"\x06reason\x18\x01 \x01(\tR\x06reason\"\x06\n" +
 	"\x04Keep\"\x06\n" +
-	"\x04KeptB\"Z github.com/go-portage/portage/pb"
+	"\x04Kept\"#\n" +
+	"\x05Hello\x12\x1a\n" +
+	"\binstance\x18\x01 \x01(\x06R\binstanceB\"Z github.com/go-portage/portage/pb"
 
 var (
 	file_github_com_go_portage_portage_pb_drain_proto_rawDescOnce sync.Once
@@ -464,7 +531,7 @@ func file_github_com_go_portage_portage_pb_drain_proto_rawDescGZIP() []byte {
 	return file_github_com_go_portage_portage_pb_drain_proto_rawDescData
 }
 
-var file_github_com_go_portage_portage_pb_drain_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_github_com_go_portage_portage_pb_drain_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_github_com_go_portage_portage_pb_drain_proto_goTypes = []any{
 	(*DrainMessage)(nil), // 0: portage.drain.pb.DrainMessage
 	(*Drain)(nil),        // 1: portage.drain.pb.Drain
@@ -473,19 +540,21 @@ var file_github_com_go_portage_portage_pb_drain_proto_goTypes = []any{
 	(*Refused)(nil),      // 4: portage.drain.pb.Refused
 	(*Keep)(nil),         // 5: portage.drain.pb.Keep
 	(*Kept)(nil),         // 6: portage.drain.pb.Kept
+	(*Hello)(nil),        // 7: portage.drain.pb.Hello
 }
 var file_github_com_go_portage_portage_pb_drain_proto_depIdxs = []int32{
 	1, // 0: portage.drain.pb.DrainMessage.drain:type_name -> portage.drain.pb.Drain
 	5, // 1: portage.drain.pb.DrainMessage.keep:type_name -> portage.drain.pb.Keep
-	2, // 2: portage.drain.pb.DrainMessage.drained:type_name -> portage.drain.pb.Drained
-	4, // 3: portage.drain.pb.DrainMessage.refused:type_name -> portage.drain.pb.Refused
-	6, // 4: portage.drain.pb.DrainMessage.kept:type_name -> portage.drain.pb.Kept
-	3, // 5: portage.drain.pb.DrainMessage.busy:type_name -> portage.drain.pb.Busy
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	7, // 2: portage.drain.pb.DrainMessage.hello:type_name -> portage.drain.pb.Hello
+	2, // 3: portage.drain.pb.DrainMessage.drained:type_name -> portage.drain.pb.Drained
+	4, // 4: portage.drain.pb.DrainMessage.refused:type_name -> portage.drain.pb.Refused
+	6, // 5: portage.drain.pb.DrainMessage.kept:type_name -> portage.drain.pb.Kept
+	3, // 6: portage.drain.pb.DrainMessage.busy:type_name -> portage.drain.pb.Busy
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_github_com_go_portage_portage_pb_drain_proto_init() }
@@ -496,6 +565,7 @@ func file_github_com_go_portage_portage_pb_drain_proto_init() {
 	file_github_com_go_portage_portage_pb_drain_proto_msgTypes[0].OneofWrappers = []any{
 		(*DrainMessage_Drain)(nil),
 		(*DrainMessage_Keep)(nil),
+		(*DrainMessage_Hello)(nil),
 		(*DrainMessage_Drained)(nil),
 		(*DrainMessage_Refused)(nil),
 		(*DrainMessage_Kept)(nil),
@@ -507,7 +577,7 @@ func file_github_com_go_portage_portage_pb_drain_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_github_com_go_portage_portage_pb_drain_proto_rawDesc), len(file_github_com_go_portage_portage_pb_drain_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

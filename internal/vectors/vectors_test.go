@@ -3,6 +3,7 @@ package vectors
 import (
 	"encoding/json"
 	"fmt"
+	"strconv"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -22,6 +23,7 @@ var drainFields = map[protowire.Number]struct {
 	4: {"keep", nil},
 	5: {"kept", nil},
 	6: {"busy", map[protowire.Number]string{1: "wait"}},
+	7: {"hello", map[protowire.Number]string{1: "instance"}},
 }
 
 // decodeDrain decodes a message of draining with its length before it.
@@ -70,6 +72,10 @@ func each(b []byte, field func(protowire.Number, any) error) error {
 			v, n = protowire.ConsumeVarint(b)
 		case protowire.BytesType:
 			v, n = protowire.ConsumeBytes(b)
+		case protowire.Fixed64Type:
+			var number uint64
+			number, n = protowire.ConsumeFixed64(b)
+			v = strconv.FormatUint(number, 10) // as JSON has numbers of 64 bits here
 		default:
 			n = protowire.ConsumeFieldValue(num, typ, b)
 		}
