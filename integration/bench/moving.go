@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/hosttest"
+)
+
+// atOnce is how many streams are open that move one after the other. QUIC allows 256.
+const atOnce = 200
+
+// moving measures migrations beside opening and closing a plain stream on the connection
+// that they lead to, with nothing on it.
+func (s settings) moving() {
+	var rows []comparison
+	for i, from := range transports {
+		dest := transports[1-i]
+		beside := func(name string, move func(t *tb) arm) {
+			rows = append(rows, comparison{fmt.Sprintf("%s, %s", to(from, dest), name), func(t *tb) (raw, again, ours arm) {
+				return plain(t, dest).opensAndCloses(), plain(t, dest).opensAndCloses(), move(t)
+			}})
+		}
+		beside("nobody reads", func(t *tb) arm { return portage(t, from, dest).migrations(false) })
+		beside("both ends read", func(t *tb) arm { return portage(t, from, dest).migrations(true) })
+		beside("opened again by the application", func(t *tb) arm { return plain(t, from, dest).reopenings() })
+	}
+	rows = append(rows,
+		comparison{"TCP to WebSocket, 1,000 at once (beside 1,000 opened and closed at once)", func(t *tb) (raw, again, ours arm) {
+			const n = 1000
+			return plain(t, hosttest.WebSocket).opensAndClosesAtOnce(n), plain(t, hosttest.WebSocket).opensAndClosesAtOnce(n),
+				portage(t, hosttest.TCP, hosttest.WebSocket).migrationsAtOnce(n)
+		}},
+		comparison{"QUIC to QUIC, quic-go moves the whole connection", func(t *tb) (raw, again, ours arm) {
+			return plain(t, hosttest.QUIC).opensAndCloses(), plain(t, hosttest.QUIC).opensAndCloses(), pathMigrations(t)
+		}})
+	s.table("What a migration costs, where opening a plain stream on the new connection and closing it is 1:", rows)
+}
+
+func (p *pair) opensAndCloses() arm {
+	closed := p.closing()
+	return measured(func(n int) {
+		for range n {
+			closed.Add(1)
+			_ = p.open().Close() // on QUIC an error where the other end is faster
+			closed.Wait()
+		}
+	})
+}
+
+func (p *pair) closing() *sync.WaitGroup {
+	closed := new(sync.WaitGroup)
+	p.handle(func(s network.Stream) {
+		_ = s.Close()
+		closed.Done()
+	})
+	return closed
+}
+
+func (p *pair) opensAndClosesAtOnce(n int) arm {
+	closed := p.closing()
+	return measured(func(times int) {
+		for range times {
+			closed.Add(n)
+			for range n {
+				go func() { _ = p.open().Close() }()
+			}
+			closed.Wait()
+		}
+	})
+}
+
+// migrations moves streams from connection 0 to connection 1. With reads, an application is
+// inside Read at both ends.
+func (p *pair) migrations(reads bool) arm {
+	return func(n int) (total cost) {
+		for done := 0; done < n; done += atOnce {
+			total = total.plus(p.migrate(min(atOnce, n-done), reads, func(near []network.Stream) {
+				for _, s := range near {
+					must(p.migrating(0).Migrate(context.Background(), s, p.conns[0][1]))
+				}
+			}))
+		}
+		return total
+	}
+}
+
+func (p *pair) migrationsAtOnce(n int) arm {
+	return func(times int) (total cost) {
+		for range times {
+			total = total.plus(p.migrate(n, false, func(near []network.Stream) {
+				var moves sync.WaitGroup
+				for _, s := range near {
+					moves.Go(func() { must(p.migrating(0).Migrate(context.Background(), s, p.conns[0][1])) })
+				}
+				moves.Wait()
+			}))
+		}
+		return total
+	}
+}
+
+// migrate opens n streams on connection 0, and returns what it costs until move has moved
+// them at both ends.
+func (p *pair) migrate(n int, reads bool, move func(near []network.Stream)) cost {
+	var near, far []network.Stream
+	for range n {
+		a, b := p.both(func() network.Stream { return p.openOn(0) })
+		near, far = append(near, a), append(far, b)
+	}
+	var reading sync.WaitGroup
+	if reads {
+		for _, s := range append(far, near...) {
+			reading.Go(func() { _, _ = s.Read(make([]byte, 1)) })
+		}
+	}
+	before := spent()
+	move(near)
+	p.await("the other end to finish", func() bool { return len(p.migrating(1).Streams(p.conns[1][0])) == 0 })
+	took := spent().minus(before)
+	for i := range near {
+		_ = near[i].Reset()
+		_ = far[i].Reset()
+	}
+	reading.Wait()
+	p.await("the streams to end", func() bool {
+		return len(p.migrating(0).Streams(p.conns[0][1])) == 0 && len(p.migrating(1).Streams(p.conns[1][1])) == 0
+	})
+	return took
+}
+
+func (p *pair) await(what string, done func() bool) { hosttest.WaitFor(new(tb), what, done) }
+
+// reopenings is what an application does that helps itself: a new stream, on which both ends
+// tell which one it goes on with and how many bytes they have, and the old one is closed.
+func (p *pair) reopenings() arm {
+	const hello = 16 // which stream, and how many bytes were read
+	return func(n int) (total cost) {
+		for done := 0; done < n; done += atOnce {
+			var near, far []network.Stream
+			for range min(atOnce, n-done) {
+				a, b := p.both(func() network.Stream { return p.rawOn(0) })
+				near, far = append(near, a), append(far, b)
+			}
+			next := make([]network.Stream, len(near))
+			moved := make(chan network.Stream, 1)
+			p.handle(func(s network.Stream) {
+				read(s, hello)
+				write(s, hello)
+				moved <- s
+			})
+			before := spent()
+			for i, old := range near {
+				s := p.rawOn(1)
+				write(s, hello)
+				read(s, hello)
+				_ = old.Close() // on QUIC an error where the other end is faster
+				_ = far[i].Close()
+				next[i], far[i] = s, <-moved
+			}
+			total = total.plus(spent().minus(before))
+			for i := range next {
+				_ = next[i].Reset()
+				_ = far[i].Reset()
+			}
+		}
+		return total
+	}
+}
