@@ -428,7 +428,7 @@ func TestIdentifyIsFollowedByARound(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w := newWorld(t, lower, WithInterval(time.Hour), WithTakeover(maxTime))
 			bus := eventbus.NewBus()
-			events, err := bus.Subscribe(identifyEvents)
+			events, err := bus.Subscribe(events)
 			require.NoError(t, err)
 			w.m.listen(events)
 			emitter, err := bus.Emitter(reflect.New(reflect.TypeOf(e)).Interface())

@@ -27,13 +27,17 @@
 //
 // # What happens to a peer
 //
-// Nothing, and nothing is kept about it, for as long as it has one connection. With the
-// second one, all of its connections are asked whether they work, and given time to settle
-// ([WithSettleDelay]). Then the policy ranks those that do ([WithPolicy]). New streams go to
-// the winner from then on, and the streams of the others move there at once, each moved by
-// the end that opened it. Streams that fail are tried again with backoff ([WithRetry]), and
+// Nothing, and nothing is kept about it, for as long as it has one connection that is not
+// relayed. With the second one, all of its connections are asked whether they work, and given
+// time to settle ([WithSettleDelay]). Then the policy ranks those that do ([WithPolicy]). New
+// streams go to the winner from then on, and the streams of the others move there at once, each
+// moved by the end that opened it. Streams that fail are tried again with backoff ([WithRetry]), and
 // streams that cannot move are waited for. The peer is looked at again whenever something is
 // heard of it, and every interval ([WithInterval]) while it has two connections or more.
+//
+// Where all connections of a peer are relayed, and it is used or wanted, the manager asks for a
+// direct one again and again ([WithUpgrades]); go-libp2p tries when the first one comes, and
+// then no more.
 //
 // The file plan.go has every rule by which a connection lives or dies. What it decides is
 // what [Manager.Explain], [Report] and the log say.

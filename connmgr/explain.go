@@ -21,6 +21,11 @@ type Explanation struct {
 	Reason     string
 	// State is what the manager is doing about the peer, in words.
 	State string
+	// Upgrade says what is done about a direct connection, in words, where all connections
+	// are relayed; empty if one is not. NextUpgrade is when one is asked for next; zero: this
+	// end does not, as things are.
+	Upgrade     string
+	NextUpgrade time.Time
 	// Conns are the connections, the best first.
 	Conns []ExplainedConn
 }
@@ -55,6 +60,9 @@ func (e Explanation) String() string {
 			who = "this side decides"
 		}
 		fmt.Fprintf(&sb, "; %s: %s", who, e.Reason)
+	}
+	if e.Upgrade != "" {
+		fmt.Fprintf(&sb, "; %s", e.Upgrade)
 	}
 	for i, c := range e.Conns {
 		fmt.Fprintf(&sb, "\n  %d. %s, %s (%d labelled, %d pinned)", i+1,
@@ -92,6 +100,7 @@ func (m *Manager) Explain(p peer.ID) Explanation {
 	}
 	if !closed {
 		e.Controller, e.Reason = plan.role.decides, plan.role.reason
+		e.Upgrade, e.NextUpgrade = plan.upgrade.why, plan.upgrade.at
 	}
 	for i := range v.conns {
 		cv, verdict := &v.conns[i], plan.verdicts[i]

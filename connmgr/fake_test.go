@@ -99,6 +99,11 @@ func (w *world) connect(addr string) *fakeConn { return w.net.connect(w.peer, ad
 
 func (w *world) connectLimited() *fakeConn { return w.net.connect(w.peer, relayAddr, true) }
 
+// relayedIn has the leading peer open a limited relayed connection.
+func (w *world) relayedIn() *fakeConn {
+	return w.net.connectFrom(network.DirInbound, w.peer, relayAddr, true)
+}
+
 // pass lets virtual time pass.
 func (w *world) pass(d time.Duration) {
 	time.Sleep(d)
@@ -212,11 +217,15 @@ func (n *fakeNet) forget(p peer.ID) {
 }
 
 func (n *fakeNet) connect(p peer.ID, addr string, limited bool) *fakeConn {
+	return n.connectFrom(network.DirOutbound, p, addr, limited)
+}
+
+func (n *fakeNet) connectFrom(dir network.Direction, p peer.ID, addr string, limited bool) *fakeConn {
 	n.mu.Lock()
 	n.serial++
 	c := &fakeConn{
 		net: n, id: fmt.Sprintf("conn-%d", n.serial), remote: p,
-		addr: ma.StringCast(addr), limited: limited, opened: time.Now(),
+		addr: ma.StringCast(addr), limited: limited, opened: time.Now(), dir: dir,
 	}
 	if limited {
 		c.extra = n.limit
@@ -252,6 +261,7 @@ type fakeConn struct {
 	remote  peer.ID
 	addr    ma.Multiaddr
 	limited bool
+	dir     network.Direction
 	opened  time.Time
 	extra   map[any]any
 	blocks  chan struct{} // if set, CloseWithError does not return before it is closed
@@ -302,7 +312,7 @@ func (c *fakeConn) Stat() network.ConnStats {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return network.ConnStats{
-		Stats:      network.Stats{Direction: network.DirOutbound, Opened: c.opened, Limited: c.limited, Extra: c.extra},
+		Stats:      network.Stats{Direction: c.dir, Opened: c.opened, Limited: c.limited, Extra: c.extra},
 		NumStreams: c.plain + len(c.labelled) + c.coming + len(c.streams),
 	}
 }

@@ -49,6 +49,26 @@ func (m *Manager) logTookOver(p peer.ID, waited time.Duration) {
 	}
 }
 
+// logUpgrade tells of an attempt to get a direct connection. That it has failed, as most do
+// where it cannot be, is nobody's business but of those who look for the reason.
+func (m *Manager) logUpgrade(p peer.ID, attempts int, took time.Duration, err error) {
+	level := zap.InfoLevel
+	if err != nil {
+		level = zap.DebugLevel
+	}
+	ce := m.log.Check(level, "")
+	if ce == nil {
+		return
+	}
+	ce.Message = fmt.Sprintf("peer %s: got a direct connection in attempt %d", shortID(p), attempts)
+	fields := []zap.Field{zap.Stringer("peer", p), zap.Int("attempt", attempts), zap.Duration("took", took)}
+	if err != nil {
+		ce.Message = fmt.Sprintf("peer %s: no direct connection in attempt %d: %s", shortID(p), attempts, briefly(err))
+		fields = append(fields, zap.Error(err))
+	}
+	ce.Write(fields...)
+}
+
 // logMoved tells what a batch has moved from each loser, and what it could not.
 func (m *Manager) logMoved(p peer.ID, winner ConnInfo, losers []Loser, err error) {
 	for _, l := range losers {

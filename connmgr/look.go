@@ -66,6 +66,9 @@ func (m *Manager) look(p peer.ID, d *peerState) *view {
 		}
 	}
 	f.exempt = m.exemptPeer(p)
+	if f.upgrade = m.upgrades.of(p); f.upgrade.tracked {
+		f.upgrade.wanted = m.wantedFor(p)
+	}
 	use := m.policy().use
 	rtts := make([]time.Duration, len(conns))
 	open := make([]streamCount, len(conns))
@@ -269,12 +272,13 @@ var (
 
 // began is told of each stream that a wrapped host opens or gets.
 func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
-	if m.usage.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
+	if m.usage.count.Load() == 0 && m.upgrades.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
 		return
 	}
 	if id == ping.ID && managed(m.watch.network(), c.RemotePeer()) == yes {
 		return // its manager's, most likely
 	}
+	m.upgrades.note(c)
 	if m.usage.note(c) != nil {
 		m.poke(c.RemotePeer())
 	}

@@ -18,6 +18,7 @@ import (
 	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
 	"go.uber.org/zap"
 
+	"github.com/go-portage/portage/internal/punch"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
@@ -56,16 +57,18 @@ type Manager struct {
 	steering   steering
 	usage      usage
 	young      young
+	upgrades   upgrades
 	interfaces interfaces
 	ranking    atomic.Pointer[ranker]
 	probe      prober
 	greet      greeter
+	punch      puncher
 	instance   uint64 // immutable: what this process calls itself; see Hello
 
 	// mu guards what follows and everything in each peerState that is not said to be
 	// immutable. It is held briefly, and never across a call to a host, a network, a
-	// connection or a stream. Before the locks of steering, usage, young and watcher, never
-	// after them.
+	// connection or a stream. Before the locks of steering, usage, young, upgrades and
+	// watcher, never after them.
 	mu      sync.Mutex
 	closed  bool
 	host    host.Host     // that Wrap got; nil before
@@ -120,12 +123,16 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 		wake:     make(chan struct{}, 1),
 		peers:    make(map[peer.ID]*peerState),
 		probe:    probe,
+		punch:    punch.Again,
 		instance: rand.Uint64() | 1,
 	}
 	m.greet = m.hello
 	m.ranking.Store(newRanker(cfg.policy))
 	m.ctx, m.cancel = context.WithCancel(context.Background())
-	m.watch = newWatcher(inner.Notifee(), m.wakeUp, m.young.disconnected)
+	m.watch = newWatcher(inner.Notifee(), m.wakeUp, func(c network.Conn) {
+		m.young.disconnected(c)
+		m.upgrades.disconnected(c)
+	})
 	return m
 }
 
@@ -149,7 +156,7 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	if err := m.adopt(h); err != nil {
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	identified, err := h.EventBus().Subscribe(identifyEvents, eventbus.Name("portage/connmgr"))
+	identified, err := h.EventBus().Subscribe(events, eventbus.Name("portage/connmgr"))
 	if err != nil {
 		m.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
@@ -172,9 +179,13 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	return wrapped, nil
 }
 
-// identifyEvents tell that it is known, or known better, what a peer speaks: who decides,
-// whether its streams can move, whether it can be asked.
-var identifyEvents = []any{new(coreevent.EvtPeerIdentificationCompleted), new(coreevent.EvtPeerProtocolsUpdated)}
+// events tell that it is known, or known better, what a peer speaks: who decides, whether
+// its streams can move, whether it can be asked; and that a peer or this host is found under
+// other addresses, or by others.
+var events = []any{
+	new(coreevent.EvtPeerIdentificationCompleted), new(coreevent.EvtPeerProtocolsUpdated),
+	new(coreevent.EvtLocalAddressesUpdated), new(coreevent.EvtLocalReachabilityChanged),
+}
 
 // listen has a round for each peer with duplicates of which an event tells, until Close.
 func (m *Manager) listen(events coreevent.Subscription) {
@@ -193,8 +204,13 @@ func (m *Manager) listen(events coreevent.Subscription) {
 				switch e := e.(type) {
 				case coreevent.EvtPeerIdentificationCompleted:
 					m.identified(e.Peer)
+					if m.upgrades.told(e, m.watch.seed, time.Now()) {
+						m.wakeUp()
+					}
 				case coreevent.EvtPeerProtocolsUpdated:
 					m.identified(e.Peer)
+				case coreevent.EvtLocalAddressesUpdated, coreevent.EvtLocalReachabilityChanged:
+					m.upgradeChanged("")
 				}
 				if !open {
 					return

@@ -158,6 +158,40 @@ const (
 	deathsFor = 2 * time.Hour
 	maxDeaths = 1024
 
+	// go-libp2p punches three times when a relayed connection comes in, 5 s each. An attempt
+	// that overlaps with these fails.
+	defaultUpgradeFirst = 20 * time.Second
+
+	// How often a direct connection is asked for while there is none. A peer with streams is
+	// to have one within a minute after it has become possible; where it is not, an attempt
+	// takes 15 s. One that is only wanted is not missed at this moment.
+	defaultUpgradeBusy = 40 * time.Second
+	defaultUpgradeIdle = 5 * time.Minute
+
+	// How long a peer counts as one with streams, and as one that is used, after the last
+	// stream: conversations pause, and requests come one by one.
+	upgradeBusyFor = time.Minute
+	upgradeUsed    = 10 * time.Minute
+
+	// How long after something has changed, or the direct connection has gone, an attempt is
+	// made, and up to as long after that, by chance: addresses change one after another, and
+	// the other end has to learn of it, too. A peer rests for a while between two attempts,
+	// whatever it tells.
+	upgradeNews = time.Second
+	upgradeRest = 5 * time.Second
+
+	// How long an attempt may take, how many run at a time, and how often peers are looked at
+	// that none is due for: streams may have begun. An attempt costs some messages and a few
+	// dials, and mostly waits.
+	upgradeTimeout = 30 * time.Second
+	upgradesAtOnce = 8
+	upgradeLook    = 20 * time.Second
+	sweepGap       = 100 * time.Millisecond
+
+	// Of how many peers that are reached only over relays something is kept, some 300 bytes
+	// each. Of more, chance decides.
+	maxUpgrades = 4096
+
 	// How long a policy may take to rank before it counts as one that does not return.
 	policyWait = time.Second
 
@@ -188,6 +222,10 @@ type config struct {
 	firstRetry     time.Duration
 	maxRetry       time.Duration
 	probeTime      time.Duration
+	upgrades       bool
+	upgradeFirst   time.Duration
+	upgradeBusy    time.Duration
+	upgradeIdle    time.Duration
 	exempt         []Exemption
 	migrateOptions []migrate.Option
 	metrics        MetricsTracer // nil: nobody measures
@@ -207,6 +245,10 @@ func defaultConfig() config {
 		firstRetry:     defaultFirstRetry,
 		maxRetry:       defaultMaxRetry,
 		probeTime:      defaultProbeTime,
+		upgrades:       true,
+		upgradeFirst:   defaultUpgradeFirst,
+		upgradeBusy:    defaultUpgradeBusy,
+		upgradeIdle:    defaultUpgradeIdle,
 	}
 }
 
@@ -362,6 +404,38 @@ func WithRetry(first, limit time.Duration) Option {
 			return err
 		}
 		return positive("last retry", limit, &c.maxRetry)
+	}
+}
+
+// WithUpgrades sets how often a direct connection is asked for, at least, where a peer is
+// reached only over relays: every busy while there are streams or were within a minute, every
+// idle while it is protected or tagged, or was used within ten minutes. Between two attempts
+// passes less at first, and chance takes off up to a quarter. An attempt is also made soon
+// after addresses or reachability have changed at either end. The first comes 20 s after the
+// relayed connection: go-libp2p makes its own until then. Default: 40 s and 5 min.
+//
+// It needs [Manager.Wrap] or [Enable], and libp2p.EnableHolePunching. Only the end that was
+// dialled over the relay can ask; the other end need not run a manager. An attempt costs less
+// than 3 KiB of what the relay allows.
+func WithUpgrades(busy, idle time.Duration) Option {
+	return func(c *config) error {
+		if idle < busy {
+			return fmt.Errorf("upgrades every %v while busy and %v while idle: want no less while idle", busy, idle)
+		}
+		c.upgrades = true
+		if err := positive("upgrades while busy", busy, &c.upgradeBusy); err != nil {
+			return err
+		}
+		return positive("upgrades while idle", idle, &c.upgradeIdle)
+	}
+}
+
+// WithoutUpgrades leaves it to go-libp2p alone to get direct connections: it tries once,
+// when a relayed connection comes in. Of this and [WithUpgrades] the last one counts.
+func WithoutUpgrades() Option {
+	return func(c *config) error {
+		c.upgrades = false
+		return nil
 	}
 }
 

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
+
 	"github.com/go-portage/portage/policy"
 )
 
@@ -62,7 +64,8 @@ type facts struct {
 	since     time.Time // when better was ranked first
 	takeover  takeover
 	// deaths is how many winners of a kind have died young of late.
-	deaths map[pathKind]int
+	deaths  map[pathKind]int
+	upgrade upgradeFacts
 }
 
 // connFacts is what is known of one connection.
@@ -163,6 +166,7 @@ type plan struct {
 	probe    []int     // connections that are asked whether their path works
 	room     int       // streams that may move to the winner now; negative: no limit is known
 	verdicts []verdict // of facts.conns
+	upgrade  upgrade
 	closed   []int     // that were closed, once the plan has been acted on
 	next     time.Time // when to look again if nothing is heard; zero: never
 }
@@ -186,6 +190,7 @@ func decide(cfg *config, by rank, f *facts) plan {
 	pl.verdicts = make([]verdict, len(f.conns))
 	pl.better, pl.since = f.better, f.since
 	pl.decide()
+	pl.upgrade = upgradeOf(cfg, f)
 	return pl.plan
 }
 
@@ -1068,6 +1073,133 @@ func (pl *planner) inWords() string {
 	default:
 		return "consolidating"
 	}
+}
+
+// upgradeFacts is what is known of the attempts to get a direct connection to a peer that is
+// reached only over relays.
+type upgradeFacts struct {
+	tracked  bool      // attempts are made at all
+	wanted   string    // why the inner connection manager wants the peer; empty: it does not
+	used     time.Time // when a stream began last or there was one, as far as is known; zero: never
+	since    time.Time // from when on all connections have been relayed
+	changed  time.Time // when something changed first since the last attempt that the next one may succeed by
+	running  bool      // an attempt is under way
+	full     bool      // there is no place for another one at this moment
+	started  time.Time // the last attempt; zero: there was none
+	ended    time.Time
+	err      error // of the last attempt
+	attempts int   // so far
+	failures int   // attempts in a row that have failed, the first after the last change
+	jitter   float64
+}
+
+// upgrade is what is done about a direct connection to a peer that has none.
+type upgrade struct {
+	why  string    // in words; empty: there is one
+	asks bool      // this end is the one that can ask for it
+	busy bool      // there are streams
+	due  bool      // it asks now
+	at   time.Time // when it asks next; zero: it does not, as things are
+	look time.Time // when to look at the peer again
+}
+
+// upgradeOf says whether a direct connection to a peer is asked for, and when.
+//
+//	there are streams, or were within a minute   soon, and at least every cfg.upgradeBusy
+//	it is protected or tagged, or was used       less and less often, at least every
+//	within ten minutes                           cfg.upgradeIdle
+//	nothing uses it                              never
+//	it cannot be, as the last attempt said       once something has changed
+//
+// The first attempt comes when go-libp2p has finished its own, and another one soon after
+// something has changed at either end. Where both ends could ask, the one with the lower peer
+// ID does, and the other one only seldom: two attempts at once fail each other.
+func upgradeOf(cfg *config, f *facts) upgrade {
+	var up upgrade
+	var youngest time.Time // of those that came in
+	out := false           // one was opened from here
+	for i := range f.conns {
+		c := &f.conns[i]
+		if !c.candidate.Relayed {
+			return upgrade{}
+		}
+		if c.candidate.Direction == network.DirInbound {
+			up.asks = true
+			youngest = later(youngest, c.opened)
+		} else {
+			out = true
+		}
+		up.busy = up.busy || c.candidate.Streams > 0
+	}
+	u := &f.upgrade
+	switch {
+	case len(f.conns) == 0:
+		return upgrade{}
+	case !up.asks:
+		up.why = "no direct connection: only the peer, which was dialled over the relay, can ask for one"
+		return up
+	case !u.tracked:
+		up.why = "no direct connection, and none is asked for"
+		return up
+	case u.running:
+		up.why = "no direct connection: asking for one"
+		return up
+	}
+	up.look = f.now.Add(upgradeLook)
+	said := ""
+	if u.err != nil {
+		said = fmt.Sprintf("last attempt %s ago: %s", inWords(f.now.Sub(u.ended)), briefly(u.err))
+	}
+	news := u.changed.After(u.started)
+	recently := !u.used.IsZero() && f.now.Sub(u.used) < upgradeUsed
+	switch {
+	case f.exempt != "":
+		up.why = "no direct connection, and none is asked for: " + f.exempt
+		return up
+	case !up.busy && u.wanted == "" && !recently:
+		up.why = "no direct connection, and none is asked for: nothing uses the peer"
+		return up
+	case u.err != nil && hopeless(u.err) && !news:
+		up.why = "no direct connection: " + said + "; asked for again when something has changed"
+		return up
+	}
+	soon := up.busy || recently && f.now.Sub(u.used) < upgradeBusyFor
+	limit, first := cfg.upgradeIdle, later(youngest.Add(cfg.upgradeFirst), u.since.Add(upgradeNews))
+	seldom := out && !f.lower && f.manages != no
+	switch {
+	case seldom:
+		first = first.Add(2 * cfg.upgradeBusy)
+	case soon:
+		limit = cfg.upgradeBusy
+	}
+	vary := func(d time.Duration) time.Duration { return time.Duration(float64(d) * u.jitter) }
+	if u.started.IsZero() {
+		up.at = first.Add(vary(upgradeNews))
+	} else {
+		// Counted from the start of the last one, which takes a while. It rests for half as
+		// long as it took, so that no peer keeps a place for itself.
+		pause := min(cfg.upgradeFirst<<min(max(u.failures-1, 0), 10), limit)
+		rested := u.ended.Add(max(upgradeRest, u.ended.Sub(u.started)/2))
+		up.at = later(u.started.Add(pause-vary(pause/4)), rested)
+		if news {
+			up.at = later(u.changed.Add(upgradeNews+vary(upgradeNews)), rested)
+		}
+		up.at = later(up.at, first)
+	}
+	up.due = !f.now.Before(up.at)
+	up.look = earlier(up.look, up.at)
+	next := "next in " + inWords(up.at.Sub(f.now))
+	if u.started.IsZero() {
+		next = "first attempt in " + inWords(up.at.Sub(f.now))
+	}
+	if up.due && u.full {
+		next = "next when there is a place for it"
+	}
+	up.why = "no direct connection: " + next
+	if said != "" {
+		up.why = "no direct connection: " + said + ", " + next
+	}
+	return up
 }
 
 // pathKind is what paths have in common that die together: the UDP that a network drops,

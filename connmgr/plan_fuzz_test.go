@@ -7,8 +7,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-portage/portage/internal/punch"
 	"github.com/go-portage/portage/policy"
 )
 
@@ -50,6 +52,7 @@ func anyFacts(r *rand.Rand) *facts {
 	for i := range r.IntN(6) {
 		c := aConn(fmt.Sprint(i), []string{quicAddr, tcpAddr, relayAddr}[r.IntN(3)])
 		c.candidate.Limited = c.candidate.Relayed && r.IntN(2) == 0
+		c.candidate.Direction = network.Direction(r.IntN(3))
 		c.used = someTime()
 		c.opened, c.quiet, c.ends = later(ago(2*time.Hour), earlier(someTime(), noon)), someTime(), someTime()
 		c.path = path{health: health(r.IntN(3)), at: someTime(), since: someTime(), asked: someTime(), asking: rarely(), wide: !rarely(), tries: few()}
@@ -73,6 +76,15 @@ func anyFacts(r *rand.Rand) *facts {
 			c.exempt = "it is exempt"
 		}
 		f.conns = append(f.conns, c)
+	}
+	if r.IntN(2) == 0 {
+		f.upgrade = upgradeFacts{
+			tracked: true, wanted: []string{"", "it is tagged"}[r.IntN(2)], used: someTime(), since: someTime(), changed: someTime(),
+			running: rarely(), full: rarely(), started: someTime(), ended: someTime(), failures: few(), jitter: r.Float64(),
+		}
+		if !f.upgrade.started.IsZero() {
+			f.upgrade.err = []error{nil, errDeniedByFake, punch.ErrUnsupported}[r.IntN(3)]
+		}
 	}
 	if len(f.conns) > 0 {
 		if r.IntN(2) == 0 {

@@ -6,9 +6,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-portage/portage/internal/punch"
 	"github.com/go-portage/portage/policy"
 )
 
@@ -468,8 +470,116 @@ func mustHold(t *testing.T, f *facts, p *plan) {
 				"no new stream is steered to a limited connection while an unlimited one is open")
 		}
 	}
+	if p.upgrade.due || !p.upgrade.at.IsZero() {
+		require.NotEmpty(t, p.upgrade.why)
+		require.Empty(t, f.exempt)
+		in := false
+		for i := range f.conns {
+			require.True(t, f.conns[i].candidate.Relayed, "no direct connection is asked for where there is one")
+			in = in || f.conns[i].candidate.Direction == network.DirInbound
+		}
+		require.True(t, in, "nor by the end that has dialled")
+		require.False(t, f.upgrade.running, "nor twice at a time")
+		require.True(t, p.upgrade.look.After(f.now) || p.upgrade.due, "it is not looked at all the time")
+	}
 	if len(f.conns) > 1 {
 		require.False(t, p.next.IsZero(), "a peer with duplicates is looked at again")
 		require.True(t, p.next.After(f.now) || len(p.probe) > 0 || p.decided, "and not all the time")
+	}
+}
+
+// The upgrade's table: when a direct connection is asked for next, and what is said of it.
+func TestPlanOfUpgrade(t *testing.T) {
+	cameIn := func(before time.Duration, change ...func(*connFacts)) connFacts {
+		return limitedConn(append([]func(*connFacts){opened(before), func(c *connFacts) { c.candidate.Direction = network.DirInbound }}, change...)...)
+	}
+	wentOut := func(before time.Duration) connFacts {
+		return aConn("other", relayAddr, limited, opened(before), func(c *connFacts) { c.candidate.Direction = network.DirOutbound })
+	}
+	// tracked is a peer that nothing has been tried with, without chance.
+	tracked := func(change ...func(*upgradeFacts)) func(*facts) {
+		return func(f *facts) {
+			f.upgrade = upgradeFacts{tracked: true, since: f.conns[0].opened}
+			for _, c := range change {
+				c(&f.upgrade)
+			}
+		}
+	}
+	// failed is the last of so many attempts, which took 15 s.
+	failed := func(failures int, ended time.Duration, err error) func(*upgradeFacts) {
+		return func(u *upgradeFacts) {
+			u.attempts, u.failures, u.err = failures, failures, err
+			u.started, u.ended = ago(ended+15*time.Second), ago(ended)
+		}
+	}
+	changed := func(before time.Duration) func(*upgradeFacts) {
+		return func(u *upgradeFacts) { u.changed = ago(before) }
+	}
+	wanted := func(u *upgradeFacts) { u.wanted = "it is protected" }
+	used := func(before time.Duration) func(*upgradeFacts) {
+		return func(u *upgradeFacts) { u.used = ago(before) }
+	}
+	byChance := func(u *upgradeFacts) { u.jitter = 1 }
+	refused := errors.New("refused")
+	const never = time.Hour
+	for _, tc := range []struct {
+		name  string
+		facts *facts
+		next  time.Duration // never: this end does not ask
+		why   string        // a part of it
+	}{
+		{"a direct connection", between(quicConn(), cameIn(time.Minute, carries(1, 0))).with(tracked()), never, ""},
+		{"no connection", between(), never, ""},
+		{"switched off", between(cameIn(time.Minute, carries(1, 0))), never, "none is asked for"},
+		{"dialled from here", between(wentOut(time.Minute)).with(tracked(wanted)), never, "only the peer, which was dialled over the relay, can ask"},
+		{"an exempt peer", between(cameIn(time.Minute, carries(1, 0))).with(tracked(wanted)).with(func(f *facts) { f.exempt = "it is ours" }), never, "it is ours"},
+		{"nothing uses it", between(cameIn(time.Hour)).with(tracked(used(time.Hour))), never, "nothing uses the peer"},
+		{"under way", between(cameIn(time.Minute, carries(1, 0))).with(tracked(func(u *upgradeFacts) { u.running = true })), never, "asking for one"},
+
+		{"go-libp2p's own attempts come first", between(cameIn(5*time.Second, carries(1, 0))).with(tracked()), 15 * time.Second, "first attempt in 15 s"},
+		{"chance comes on top", between(cameIn(5*time.Second, carries(1, 0))).with(tracked(byChance)), 16 * time.Second, "first attempt in 16 s"},
+		{"also where something changes meanwhile", between(cameIn(5*time.Second, carries(1, 0))).with(tracked(changed(time.Second))), 15 * time.Second, "first attempt"},
+		{"then this end asks", between(cameIn(21*time.Second, carries(1, 0))).with(tracked()), 0, "first attempt in 0 ms"},
+		{"when there is a place", between(cameIn(21*time.Second, carries(1, 0))).with(tracked(func(u *upgradeFacts) { u.full = true })), 0, "when there is a place for it"},
+		{"soon after the direct one has gone", between(cameIn(time.Hour, carries(1, 0))).with(tracked(func(u *upgradeFacts) { u.since = ago(0) })), time.Second, "first attempt in 1 s"},
+		{"streams that cannot move count as well", between(cameIn(time.Minute, pins(1))).with(tracked()), 0, ""},
+		{"so does what is wanted", between(cameIn(time.Minute)).with(tracked(wanted)), 0, ""},
+		{"and what was used", between(cameIn(time.Minute)).with(tracked(used(9 * time.Minute))), 0, ""},
+
+		{"with streams: at first", between(cameIn(time.Minute, carries(1, 0))).with(tracked(failed(1, time.Second, refused))), 6500 * time.Millisecond, "last attempt 1 s ago: refused, next in 6.5 s"},
+		{"with streams: later", between(cameIn(time.Minute, carries(1, 0))).with(tracked(failed(5, time.Second, refused))), 24 * time.Second, ""},
+		{"with streams: by chance", between(cameIn(time.Minute, carries(1, 0))).with(tracked(failed(5, time.Second, refused), byChance)), 14 * time.Second, ""},
+		{"with streams: however often it has failed", between(cameIn(time.Hour, carries(1, 0))).with(tracked(failed(500, time.Second, refused))), 24 * time.Second, ""},
+		{"a moment ago there was one", between(cameIn(time.Hour)).with(tracked(failed(9, time.Second, refused), used(59*time.Second))), 24 * time.Second, ""},
+		{"a while ago there was one", between(cameIn(time.Hour)).with(tracked(failed(9, time.Second, refused), used(61*time.Second))), 284 * time.Second, ""},
+		{"only wanted", between(cameIn(time.Hour)).with(tracked(failed(3, time.Second, refused), wanted)), 64 * time.Second, ""},
+		{"only wanted, however often it has failed", between(cameIn(time.Hour)).with(tracked(failed(500, time.Second, refused), wanted)), 284 * time.Second, ""},
+
+		{"something has changed", between(cameIn(time.Hour)).with(tracked(failed(9, time.Minute, refused), wanted, changed(0))), time.Second, "next in 1 s"},
+		{"something has changed while an attempt was under way", between(cameIn(time.Hour)).with(tracked(failed(9, time.Second, refused), wanted, changed(5*time.Second))), 6500 * time.Millisecond, ""},
+		{"something changes all the time", between(cameIn(time.Hour)).with(tracked(failed(1, 0, refused), wanted, changed(0))), 7500 * time.Millisecond, ""},
+		{"something had changed before", between(cameIn(time.Hour)).with(tracked(failed(9, time.Second, refused), wanted, changed(time.Minute))), 284 * time.Second, ""},
+
+		{"what does not pass by itself", between(cameIn(time.Hour, carries(1, 0))).with(tracked(failed(1, time.Minute, punch.ErrUnsupported))), never, "asked for again when something has changed"},
+		{"until something has changed", between(cameIn(time.Hour, carries(1, 0))).with(tracked(failed(1, time.Minute, punch.ErrUnsupported), changed(time.Second))), 0, ""},
+		{"this host may punch at any time", between(cameIn(time.Hour, carries(1, 0))).with(tracked(failed(9, time.Second, punch.ErrOff))), 24 * time.Second, ""},
+
+		{"both can ask: the lower one does", between(cameIn(20*time.Second, carries(1, 0)), wentOut(time.Minute)).with(tracked()), 0, ""},
+		{"and the higher one when the other has had its time", between(cameIn(20*time.Second, carries(1, 0)), wentOut(time.Minute)).with(tracked()).with(follower), 80 * time.Second, ""},
+		{"and more seldom", between(cameIn(time.Hour, carries(1, 0)), wentOut(time.Minute)).with(tracked(failed(9, time.Second, refused))).with(follower), 284 * time.Second, ""},
+		{"unless the other runs no manager", between(cameIn(20*time.Second, carries(1, 0)), wentOut(time.Minute)).with(tracked()).with(plainPeer).with(follower), 0, ""},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			up := upgradeOf(testConfig(), tc.facts)
+			require.Contains(t, up.why, tc.why)
+			if tc.next == never {
+				require.Zero(t, up.at, up.why)
+				require.False(t, up.due)
+				return
+			}
+			require.Equal(t, tc.next, max(0, up.at.Sub(noon)), up.why)
+			require.Equal(t, tc.next == 0, up.due)
+			require.False(t, up.look.After(earlier(up.at, in(upgradeLook))), "it is looked at in time")
+		})
 	}
 }

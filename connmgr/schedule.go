@@ -65,7 +65,11 @@ func (m *Manager) dispatch() {
 		for _, e := range events {
 			m.admit(e)
 		}
-		if wait, waiting := m.startDue(); waiting {
+		wait, waiting := m.startDue()
+		if until, sweeps := m.startSweep(); sweeps && (!waiting || until < wait) {
+			wait, waiting = until, true
+		}
+		if waiting {
 			timer.Reset(wait)
 		} else {
 			timer.Stop()
@@ -75,11 +79,13 @@ func (m *Manager) dispatch() {
 
 // admit settles when a round follows from an event.
 func (m *Manager) admit(e event) {
+	conns := openConns(m.watch.network(), e.peer)
+	m.admitUpgrade(e.peer, conns)
 	m.mu.Lock()
 	d := m.peers[e.peer]
 	m.mu.Unlock()
 	if d == nil {
-		if len(openConns(m.watch.network(), e.peer)) < 2 {
+		if len(conns) < 2 {
 			return
 		}
 		e.opened = true // whatever it was: what there is now is new to us

@@ -17,7 +17,8 @@ import (
 // dispatcher (schedule.go), which asks the network what there really is.
 //
 // Most peers have one connection. Of them nothing is kept, and no question is asked,
-// since even the answer (Network.ConnsToPeer) is an allocation.
+// since even the answer (Network.ConnsToPeer) is an allocation. But for those whose
+// connection has come in over a relay: a direct one is asked for (upgrade.go).
 
 // counters is the number of counters that all peers share. 64 KiB a host; with 1,000
 // peers connected, 1.5 % of them share theirs with another, and with 10,000 it is 14 %.
@@ -40,7 +41,8 @@ type watcher struct {
 	closed bool
 }
 
-// event says that a peer that may have two connections got one, or lost one.
+// event says that a peer that may have two connections got one, or lost one, or that one
+// has come in over a relay.
 type event struct {
 	peer   peer.ID
 	opened bool
@@ -83,12 +85,13 @@ func (w *watcher) Connected(n network.Network, c network.Conn) {
 	w.inner.Connected(n, c)
 	p := c.RemotePeer()
 	count := &w.open[w.slot(p)]
+	relayed := isRelayed(c.RemoteMultiaddr()) && c.Stat().Direction == network.DirInbound
 	w.mu.Lock()
 	w.meet(n)
 	if *count < ^uint8(0) {
 		*count++
 	}
-	heard := *count > 1 && w.enqueue(event{p, true})
+	heard := (*count > 1 || relayed) && w.enqueue(event{p, true})
 	w.mu.Unlock()
 	if heard {
 		w.wake()
@@ -143,11 +146,11 @@ func (w *watcher) network() network.Network {
 }
 
 // scan sets the network, and makes an event of every peer in it that has duplicates
-// already.
+// already, or is reached over a relay.
 func (w *watcher) scan(n network.Network) {
 	var events []event
 	for _, p := range n.Peers() {
-		if len(n.ConnsToPeer(p)) > 1 {
+		if conns := n.ConnsToPeer(p); len(conns) > 1 || askable(conns) {
 			events = append(events, event{p, true})
 		}
 	}
