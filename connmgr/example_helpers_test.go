@@ -62,7 +62,8 @@ func (d decisions) Handle(_ context.Context, r slog.Record) error {
 		attrs[a.Key] = a.Value.String()
 		return true
 	})
-	if moved := attrs["streams_moved"]; moved != "" && moved != "0" {
+	// The one that does not decide tells, too, what has moved; by which rule it does not know.
+	if moved := attrs["streams_moved"]; moved != "" && moved != "0" && attrs["rule"] != "" {
 		select {
 		case d <- fmt.Sprintf("moved %s, by rule %s: %s over %s", moved, attrs["rule"], attrs["winner_value"], attrs["loser_value"]):
 		default:
