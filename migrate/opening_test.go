@@ -56,7 +56,7 @@ type sceneConn struct {
 	opened                   []*fakeStream
 }
 
-func (c *sceneConn) As(any) bool { return false }
+func (c *sceneConn) As(any) bool    { return false }
 func (c *sceneConn) IsClosed() bool { return c.closed }
 func (c *sceneConn) Stat() network.ConnStats {
 	return network.ConnStats{Stats: network.Stats{Limited: c.limited}, NumStreams: c.streams}
