@@ -119,7 +119,7 @@ func TestStreamIsWhatItWasOpenedAs(t *testing.T) {
 
 // TestNegotiationsDeadlineEnds: the deadline of the negotiation is not the application's.
 func TestNegotiationsDeadlineEnds(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual(t, func(t *testing.T) {
 		h := verifyingHost()
 		h.cfg.negotiation = time.Second
 		read := make(chan error, 1)

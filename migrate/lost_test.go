@@ -114,7 +114,7 @@ func orphaned(t *testing.T, h *Host, n int) (all []*Stream) {
 // it, is kept as long as a Migrate may be late, and not longer. What waits in it may be read
 // even then.
 func TestOrphans(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual(t, func(t *testing.T) {
 		h := verifyingHost()
 		h.cfg.labelWait = 5 * time.Second
 		all := orphaned(t, h, 3)
@@ -144,7 +144,7 @@ func errOf(_ *exchange, err error) error { return err }
 // TestOrphansAreFew: whatever peers do, a bounded number of such streams is kept; and after
 // the host is closed none.
 func TestOrphansAreFew(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual(t, func(t *testing.T) {
 		h := verifyingHost()
 		h.cfg.labelWait = 5 * time.Second
 		for range 1000 {

@@ -215,6 +215,7 @@ func TestManyOpenLate(t *testing.T) {
 			go h.openAtOnce(t.Context(), c)
 		}
 		time.Sleep(2 * atOnce)
+		synctest.Wait()
 		require.Equal(t, 10, h.late.conns[c])
 		close(c.full)
 		synctest.Wait()

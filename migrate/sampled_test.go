@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
@@ -16,7 +15,7 @@ import (
 // TestViolationsAreSampled: a peer that breaks the protocol all the time costs one line in
 // ten seconds, and another peer's first line does not wait for that.
 func TestViolationsAreSampled(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
+	virtual(t, func(t *testing.T) {
 		core, lines := observer.New(zap.WarnLevel)
 		h := verifyingHost(WithLogger(zap.New(core)))
 		h.violations.every = sampleEvery
