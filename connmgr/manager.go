@@ -64,6 +64,7 @@ type Manager struct {
 	greet      greeter
 	punch      puncher
 	instance   uint64 // immutable: what this process calls itself; see Hello
+	events     emitter
 
 	// mu guards what follows and everything in each peerState that is not said to be
 	// immutable. It is held briefly, and never across a call to a host, a network, a
@@ -125,6 +126,7 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 		probe:    probe,
 		punch:    punch.Again,
 		instance: rand.Uint64() | 1,
+		events:   emitter{log: cfg.log},
 	}
 	m.greet = m.hello
 	m.ranking.Store(newRanker(cfg.policy))
@@ -161,6 +163,11 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 		m.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
+	if err := m.events.start(h.EventBus()); err != nil {
+		_ = identified.Close()
+		m.disown()
+		return nil, fmt.Errorf("wrap: %w", err)
+	}
 	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.migrated), migrate.WithLogger(m.log)}
 	if mt := m.cfg.metrics; mt != nil {
 		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }))
@@ -168,6 +175,7 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {
 		_ = identified.Close()
+		m.events.stop()
 		m.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
@@ -352,6 +360,7 @@ func (m *Manager) Close() error {
 		}
 		m.steering.clear()
 		m.measureNothing()
+		m.events.stop()
 		m.closeErr = m.inner.Close()
 	})
 	return m.closeErr

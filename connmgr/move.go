@@ -251,6 +251,7 @@ func (d *peerState) wait(s network.Stream, b backoff) {
 // told in this side's log, too.
 func (m *Manager) migrated(e migrate.Event) {
 	m.measureMigration(e)
+	m.emitMigrated(e)
 	if e.Initiator || e.Kind != migrate.Started && e.Kind != migrate.Finished || m.usage.count.Load() == 0 {
 		return
 	}

@@ -37,6 +37,7 @@ type peerState struct {
 	seen  bool // left is set
 	named *connState
 
+	path     *connState          // carries what is new, as events tell; nil: nothing was told
 	measured PeerMetrics         // what the metrics say of the peer
 	pinned   map[protocol.ID]int // and of its pinned streams
 

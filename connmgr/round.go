@@ -43,6 +43,7 @@ func (m *Manager) runRound(d *peerState, forced bool) (*view, *plan, *batch) {
 	m.apply(d, v, &p)
 	b := m.act(d, v, &p)
 	m.measure(d, v, &p)
+	m.tellPath(d, v, &p)
 	return v, &p, b
 }
 
@@ -158,6 +159,13 @@ func (m *Manager) tellByPeer(d *peerState, lines []byPeerLine, now time.Time) (n
 	for _, l := range lines {
 		if mt := m.cfg.metrics; mt != nil && l.closed {
 			mt.ConnectionPruned(ByPeer, "", 0)
+		}
+		if l.closed {
+			e := EvtConnectionPruned{Peer: d.peer, Conn: l.cs.info(), ByPeer: true}
+			if l.to != nil {
+				e.Kept = l.to.info()
+			}
+			m.events.emit(e)
 		}
 		m.logByPeer(d.peer, l)
 	}
@@ -281,6 +289,7 @@ func (m *Manager) close(d *peerState, v *view, p *plan, i int) {
 		asked := loser.drain.since
 		m.mu.Unlock()
 		m.measurePruned(p.verdicts[i], asked)
+		m.events.emit(EvtConnectionPruned{Peer: d.peer, Conn: loser.info(), Kept: winner.info(), Decision: p.verdicts[i].decision})
 		m.logPruned(d.peer, winner.info(), loser.info(), p.verdicts[i].decision, moved, took, err)
 	}()
 }

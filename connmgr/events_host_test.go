@@ -1,0 +1,61 @@
+package connmgr_test
+
+import (
+	"io"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/event"
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
+	ma "github.com/multiformats/go-multiaddr"
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/connmgr"
+	"github.com/go-portage/portage/internal/simtest"
+	"github.com/go-portage/portage/policy"
+)
+
+// Both ends are told of what one of them has done, each as it sees it.
+func TestEventsOfBothEnds(t *testing.T) {
+	simtest.Run(t, func(t *testing.T, n *simtest.Net) {
+		slow := []connmgr.Option{connmgr.WithSettleDelay(time.Minute)} // until the policy says what is better
+		p := newDuo(t, n, slow, slow)
+		var subs [2]event.Subscription
+		for i, h := range p.hosts {
+			var err error
+			subs[i], err = h.EventBus().Subscribe([]any{new(connmgr.EvtStreamMigrated), new(connmgr.EvtConnectionPruned)}, eventbus.BufSize(64))
+			require.NoError(t, err)
+			defer subs[i].Close()
+		}
+		p.hosts[1].SetStreamHandler(plainID, func(s network.Stream) { _, _ = io.Copy(s, s) })
+		p.join()
+		s, err := p.hosts[0].NewStream(t.Context(), p.nodes[1].ID(), plainID)
+		require.NoError(t, err)
+		_, err = s.Write([]byte("portage"))
+		require.NoError(t, err)
+		pass(100 * time.Millisecond)
+		from, to, better := "tcp direct", "quic direct", policy.QUIC
+		if _, err := s.Conn().RemoteMultiaddr().ValueForProtocol(ma.P_TCP); err != nil {
+			from, to, better = to, from, policy.TCP
+		}
+		require.NoError(t, p.mgrs[0].SetPolicy(policy.Chain(policy.TransportOrder(better))))
+		pass(2 * time.Minute)
+		require.Len(t, p.conns(0), 1)
+		for i, sub := range subs {
+			moved := (<-sub.Out()).(connmgr.EvtStreamMigrated)
+			require.Equal(t, p.nodes[1-i].ID(), moved.Peer)
+			require.Equal(t, plainID, moved.Protocol)
+			require.Equal(t, from, moved.From.Kind)
+			require.Equal(t, to, moved.To.Kind)
+			require.Equal(t, i == 0, moved.Initiator, "each end moves what it has opened")
+			require.Positive(t, moved.Took)
+			pruned := (<-sub.Out()).(connmgr.EvtConnectionPruned)
+			require.Equal(t, i == 1, pruned.ByPeer)
+			require.Equal(t, from, pruned.Conn.Kind)
+			require.Equal(t, to, pruned.Kept.Kind)
+			require.Empty(t, sub.Out())
+		}
+		require.NoError(t, s.Reset())
+	})
+}
