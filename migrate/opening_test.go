@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
+	"github.com/quic-go/quic-go"
 	"github.com/stretchr/testify/require"
 )
 
@@ -49,14 +51,19 @@ type sceneConn struct {
 	fakeConn
 	name                     string
 	limited, relayed, closed bool
+	quic                     bool // it keeps a stream waiting only for credit
 	streams                  int
 	failure                  error
 	full                     chan struct{} // a stream opens when it is closed; nil: at once
-	asked                    int
+	asked                    atomic.Int32
 	opened                   []*fakeStream
 }
 
-func (c *sceneConn) As(any) bool    { return false }
+func (c *sceneConn) As(target any) bool {
+	_, asks := target.(**quic.Conn)
+	return asks && c.quic
+}
+
 func (c *sceneConn) IsClosed() bool { return c.closed }
 func (c *sceneConn) Stat() network.ConnStats {
 	return network.ConnStats{Stats: network.Stats{Limited: c.limited}, NumStreams: c.streams}
@@ -70,7 +77,7 @@ func (c *sceneConn) RemoteMultiaddr() ma.Multiaddr {
 }
 
 func (c *sceneConn) NewStream(context.Context) (network.Stream, error) {
-	c.asked++
+	c.asked.Add(1)
 	if c.full != nil {
 		<-c.full
 	}
@@ -84,7 +91,8 @@ func (c *sceneConn) NewStream(context.Context) (network.Stream, error) {
 }
 
 // TestWhereStreamsOpen: the selector's connection first, and where it does not open a stream
-// at once, the others that the context allows; never a limited one before an unlimited one.
+// at once, the others that the context allows and that do as well; never a limited one beside
+// an unlimited one.
 func TestWhereStreamsOpen(t *testing.T) {
 	const swarm = "swarm"
 	full := make(chan struct{})
@@ -93,6 +101,7 @@ func TestWhereStreamsOpen(t *testing.T) {
 	busier := func() *sceneConn { return &sceneConn{name: "busier", streams: 9} }
 	relay := func() *sceneConn { return &sceneConn{name: "relay", relayed: true} }
 	limited := func() *sceneConn { return &sceneConn{name: "limited", limited: true, relayed: true} }
+	overQUIC := func(c *sceneConn) *sceneConn { c.quic = true; return c }
 	isFull := func(c *sceneConn) *sceneConn { c.full = full; return c }
 	refuses := func(c *sceneConn) *sceneConn { c.failure = network.ErrResourceLimitExceeded; return c }
 	isClosed := func(c *sceneConn) *sceneConn { c.closed = true; return c }
@@ -113,15 +122,16 @@ func TestWhereStreamsOpen(t *testing.T) {
 		"no other":                        {[]*sceneConn{direct()}, "direct", plain, swarm, 0},
 		"no other that is allowed":        {[]*sceneConn{direct(), limited()}, "direct", plain, swarm, 0},
 		"full":                            {[]*sceneConn{isFull(direct()), relay(), busier()}, "direct", plain, "busier", atOnce},
-		"full, a relay is left":           {[]*sceneConn{isFull(direct()), relay()}, "direct", plain, "relay", atOnce},
-		"full, only limited ones are":     {[]*sceneConn{isFull(direct()), limited()}, "direct", anyConn, "limited", atOnce},
+		"busy, a relay is left":           {[]*sceneConn{isFull(direct()), relay()}, "direct", plain, swarm, atOnce},
+		"out of credit, a relay is left":  {[]*sceneConn{isFull(overQUIC(direct())), relay()}, "direct", plain, "relay", atOnce},
+		"full, only limited ones are":     {[]*sceneConn{isFull(overQUIC(direct())), limited()}, "direct", anyConn, swarm, atOnce},
 		"full, and limited not allowed":   {[]*sceneConn{isFull(direct()), limited()}, "direct", plain, swarm, 0},
 		"full, and relays not allowed":    {[]*sceneConn{isFull(direct()), relay()}, "direct", directOnly, swarm, 0},
 		"refused":                         {[]*sceneConn{refuses(direct()), busier()}, "direct", plain, "busier", 0},
 		"closed":                          {[]*sceneConn{isClosed(direct()), busier()}, "direct", plain, swarm, 0},
 		"all full":                        {[]*sceneConn{isFull(direct()), isFull(busier())}, "direct", plain, swarm, 2 * atOnce},
 		"limited beside an unlimited one": {[]*sceneConn{limited(), relay()}, "limited", anyConn, "relay", 0},
-		"limited, the unlimited is full":  {[]*sceneConn{limited(), isFull(relay())}, "limited", anyConn, "limited", atOnce},
+		"limited, the unlimited is full":  {[]*sceneConn{limited(), isFull(relay())}, "limited", anyConn, swarm, atOnce},
 		"limited, not allowed":            {[]*sceneConn{limited(), relay()}, "limited", plain, swarm, 0},
 		"relay, not allowed":              {[]*sceneConn{relay(), direct(), busier()}, "relay", directOnly, swarm, 0},
 	} {
@@ -173,7 +183,8 @@ func TestStreamThatOpensLate(t *testing.T) {
 			require.Nil(t, h.openAtOnce(ctx, c))
 		}
 		require.Equal(t, atOnce, time.Since(start), "it is known that it would wait")
-		require.Equal(t, 1, c.asked)
+		synctest.Wait()
+		require.EqualValues(t, 1, c.asked.Load())
 		cancel() // of NewStream, which has returned long ago
 
 		close(c.full)
@@ -185,7 +196,7 @@ func TestStreamThatOpensLate(t *testing.T) {
 		u := h.openAtOnce(t.Context(), c)
 		require.NotNil(t, u)
 		require.Nil(t, u.(*fakeStream).resetWith)
-		require.Equal(t, 2, c.asked)
+		require.EqualValues(t, 2, c.asked.Load())
 	})
 }
 
@@ -221,6 +232,6 @@ func TestManyOpenLate(t *testing.T) {
 		synctest.Wait()
 		require.Empty(t, h.late.conns)
 		require.Nil(t, h.openAtOnce(t.Context(), c))
-		require.Equal(t, 11, c.asked, "it is tried again")
+		require.EqualValues(t, 11, c.asked.Load(), "it is tried again")
 	})
 }
