@@ -3,6 +3,7 @@
 package nat
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"time"
@@ -106,5 +107,53 @@ func TestPunchAgain(t *testing.T) {
 			w.call(natbed.B, "punch", w.info[natbed.A].ID, nil)
 			results.add(s.String(), true, map[string]time.Duration{"direct after the call": w.directUp().Sub(called)})
 		})
+	}
+}
+
+// The direct path is blocked for a minute, longer than go-libp2p tries. A stream has been on
+// the relay all that time, and is on a direct connection within a minute after the path opens.
+func TestUpgradeAfterAMinute(t *testing.T) {
+	needLong(t)
+	t.Parallel()
+	results := newTable("direct after it opens", "moved after direct", "longest gap")
+	t.Cleanup(func() { results.print(t) })
+	for _, p := range paths() {
+		// The end that was dialled asks; the other one need not run Portage.
+		for _, h := range []hosts{portage, onlyB} {
+			s := setup{path: p, limit: &natbed.Limit{Duration: 10 * time.Minute, Data: 128 << 20}, hosts: h}
+			repeat(t, s.String(), func(t *testing.T) {
+				w := newWorld(t, s)
+				w.onBoth(func(side natbed.Side) error { return w.net.Cut(side, natbed.Direct) })
+				w.dial(natbed.A)
+				w.openRelayed(natbed.A, natbed.Stream{Name: "s", Rate: 8 << 10, Chunk: 512})
+				blocked := time.NewTimer(time.Minute)
+				defer blocked.Stop()
+				select {
+				case <-blocked.C:
+				case <-w.ctx.Done():
+					t.Fatal(context.Cause(w.ctx))
+				}
+				w.onBoth(w.net.Mend)
+				opened := time.Now()
+				up := w.directUp()
+				if took := up.Sub(opened); took > time.Minute {
+					t.Errorf("direct %v after the path has opened; want a minute at most", took)
+				}
+				cells := map[string]time.Duration{"direct after it opens": up.Sub(opened)}
+				if h == portage {
+					w.relayedDown()
+					if moved, did := w.moved(); did {
+						cells["moved after direct"] = moved.Sub(up)
+					}
+				}
+				pair := w.finish(natbed.A, "s")
+				whole := pair.Whole()
+				if whole != nil {
+					t.Error(whole)
+				}
+				cells["longest gap"] = pair.Gap()
+				results.add(s.String(), whole == nil, cells)
+			})
+		}
 	}
 }
