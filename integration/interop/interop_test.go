@@ -384,6 +384,55 @@ func TestMeetings(t *testing.T) {
 	}
 }
 
+// Writes that nobody reads, and that are blocked in both directions, are carried on by the new
+// connection.
+func TestBlockedWrites(t *testing.T) {
+	for _, by := range []string{"go", "js"} {
+		t.Run("by="+by, func(t *testing.T) {
+			const size = 20 << 20 // more than all windows and buffers take
+			p := newPair(t, "go", nil)
+			s, id := p.heldByJS(t)
+			theirs := p.node.begin("fill", args{"stream": id, "size": size})
+			eventually(t, "the Node process is blocked", func() bool { return p.node.must(t, "info", args{"stream": id}).Blocked })
+			sent := make([]byte, size)
+			for i := range sent {
+				sent[i] = byte(i >> 8)
+			}
+			var taken atomic.Int64
+			wrote := make(chan error, 1)
+			go func() {
+				for rest := sent; len(rest) > 0; {
+					n, err := s.Write(rest[:min(len(rest), 64<<10)])
+					taken.Add(int64(n))
+					if err != nil {
+						wrote <- err
+						return
+					}
+					rest = rest[n:]
+				}
+				wrote <- s.CloseWrite()
+			}()
+			eventually(t, "the Go host has begun", func() bool { return taken.Load() > 0 })
+			p.migrate(t, by, s, id, 1)
+			p.settled(t, s, id)
+
+			received := p.node.begin("receive", args{"stream": id})
+			got := sha256.New()
+			check(t, s.SetReadDeadline(time.Now().Add(limit)))
+			_, err := io.CopyN(got, s, size)
+			check(t, err)
+			if a := wait(t, "fill", theirs); a.Error != "" || a.Sent != hex.EncodeToString(got.Sum(nil)) {
+				t.Errorf("the Go host has received other bytes than %+v", a)
+			}
+			check(t, wait(t, "the Write", wrote))
+			hash := sha256.Sum256(sent)
+			if a := wait(t, "receive", received); a.Error != "" || a.Size != size || a.Received != hex.EncodeToString(hash[:]) {
+				t.Errorf("the Node process has received other bytes: %+v", a)
+			}
+		})
+	}
+}
+
 func TestHalfClosed(t *testing.T) {
 	each(t, func(t *testing.T, lower, by string) {
 		p := newPair(t, lower, nil)

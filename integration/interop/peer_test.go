@@ -111,6 +111,7 @@ type answer struct {
 	Reset    bool
 	Over     bool
 	Idle     bool
+	Blocked  bool
 }
 
 // node is a process that runs the peer in js.

@@ -95,12 +95,19 @@ const commands = {
     return { stream: keep(s), label: String(s.label), conn: c.id }
   },
   migrate: async ({ stream: id, conn: to }) => ({ result: await peer.migrate(stream(id), conn(to)) }),
-  info: ({ stream: id }) => ({ label: String(stream(id).label), conn: stream(id).conn.id, over: stream(id).over, idle: stream(id).x === undefined }),
+  info: ({ stream: id }) => ({ label: String(stream(id).label), conn: stream(id).conn.id, over: stream(id).over, idle: stream(id).x === undefined, blocked: stream(id).out.byteLength > 0 }),
   async transfer ({ stream: id }) {
     const [sent, received] = await Promise.all([send(stream(id)), receive(stream(id))])
     stream(id).close()
     return { sent, ...received }
   },
+  // fill writes without a pause, and tells the hash when there is room for all of it.
+  async fill ({ stream: id, size }) {
+    const bytes = Uint8Array.from({ length: size }, (_, i) => i * 7 >> 8)
+    for (let at = 0; at < size; at += 65536) await stream(id).write(bytes.subarray(at, at + 65536))
+    return { sent: createHash('sha256').update(bytes).digest('hex') }
+  },
+  receive: ({ stream: id }) => receive(stream(id)),
   // find tells a stream by its label, also one that was accepted without an event.
   find ({ label }) {
     const s = [...peer.tables.values()].map(t => t.streams.get(BigInt(label))).find(s => s !== undefined)
