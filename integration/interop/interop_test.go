@@ -217,14 +217,15 @@ type load struct {
 }
 
 func startLoad(s network.Stream) *load {
-	l := &load{make(chan struct{}), make(chan error, 2)}
+	l := &load{make(chan struct{}), make(chan error, 1)}
+	wrote := make(chan error, 1)
 	sent, got := sha256.New(), sha256.New()
 	go func() {
 		chunk := make([]byte, 32<<10)
 		for i := 0; ; i++ {
 			select {
 			case <-l.stop:
-				l.result <- s.CloseWrite()
+				wrote <- s.CloseWrite()
 				return
 			default:
 			}
@@ -233,14 +234,14 @@ func startLoad(s network.Stream) *load {
 			}
 			sent.Write(chunk)
 			if _, err := s.Write(chunk); err != nil {
-				l.result <- fmt.Errorf("write: %w", err)
+				wrote <- fmt.Errorf("write: %w", err)
 				return
 			}
 		}
 	}()
 	go func() {
 		n, err := io.Copy(got, s)
-		if werr := <-l.result; werr != nil {
+		if werr := <-wrote; werr != nil {
 			err = errors.Join(err, werr)
 		} else if err == nil && !bytes.Equal(sent.Sum(nil), got.Sum(nil)) {
 			err = fmt.Errorf("%w: %d bytes", errOtherBytes, n)
@@ -269,6 +270,9 @@ func TestVectors(t *testing.T) {
 func TestEcho(t *testing.T) {
 	p := newPair(t, "go", nil)
 	check(t, startLoad(p.openGo(t, "/echo/1.0.0")).finish(t))
+	s := p.openGo(t, "/echo/1.0.0") // one that is closed at once is opened all the same
+	check(t, s.CloseWrite())
+	readEnd(t, s)
 	p.finishJS(t, p.loadJS(t))
 }
 

@@ -36,6 +36,9 @@ export class Raw {
     })
     // The only sign of an end that the other side has sent. That a stream closes says nothing:
     // it does so without an error, too, when its connection goes down.
+    // It may have come while the first tokens were negotiated.
+    if (stream.status === 'open' && stream.remoteWriteStatus === 'closed') this.eof = true
+    if (stream.status !== 'open') this.err = new Error('the stream was closed in its negotiation')
     stream.addEventListener('remoteCloseWrite', () => {
       this.eof = true
       this.eofOfDead = conn.status !== 'open'
