@@ -83,6 +83,11 @@ func (e Explanation) String() string {
 // It changes nothing. It does not block, unless the policy does, and then for a second at
 // most. A peer that is not connected has no connections in its explanation.
 func (m *Manager) Explain(p peer.ID) Explanation {
+	e, _ := m.explain(p)
+	return e
+}
+
+func (m *Manager) explain(p peer.ID) (Explanation, *view) {
 	e := Explanation{Peer: p}
 	m.mu.Lock()
 	d, closed := m.peers[p], m.closed
@@ -113,5 +118,5 @@ func (m *Manager) Explain(p peer.ID) Explanation {
 	slices.SortStableFunc(e.Conns, func(a, b ExplainedConn) int {
 		return cmp.Compare(plan.place(a.Conn.ID), plan.place(b.Conn.ID))
 	})
-	return e
+	return e, v
 }

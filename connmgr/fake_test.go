@@ -191,6 +191,18 @@ func (n *fakeNet) ConnsToPeer(p peer.ID) []network.Conn {
 	return conns
 }
 
+func (n *fakeNet) Conns() []network.Conn {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var conns []network.Conn
+	for _, of := range n.conns {
+		for _, c := range of {
+			conns = append(conns, c)
+		}
+	}
+	return conns
+}
+
 func (n *fakeNet) Peers() []peer.ID {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -733,6 +745,10 @@ func (f *fakeMover) Streams(c network.Conn) []network.Stream {
 		streams[i] = s
 	}
 	return streams
+}
+
+func (f *fakeMover) Unlabelled(c network.Conn) []network.Stream {
+	return slices.DeleteFunc(c.GetStreams(), func(s network.Stream) bool { _, ok := s.(*fakeStream); return ok })
 }
 
 func (f *fakeMover) Traffic(c network.Conn) traffic {

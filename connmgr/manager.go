@@ -65,6 +65,8 @@ type Manager struct {
 	punch      puncher
 	instance   uint64 // immutable: what this process calls itself; see Hello
 	events     emitter
+	totals     totals
+	history    history
 
 	// mu guards what follows and everything in each peerState that is not said to be
 	// immutable. It is held briefly, and never across a call to a host, a network, a
@@ -120,7 +122,6 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 	m := &Manager{
 		inner:    inner,
 		cfg:      cfg,
-		log:      cfg.log,
 		wake:     make(chan struct{}, 1),
 		peers:    make(map[peer.ID]*peerState),
 		probe:    probe,
@@ -129,6 +130,8 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 		events:   emitter{log: cfg.log},
 	}
 	m.greet = m.hello
+	m.log = m.history.beside(cfg.log)
+	m.totals.since = time.Now()
 	m.ranking.Store(newRanker(cfg.policy))
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.watch = newWatcher(inner.Notifee(), m.wakeUp, func(c network.Conn) {

@@ -562,19 +562,25 @@ func (m *Manager) measureMigration(e migrate.Event) {
 	if mt == nil {
 		return
 	}
-	outcome := MigrationMoved
-	switch e.Kind {
-	case migrate.Finished:
-	case migrate.Denied:
-		outcome = MigrationDenied
-	case migrate.Failed:
-		if outcome = MigrationReset; errors.Is(e.Err, migrate.ErrTryLater) || errors.Is(e.Err, migrate.ErrClosed) {
-			outcome = MigrationLater
-		}
-	default:
-		return
+	if outcome, over := outcomeOf(e); over {
+		mt.MigrationFinished(outcome, e.Initiator, e.From, e.To, e.Took)
 	}
-	mt.MigrationFinished(outcome, e.Initiator, e.From, e.To, e.Took)
+}
+
+// outcomeOf says how a migration has ended, and whether it has.
+func outcomeOf(e migrate.Event) (outcome string, over bool) {
+	switch {
+	case e.Kind == migrate.Finished:
+		return MigrationMoved, true
+	case e.Kind == migrate.Denied:
+		return MigrationDenied, true
+	case e.Kind != migrate.Failed:
+		return "", false
+	case errors.Is(e.Err, migrate.ErrTryLater), errors.Is(e.Err, migrate.ErrClosed):
+		return MigrationLater, true
+	default:
+		return MigrationReset, true
+	}
 }
 
 // outcome is what came of a request.

@@ -250,6 +250,7 @@ func (d *peerState) wait(s network.Stream, b backoff) {
 // migrated is told of each step of each migration, of both ends. What the peer moves is
 // told in this side's log, too.
 func (m *Manager) migrated(e migrate.Event) {
+	m.totals.migrated(e)
 	m.measureMigration(e)
 	m.emitMigrated(e)
 	if e.Initiator || e.Kind != migrate.Started && e.Kind != migrate.Finished || m.usage.count.Load() == 0 {
@@ -285,6 +286,8 @@ type mover interface {
 	Supports(p peer.ID) bool
 	// Streams returns the labelled streams that are on c.
 	Streams(c network.Conn) []network.Stream
+	// Unlabelled returns the streams on c that have no label.
+	Unlabelled(c network.Conn) []network.Stream
 	// Migrate moves s, and returns when its old underlying stream is done with, or when
 	// ctx is.
 	Migrate(ctx context.Context, s network.Stream, to network.Conn) error

@@ -165,6 +165,7 @@ func (m *Manager) tellByPeer(d *peerState, lines []byPeerLine, now time.Time) (n
 			if l.to != nil {
 				e.Kept = l.to.info()
 			}
+			m.totals.byPeer.Add(1)
 			m.events.emit(e)
 		}
 		m.logByPeer(d.peer, l)
@@ -288,6 +289,7 @@ func (m *Manager) close(d *peerState, v *view, p *plan, i int) {
 		moved, took := loser.moved+loser.byPeer.streams, loser.took
 		asked := loser.drain.since
 		m.mu.Unlock()
+		m.totals.closed.Add(1)
 		m.measurePruned(p.verdicts[i], asked)
 		m.events.emit(EvtConnectionPruned{Peer: d.peer, Conn: loser.info(), Kept: winner.info(), Decision: p.verdicts[i].decision})
 		m.logPruned(d.peer, winner.info(), loser.info(), p.verdicts[i].decision, moved, took, err)

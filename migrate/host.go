@@ -172,6 +172,24 @@ func (h *Host) Streams(c network.Conn) []*Stream {
 	return on
 }
 
+// Unlabelled returns the streams on c that have no label, so that they cannot migrate, of
+// whatever protocol, in no particular order.
+func (h *Host) Unlabelled(c network.Conn) []network.Stream {
+	labelled := make(map[string]bool)
+	for _, s := range h.labels.all(c.RemotePeer()) {
+		s.mu.Lock()
+		labelled[s.send.stream().ID()] = true
+		if s.ex != nil {
+			labelled[s.ex.old.ID()] = true
+			if s.ex.new != nil {
+				labelled[s.ex.new.ID()] = true
+			}
+		}
+		s.mu.Unlock()
+	}
+	return slices.DeleteFunc(c.GetStreams(), func(s network.Stream) bool { return labelled[s.ID()] })
+}
+
 func (s *Stream) on(c network.Conn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

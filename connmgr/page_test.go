@@ -1,0 +1,179 @@
+package connmgr
+
+import (
+	"encoding/json"
+	"fmt"
+	"html"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/stretchr/testify/require"
+)
+
+func get(t testing.TB, h http.Handler, query string) string {
+	t.Helper()
+	rec := httptest.NewRecorder()
+	h.ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/debug/portage"+query, nil))
+	require.Equal(t, http.StatusOK, rec.Code)
+	return rec.Body.String()
+}
+
+func getStatus(t testing.TB, h http.Handler, query string) Status {
+	t.Helper()
+	var s Status
+	require.NoError(t, json.Unmarshal([]byte(get(t, h, "?format=json&"+query)), &s))
+	return s
+}
+
+// The page, the JSON and Explain say the same, in the same order.
+func TestPageSaysWhatExplainSays(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		h := Handler(w.m)
+		relay := w.connectLimited()
+		streams := relay.open(2)
+		relay.setPlain(1)
+		w.mover.setAnswer(func(s *fakeStream) error {
+			if s == streams[0] {
+				return errDeniedByFake
+			}
+			return errFakeReset
+		})
+		w.connect(tcpAddr)
+		w.connect(quicAddr)
+		w.pass(1700 * time.Millisecond)
+		e := w.m.Explain(higher)
+		s := getStatus(t, h, "")
+		text := html.UnescapeString(get(t, h, ""))
+		require.Len(t, s.Peers, 1)
+		require.Equal(t, e.State, s.Peers[0].State)
+		require.Contains(t, text, e.State)
+		require.Contains(t, text, "this side decides: "+e.Reason)
+		at := 0
+		for i, c := range e.Conns {
+			shown := s.Peers[0].Conns[i]
+			require.Equal(t, c.Conn.ID, shown.ID)
+			require.Equal(t, c.State, shown.State)
+			require.Equal(t, c.Winner, shown.Winner)
+			next := strings.Index(text[at:], c.State)
+			require.GreaterOrEqual(t, next, 0, "%s, after those before it", c.State)
+			at += next
+			if c.Decision.Rule != "" {
+				require.Contains(t, text[at:], "lost by rule "+c.Decision.Rule+": "+c.Decision.WinnerValue+" over "+c.Decision.LoserValue)
+			}
+			require.Equal(t, c.Until.IsZero(), shown.Until == nil)
+		}
+		require.NotNil(t, s.Peers[0].Conns[2].Until, "when the stream that failed is tried again")
+		list := s.Peers[0].Conns[2].List
+		require.Len(t, list, 3)
+		require.Equal(t, "/test/plain/1.0.0", list[0].Protocol)
+		require.Equal(t, "it has no label", list[0].Pinned)
+		require.Equal(t, "the peer denies to move it", list[1].Pinned)
+		require.Empty(t, list[2].Pinned)
+	})
+}
+
+// The history is the log, from the first call of Handler on.
+func TestPageHasTheLog(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connectLimited().open(2)
+		h := Handler(w.m)
+		w.connect(quicAddr)
+		w.pass(time.Minute)
+		var said []string
+		s := getStatus(t, h, "q="+higher.String()[:4])
+		for _, line := range s.History {
+			said = append([]string{line.What}, said...)
+			require.Equal(t, higher.String(), line.Peer)
+		}
+		require.NotEmpty(t, said)
+		require.Equal(t, w.messages(), said)
+		require.Equal(t, "100 ms", s.History[0].Took)
+		require.EqualValues(t, 1, s.Totals.Closed)
+		require.Empty(t, getStatus(t, h, "q=nobody").History)
+		for i := range 2 * historySize {
+			w.m.log.Info(fmt.Sprint("line ", i))
+		}
+		require.Equal(t, fmt.Sprint("line ", 2*historySize-1), getStatus(t, h, "").History[0].What)
+		require.Len(t, w.m.history.last(1<<20, ""), historySize)
+	})
+}
+
+func TestPageEscapesWhatAPeerChooses(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		h := Handler(w.m)
+		const evil = `"><script>alert(1)</script>`
+		loser := w.connect(tcpAddr)
+		loser.set(func() { loser.refuses = evil })
+		w.connect(quicAddr)
+		w.pass(10 * time.Second)
+		require.Contains(t, w.m.Explain(higher).String(), "script")
+		text := get(t, h, "?q=&show=all")
+		require.Contains(t, text, "&lt;script&gt;", "it is shown")
+		require.NotContains(t, text, "<script", "and is no more than text")
+		require.NotContains(t, get(t, h, "?q="+strings.ReplaceAll(evil, " ", "+")), "<script")
+	})
+}
+
+func TestPageOfManyPeers(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		h := Handler(w.m)
+		for i := range 120 {
+			p := peer.ID(fmt.Sprintf("peer %03d", i))
+			w.net.connect(p, quicAddr, false)
+			switch {
+			case i < 3:
+				w.net.connect(p, tcpAddr, false).setPlain(1)
+			case i == 100:
+				w.net.connect(p, tcpAddr, false).setPlain(7)
+			}
+		}
+		w.net.connect("peer relayed", relayAddr, true)
+		s := getStatus(t, h, "page=99")
+		require.Equal(t, 3, s.Query.Page, "a page that there is not is the last one")
+		require.Len(t, s.Peers, 21)
+		s = getStatus(t, h, "show=duplicates&sort=streams")
+		require.Equal(t, 4, s.Found)
+		require.Equal(t, peer.ID("peer 100").String(), s.Peers[0].Peer)
+		s = getStatus(t, h, "show=relayed")
+		require.Equal(t, 1, s.Found)
+		require.Equal(t, "one connection, through a relay that limits it", s.Peers[0].State)
+		require.Equal(t, Counts{Peers: 121, Duplicates: 4, Relayed: 1, Connections: 125}, s.Counts)
+		s = getStatus(t, h, "show=nonsense&sort=nonsense&page=x&q="+peer.ID("peer 100").String())
+		require.Equal(t, 1, s.Found)
+		require.Equal(t, "all", s.Query.Show)
+		require.Contains(t, get(t, h, "?page=2"), `rel="next" href="?page=3&amp;show=all&amp;sort=connections"`)
+	})
+}
+
+func TestPageCanOnlyBeRead(t *testing.T) {
+	m, err := New(nil)
+	require.NoError(t, err)
+	defer m.Close()
+	rec := httptest.NewRecorder()
+	Handler(m).ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "/", nil))
+	require.Equal(t, http.StatusMethodNotAllowed, rec.Code)
+	require.Contains(t, get(t, Handler(m), ""), "There is no such peer", "a manager that has not met a network yet")
+}
+
+func BenchmarkPage(b *testing.B) {
+	w := &world{net: &fakeNet{conns: make(map[peer.ID][]*fakeConn)}}
+	m, err := New(nil)
+	require.NoError(b, err)
+	defer m.Close()
+	w.net.notifiee = m.Notifee()
+	for i := range 10_000 {
+		w.net.connect(peer.ID(fmt.Sprintf("peer %05d", i)), quicAddr, false)
+	}
+	h := Handler(m)
+	for b.Loop() {
+		get(b, h, "")
+	}
+}

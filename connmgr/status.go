@@ -1,0 +1,372 @@
+package connmgr
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/go-portage/portage/migrate"
+)
+
+// What the status page shows (page.go), and how it is found out. The verdicts are those of
+// Explain, and the history is the log.
+
+const (
+	// historySize is how many lines of the log are remembered: those of an hour on a host
+	// with some ten peers that come and go, in less than 200 kB.
+	historySize = 512
+
+	// maxHistoryLine is how much of one is kept, in bytes.
+	maxHistoryLine = 400
+
+	// maxStreamsShown is how many streams of one connection are listed.
+	maxStreamsShown = 100
+)
+
+// Totals is what a Manager has done since it was made.
+type Totals struct {
+	Since time.Time `json:"since"`
+	// Streams that have moved, moved by whichever end.
+	Moved uint64 `json:"streams_moved"`
+	// Migrations that were denied, that found something in the way, and that reset the stream.
+	Denied uint64 `json:"migrations_denied"`
+	Later  uint64 `json:"migrations_to_be_tried_again"`
+	Reset  uint64 `json:"migrations_reset"`
+	// Connections that are gone since nothing was left on them.
+	Closed       uint64 `json:"connections_closed"`
+	ClosedByPeer uint64 `json:"connections_closed_by_peers"`
+}
+
+// totals counts for Totals.
+type totals struct {
+	since                               time.Time // immutable
+	moved, denied, later, reset, closed atomic.Uint64
+	byPeer                              atomic.Uint64
+}
+
+func (t *totals) migrated(e migrate.Event) {
+	switch outcome, over := outcomeOf(e); {
+	case !over:
+	case outcome == MigrationMoved:
+		t.moved.Add(1)
+	case outcome == MigrationDenied:
+		t.denied.Add(1)
+	case outcome == MigrationLater:
+		t.later.Add(1)
+	default:
+		t.reset.Add(1)
+	}
+}
+
+func (t *totals) report() Totals {
+	return Totals{
+		Since: t.since, Moved: t.moved.Load(), Denied: t.denied.Load(), Later: t.later.Load(), Reset: t.reset.Load(),
+		Closed: t.closed.Load(), ClosedByPeer: t.byPeer.Load(),
+	}
+}
+
+// Happening is a line of the log.
+type Happening struct {
+	Time time.Time `json:"time"`
+	Peer string    `json:"peer,omitempty"`
+	What string    `json:"what"`
+	// Took is how long what is told of has taken, in words; empty where that means nothing.
+	Took string `json:"took,omitempty"`
+}
+
+// history remembers the last lines of the log from info level up. It is a core of the
+// manager's logger that takes nothing until somebody wants to see it, so that no sentence is
+// made before.
+type history struct {
+	on atomic.Bool
+
+	mu    sync.Mutex // a leaf
+	lines [historySize]Happening
+	n     int // lines so far
+}
+
+var _ zapcore.Core = (*history)(nil)
+
+// beside returns a logger that writes to the history, too.
+func (h *history) beside(log *zap.Logger) *zap.Logger {
+	return log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core { return zapcore.NewTee(c, h) }))
+}
+
+func (h *history) Enabled(l zapcore.Level) bool      { return h.on.Load() && l >= zap.InfoLevel }
+func (h *history) With([]zapcore.Field) zapcore.Core { return h }
+func (h *history) Sync() error                       { return nil }
+func (h *history) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {
+	if h.Enabled(e.Level) {
+		return ce.AddCore(e, h)
+	}
+	return ce
+}
+
+func (h *history) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	line := Happening{Time: e.Time, What: strings.ToValidUTF8(e.Message[:min(len(e.Message), maxHistoryLine)], "")}
+	for _, f := range fields {
+		switch {
+		case f.Key == "peer" && f.Type == zapcore.StringerType:
+			if p, ok := f.Interface.(peer.ID); ok {
+				line.Peer = p.String()
+			}
+		case f.Key == "took" && f.Integer > 0:
+			line.Took = inWords(time.Duration(f.Integer))
+		}
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.lines[h.n%historySize] = line
+	h.n++
+	return nil
+}
+
+// last returns the last lines about peers whose ID contains some text, the newest first.
+func (h *history) last(most int, about string) []Happening {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	found := []Happening{}
+	for i := h.n - 1; i >= max(0, h.n-historySize) && len(found) < most; i-- {
+		if line := h.lines[i%historySize]; strings.Contains(line.Peer, about) {
+			found = append(found, line)
+		}
+	}
+	return found
+}
+
+// Status is what the status page shows: see [Handler].
+type Status struct {
+	Self    string      `json:"self"`
+	Time    time.Time   `json:"time"`
+	Policy  string      `json:"policy"`
+	Totals  Totals      `json:"totals"`
+	Counts  Counts      `json:"counts"`
+	Query   Query       `json:"query"`
+	Found   int         `json:"found"` // peers that the query fits
+	Pages   int         `json:"pages"`
+	Peers   []PeerShown `json:"peers"` // of the page
+	History []Happening `json:"history"`
+}
+
+// Counts says how many there are of what the page can show.
+type Counts struct {
+	Peers       int `json:"peers"`
+	Duplicates  int `json:"peers_with_duplicates"`
+	Relayed     int `json:"peers_reached_through_relays_only"`
+	Connections int `json:"connections"`
+}
+
+// PeerShown is a peer on the status page: its explanation, as [Manager.Explain] gives it.
+type PeerShown struct {
+	Peer       string      `json:"peer"`
+	State      string      `json:"state"`
+	Controller bool        `json:"this_side_decides"`
+	Reason     string      `json:"reason,omitempty"`
+	Conns      []ConnShown `json:"connections"`
+}
+
+// ConnShown is a connection on the status page.
+type ConnShown struct {
+	ID       string        `json:"id"`
+	Kind     string        `json:"kind"`
+	Address  string        `json:"address"`
+	Winner   bool          `json:"kept"`
+	State    string        `json:"state"`
+	Until    *time.Time    `json:"until,omitempty"`
+	Rule     string        `json:"rule,omitempty"`
+	Values   string        `json:"values,omitempty"` // by which it lost
+	RuledOut string        `json:"ruled_out,omitempty"`
+	Path     string        `json:"path"`
+	Age      string        `json:"age"`
+	RTT      string        `json:"rtt,omitempty"`
+	Streams  int           `json:"streams"`
+	Labelled int           `json:"labelled"`
+	Pinned   int           `json:"pinned"`
+	List     []StreamShown `json:"list"` // 100 at most
+}
+
+// StreamShown is a stream on the status page.
+type StreamShown struct {
+	Protocol  string `json:"protocol"`
+	Direction string `json:"direction"`
+	// Pinned is why it cannot move; empty: it can.
+	Pinned string `json:"pinned,omitempty"`
+	Label  uint64 `json:"label,omitempty"`
+	Moves  int    `json:"migrations,omitempty"`
+	// Age is that of its present underlying stream.
+	Age string `json:"age"`
+}
+
+// Query is what the page is asked for.
+type Query struct {
+	Show string `json:"show"` // all, duplicates or relayed
+	Text string `json:"text"` // what the peer's ID contains
+	Sort string `json:"sort"` // connections, streams, oldest or peer
+	Page int    `json:"page"` // from 1
+}
+
+const peersOnPage = 50
+
+// listed is what is looked at of each peer.
+type listed struct {
+	id      peer.ID
+	name    string
+	conns   int
+	streams int
+	opened  time.Time
+	relayed bool // it is reached through relays only
+}
+
+// status returns what the page shows. Of all peers it looks at what is cheap; those on the
+// page are explained.
+func (m *Manager) status(q Query) Status {
+	now := time.Now()
+	s := Status{Time: now, Policy: m.policy().name(), Totals: m.totals.report(), Query: q, Pages: 1, Peers: []PeerShown{}}
+	n := m.watch.network()
+	if n == nil {
+		s.History = m.history.last(peersOnPage, "")
+		return s
+	}
+	s.Self = n.LocalPeer().String()
+	byPeer := make(map[peer.ID]*listed)
+	for _, c := range n.Conns() {
+		if c.IsClosed() {
+			continue
+		}
+		p := byPeer[c.RemotePeer()]
+		stat := c.Stat()
+		if p == nil {
+			p = &listed{id: c.RemotePeer(), opened: stat.Opened, relayed: true}
+			byPeer[p.id] = p
+		}
+		p.conns++
+		p.streams += stat.NumStreams
+		p.opened = earlier(p.opened, stat.Opened)
+		label := connLabel(c)
+		p.relayed = p.relayed && (label == limitedRelay || label == "relay")
+		s.Counts.Connections++
+	}
+	found := make([]*listed, 0, len(byPeer))
+	for _, p := range byPeer {
+		s.Counts.Peers++
+		if p.conns > 1 {
+			s.Counts.Duplicates++
+		}
+		if p.relayed {
+			s.Counts.Relayed++
+		}
+		if q.Show == "duplicates" && p.conns < 2 || q.Show == "relayed" && !p.relayed {
+			continue
+		}
+		if p.name = p.id.String(); strings.Contains(p.name, q.Text) {
+			found = append(found, p)
+		}
+	}
+	slices.SortFunc(found, func(a, b *listed) int {
+		order := 0
+		switch q.Sort {
+		case "streams":
+			order = cmp.Compare(b.streams, a.streams)
+		case "oldest":
+			order = a.opened.Compare(b.opened)
+		case "peer":
+		default:
+			order = cmp.Compare(b.conns, a.conns)
+		}
+		return cmp.Or(order, cmp.Compare(a.name, b.name))
+	})
+	s.Found = len(found)
+	s.Pages = max(1, (len(found)+peersOnPage-1)/peersOnPage)
+	s.Query.Page = min(max(1, q.Page), s.Pages)
+	from := (s.Query.Page - 1) * peersOnPage
+	for _, p := range found[from:min(len(found), from+peersOnPage)] {
+		s.Peers = append(s.Peers, m.show(p.id, now))
+	}
+	s.History = m.history.last(peersOnPage, q.Text)
+	return s
+}
+
+// show explains a peer.
+func (m *Manager) show(p peer.ID, now time.Time) PeerShown {
+	e, v := m.explain(p)
+	shown := PeerShown{Peer: p.String(), State: e.State, Controller: e.Controller, Reason: e.Reason}
+	for _, c := range e.Conns {
+		cs := ConnShown{
+			ID: c.Conn.ID, Kind: c.Conn.Kind, Winner: c.Winner, State: c.State, RuledOut: c.RuledOut, Path: c.Path,
+			Streams: c.Candidate.Streams, Labelled: c.Candidate.Labelled, Pinned: c.Candidate.Pinned, Age: inWords(c.Candidate.Age),
+		}
+		if c.Conn.Remote != nil {
+			cs.Address = c.Conn.Remote.String()
+		}
+		if !c.Until.IsZero() {
+			until := c.Until
+			cs.Until = &until
+		}
+		if c.Decision.Rule != "" {
+			cs.Rule, cs.Values = c.Decision.Rule, c.Decision.WinnerValue+" over "+c.Decision.LoserValue
+		}
+		if c.Candidate.RTT > 0 {
+			cs.RTT = inWords(c.Candidate.RTT)
+		}
+		for i := range v.conns {
+			if v.conns[i].base.ID == c.Conn.ID {
+				cs.List = v.streams(i, now)
+			}
+		}
+		shown.Conns = append(shown.Conns, cs)
+	}
+	return shown
+}
+
+// streams lists the streams on a connection: first those that cannot move, the oldest first.
+func (v *view) streams(i int, now time.Time) []StreamShown {
+	cv := &v.conns[i]
+	list := []StreamShown{}
+	add := func(s network.Stream, id protocol.ID, pinned string) *StreamShown {
+		stat := s.Stat()
+		shown := StreamShown{Protocol: string(id), Direction: strings.ToLower(stat.Direction.String()), Pinned: pinned}
+		if !stat.Opened.IsZero() {
+			shown.Age = inWords(now.Sub(stat.Opened))
+		}
+		list = append(list, shown)
+		return &list[len(list)-1]
+	}
+	for _, s := range v.unlabelled(cv) {
+		if id := s.Protocol(); !ownProtocol(id, v.facts.manages == yes) && len(list) < maxStreamsShown {
+			add(s, id, "it has no label")
+		}
+	}
+	for _, denied := range []bool{true, false} {
+		for _, s := range cv.labelled {
+			if slices.Contains(cv.denied, s) != denied || len(list) >= maxStreamsShown {
+				continue
+			}
+			why := ""
+			if denied {
+				why = "the peer denies to move it"
+			}
+			shown := add(s, s.Protocol(), why)
+			if l, ok := s.(*migrate.Stream); ok {
+				shown.Label, shown.Moves = l.Label(), l.Migrations()
+			}
+		}
+	}
+	return list
+}
+
+// unlabelled returns the streams on a connection that have no label.
+func (v *view) unlabelled(cv *connView) []network.Stream {
+	if v.mover == nil {
+		return cv.conn.GetStreams()
+	}
+	return v.mover.Unlabelled(cv.conn)
+}
