@@ -258,10 +258,10 @@ const (
 
 var (
 	connLabels = []string{limitedRelay, "relay", "quic-v1", "webtransport", "webrtc-direct", "tcp", "ws", "wss"}
-	// rules are those of package policy, and what stands for none.
+	// knownRules are those of package policy, and what stands for none.
 	knownRules = []string{
 		noRule, "unlimited", "direct", "reach", "transport", "ip", "direction", "prefer", "never", "pinned",
-		"streams", "older", "younger", "rtt", "throughput", "incumbent", "id",
+		"streams", "older", "younger", "rtt", "incumbent", "id",
 	}
 	roundOutcomes     = []string{RoundAlone, RoundWaiting, RoundLeft, RoundUndecided, RoundDecided, RoundMoved, RoundPruned}
 	migrationOutcomes = []string{MigrationMoved, MigrationDenied, MigrationLater, MigrationReset}

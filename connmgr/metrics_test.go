@@ -3,6 +3,7 @@ package connmgr
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/migrate"
+	"github.com/go-portage/portage/policy"
 )
 
 // tally is a MetricsTracer that adds up.
@@ -221,6 +223,17 @@ func TestLabelsOfMetricsAreBounded(t *testing.T) {
 		n := len(gathered(t, reg)[metricNamespace+"_"+name].GetMetric())
 		require.LessOrEqual(t, n, maxLabels+1, name)
 	}
+}
+
+// The metric of a rule is there before it has decided anything, and only that of a rule that
+// there is.
+func TestRulesOfMetricsAreThoseOfPackagePolicy(t *testing.T) {
+	_, err := policy.Parse("chain(invented)")
+	var parseError *policy.ParseError
+	require.ErrorAs(t, err, &parseError)
+	rules := slices.DeleteFunc(slices.Clone(parseError.Known), func(name string) bool { return name == "default" }) // a policy
+	tie := policy.Chain().Rank([]policy.Candidate{{ID: "a"}, {ID: "b"}}).Decisions[0].Rule
+	require.ElementsMatch(t, append(rules, tie, noRule), knownRules)
 }
 
 func TestMetricsDoNotAllocate(t *testing.T) {

@@ -117,7 +117,7 @@ func TestSetAddr(t *testing.T) {
 func TestSetAddrOverwritesWhatFollowsFromTheAddressAndNothingElse(t *testing.T) {
 	c := Candidate{
 		ID: "c", Remote: "/ip6/::1", Transport: QUIC, Relayed: true, Reach: Loopback, IPVersion: 6,
-		Local: "/ip6/::1", Interface: "lo", Limited: true, Age: time.Second, RTT: time.Second, Throughput: 1, Streams: 3, Labelled: 2, Pinned: 1, Bytes: 7, Incumbent: true,
+		Local: "/ip6/::1", Interface: "lo", Limited: true, Age: time.Second, RTT: time.Second, Streams: 3, Labelled: 2, Pinned: 1, Incumbent: true,
 	}
 	want := c
 	want.Remote = ""

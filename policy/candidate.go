@@ -54,17 +54,10 @@ type Candidate struct {
 	// and smoothed over several measurements. 0 or less: not known. A policy
 	// asks for it with Use.RTT.
 	RTT time.Duration
-	// Throughput is what the connection was measured to carry while there was
-	// more to send than it took, in bytes per second, smoothed over several
-	// measurements. The mean over idle time is no such measurement. 0: not
-	// known. A policy asks for it with Use.Throughput.
-	Throughput uint64
 
 	// Streams is the number of open streams, of any kind. Labelled of them
 	// are labelled. Pinned of them cannot migrate.
 	Streams, Labelled, Pinned int
-	// Bytes is the amount of data carried so far, both ways. 0: not known.
-	Bytes uint64
 
 	// Incumbent is whether the previous ranking of the peer's connections
 	// made this one the winner. At most one candidate of a ranking is.

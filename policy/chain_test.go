@@ -141,7 +141,7 @@ func someRules() []Scored {
 		TransportOrder(), TransportOrder(TCP, QUIC), TransportOrder(OtherTransport),
 		IPVersionOrder(), IPVersionOrder(4), IPVersionOrder(0, 4, 6),
 		DirectionOrder(), DirectionOrder(network.DirInbound),
-		PinnedStreams(), MoreStreams(), Older(), Younger(), RTTBand(), ThroughputBand(),
+		PinnedStreams(), MoreStreams(), Older(), Younger(), RTTBand(),
 		Prefer(RemoteIn(netip.MustParsePrefix("10.0.0.0/8"))),
 		Prefer(LocalIn(netip.MustParsePrefix("fd00::/8")), OnInterface("wwan0")),
 		Never(RemotePrefix(ma.StringCast("/ip4/10.0.0.1/tcp/4001"))),

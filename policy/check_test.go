@@ -78,7 +78,7 @@ func TestCheckRule(t *testing.T) {
 }
 
 func TestCheckRuleOfARuleWithoutScore(t *testing.T) {
-	if err := CheckRule(Func("volume", byBytes), Candidate{ID: "a"}, Candidate{ID: "b", Bytes: 1}, Candidate{ID: "c", Bytes: 2}); err != nil {
+	if err := CheckRule(Func("labelled", byLabelled), Candidate{ID: "a"}, Candidate{ID: "b", Labelled: 1}, Candidate{ID: "c", Labelled: 2}); err != nil {
 		t.Error(err)
 	}
 }

@@ -214,10 +214,6 @@ func documentCandidate(row map[string]string) (Candidate, error) {
 			c.RTT, err = time.ParseDuration(cell)
 		case column == "age":
 			c.Age, err = time.ParseDuration(cell)
-		case column == "throughput":
-			number, unit, _ := strings.Cut(cell, " ")
-			c.Throughput, err = strconv.ParseUint(number, 10, 64)
-			c.Throughput *= map[string]uint64{"kB/s": 1e3, "MB/s": 1e6}[unit]
 		case column == "streams":
 			c.Streams, err = strconv.Atoi(cell)
 		case column == "pinned":

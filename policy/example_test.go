@@ -3,6 +3,7 @@ package policy_test
 import (
 	"cmp"
 	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -40,7 +41,7 @@ func ExampleParse() {
 	// policy: column 18: there is no rule "direkt"; did you mean "direct"?
 	//   chain(unlimited, direkt, rtt, older)
 	//                    ^^^^^^
-	// known here: direct, direction, incumbent, ip, never, older, pinned, prefer, reach, rtt, streams, throughput, transport, unlimited, younger, default
+	// known here: direct, direction, incumbent, ip, never, older, pinned, prefer, reach, rtt, streams, transport, unlimited, younger, default
 }
 
 func ExampleWeighted() {
@@ -58,30 +59,24 @@ func ExampleWeighted() {
 }
 
 func ExampleFunc() {
-	// Candidate.Bytes counts for the relayed connections alone, and for all
-	// others not at all: they are equal, whatever they have carried.
-	spent := func(c policy.Candidate) uint64 {
-		if !c.Relayed {
-			return 0
-		}
-		return c.Bytes
-	}
-	cheap := policy.Func("cheap",
-		func(a, b policy.Candidate) int { return cmp.Compare(spent(b), spent(a)) },
-		policy.WithValue(func(c policy.Candidate) string { return fmt.Sprint(spent(c)) }))
+	// Only labelled streams move, so the connection that has more of them stays,
+	// whatever else the two carry. The rule "streams" counts all.
+	labelled := policy.Func("labelled",
+		func(a, b policy.Candidate) int { return cmp.Compare(a.Labelled, b.Labelled) },
+		policy.WithValue(func(c policy.Candidate) string { return strconv.Itoa(c.Labelled) }))
 
-	p, err := policy.Parse("chain(unlimited, cheap, default)", cheap)
+	p, err := policy.Parse("chain(unlimited, direct, labelled, default)", labelled)
 	if err != nil {
 		fmt.Println(err)
 		return
 	}
 	ranking := p.Rank([]policy.Candidate{
-		{ID: "relay 1", Relayed: true, Bytes: 1000, Age: time.Hour},
-		{ID: "relay 2", Relayed: true, Bytes: 300},
+		{ID: "a", Streams: 5, Labelled: 1, Age: time.Hour},
+		{ID: "b", Streams: 3, Labelled: 3},
 	})
 	fmt.Println(ranking.Decisions[0])
 	// Output:
-	// rule cheap: 300 over 1000
+	// rule labelled: 3 over 1
 }
 
 func ExampleCheckRule() {

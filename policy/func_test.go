@@ -9,11 +9,11 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 )
 
-func byBytes(a, b Candidate) int { return cmp.Compare(a.Bytes, b.Bytes) }
+func byLabelled(a, b Candidate) int { return cmp.Compare(a.Labelled, b.Labelled) }
 
 func TestFuncIsARuleAndAPolicy(t *testing.T) {
-	bytes := func(c Candidate) string { return strconv.FormatUint(c.Bytes, 10) + " B" }
-	candidates := []Candidate{{ID: "a", Bytes: 1}, {ID: "b", Bytes: 3, Relayed: true}, {ID: "c", Bytes: 2}}
+	labelled := func(c Candidate) string { return strconv.Itoa(c.Labelled) + " labelled" }
+	candidates := []Candidate{{ID: "a", Labelled: 1}, {ID: "b", Labelled: 3, Relayed: true}, {ID: "c", Labelled: 2}}
 	for _, tt := range []struct {
 		name      string
 		policy    Policy
@@ -21,16 +21,16 @@ func TestFuncIsARuleAndAPolicy(t *testing.T) {
 		order     string
 		decisions []string
 	}{
-		{"policy", Func("volume", byBytes), "volume", "bca",
-			[]string{"rule volume: b over c", "rule volume: b over a"}},
-		{"rule", Chain(Direct(), Func("volume", byBytes, WithValue(bytes))), "chain(direct, volume)", "cab",
-			[]string{"rule volume: 2 B over 1 B", "rule direct: true over false"}},
-		{"score as policy", ScoreFunc("volume", func(c Candidate) float64 { return float64(c.Bytes) }), "volume", "bca",
-			[]string{"rule volume: 3 over 2", "rule volume: 3 over 1"}},
+		{"policy", Func("labelled", byLabelled), "labelled", "bca",
+			[]string{"rule labelled: b over c", "rule labelled: b over a"}},
+		{"rule", Chain(Direct(), Func("labelled", byLabelled, WithValue(labelled))), "chain(direct, labelled)", "cab",
+			[]string{"rule labelled: 2 labelled over 1 labelled", "rule direct: true over false"}},
+		{"score as policy", ScoreFunc("labelled", func(c Candidate) float64 { return float64(c.Labelled) }), "labelled", "bca",
+			[]string{"rule labelled: 3 over 2", "rule labelled: 3 over 1"}},
 		{"score as weighted rule",
-			Weighted(Times(Direct(), 1), Times(ScoreFunc("volume", func(c Candidate) float64 { return float64(c.Bytes) }, WithValue(bytes)), 80)),
-			"weighted(direct*1, volume*80)", "cba",
-			[]string{"score 260 over 240, most by rule direct: true over false", "score 260 over 180, most by rule volume: 2 B over 1 B"}},
+			Weighted(Times(Direct(), 1), Times(ScoreFunc("labelled", func(c Candidate) float64 { return float64(c.Labelled) }, WithValue(labelled)), 80)),
+			"weighted(direct*1, labelled*80)", "cba",
+			[]string{"score 260 over 240, most by rule direct: true over false", "score 260 over 180, most by rule labelled: 2 labelled over 1 labelled"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := tt.policy.String(); got != tt.text {
@@ -76,15 +76,15 @@ func TestScoreFuncIsAStrictWeakOrderWhateverTheFunction(t *testing.T) {
 
 func TestFuncPanics(t *testing.T) {
 	for name, build := range map[string]func(){
-		"no name":              func() { Func("", byBytes) },
-		"two words":            func() { Func("two words", byBytes) },
-		"upper case":           func() { Func("Volume", byBytes) },
-		"a digit first":        func() { Func("4volume", byBytes) },
-		"the name of a rule":   func() { Func("direct", byBytes) },
-		"the name of a policy": func() { Func("default", byBytes) },
-		"the tie-break":        func() { Func("id", byBytes) },
-		"no function":          func() { Func("volume", nil) },
-		"no score function":    func() { ScoreFunc("volume", nil) },
+		"no name":              func() { Func("", byLabelled) },
+		"two words":            func() { Func("two words", byLabelled) },
+		"upper case":           func() { Func("Labelled", byLabelled) },
+		"a digit first":        func() { Func("4labelled", byLabelled) },
+		"the name of a rule":   func() { Func("direct", byLabelled) },
+		"the name of a policy": func() { Func("default", byLabelled) },
+		"the tie-break":        func() { Func("id", byLabelled) },
+		"no function":          func() { Func("labelled", nil) },
+		"no score function":    func() { ScoreFunc("labelled", nil) },
 		"a name for a score":   func() { ScoreFunc("rtt", func(Candidate) float64 { return 0 }) },
 	} {
 		t.Run(name, func(t *testing.T) { mustPanic(t, build) })
@@ -94,7 +94,7 @@ func TestFuncPanics(t *testing.T) {
 // foreign is a policy and a rule of a type of its own.
 type foreign struct{ FuncRule }
 
-func (foreign) Uses() Use { return Use{Throughput: true} }
+func (foreign) Uses() Use { return Use{RTT: true} }
 
 // silent is a rule that declares nothing.
 type silent struct{ Rule }
@@ -103,8 +103,8 @@ type silent struct{ Rule }
 type silentPolicy struct{ Policy }
 
 func TestUses(t *testing.T) {
-	rtt, throughput, onInterface := Use{RTT: true}, Use{Throughput: true}, Use{Interface: true}
-	own := Func("own", byBytes, WithUse(onInterface))
+	rtt, onInterface := Use{RTT: true}, Use{Interface: true}
+	own := Func("own", byLabelled, WithUse(onInterface))
 	for _, tt := range []struct {
 		policy Policy
 		want   Use
@@ -113,19 +113,19 @@ func TestUses(t *testing.T) {
 		{Chain(), Use{}},
 		{Chain(Unlimited(), Direct(), ReachOrder(), TransportOrder(), PinnedStreams(), MoreStreams(), Older(), Incumbent()), Use{}},
 		{Chain(Direct(), RTTBand()), rtt},
-		{Chain(ThroughputBand(), RTTBand()), Use{RTT: true, Throughput: true}},
+		{Chain(RTTBand(), Prefer(OnInterface("eth0"))), Use{RTT: true, Interface: true}},
 		{Chain(Never(RemotePrefix(ma.StringCast("/ip4/192.0.2.1")))), Use{}},
 		{Chain(Never(RemotePrefix(ma.StringCast("/ip4/192.0.2.1")), OnInterface("eth0"))), onInterface},
 		{Chain(Prefer(OnInterface("eth0"))), onInterface},
 		{Weighted(), Use{}},
-		{Weighted(Times(ThroughputBand(), 3), Times(Direct(), 1)), throughput},
+		{Weighted(Times(RTTBand(), 3), Times(Direct(), 1)), rtt},
 		{Weighted(Times(Direct(), 1), Times(RTTBand(), 3), Times(Prefer(OnInterface("eth0")), 1)), Use{RTT: true, Interface: true}},
-		{Func("own", byBytes), Use{}},
+		{Func("own", byLabelled), Use{}},
 		{own, onInterface},
 		{Chain(Direct(), own), onInterface},
 		{Weighted(Times(ScoreFunc("own", func(Candidate) float64 { return 0 }, WithUse(rtt)), 1)), rtt},
-		{foreign{own}, throughput},
-		{Chain(foreign{own}), throughput},
+		{foreign{own}, rtt},
+		{Chain(foreign{own}), rtt},
 		{Chain(silent{RTTBand()}), Use{}},
 		{silentPolicy{Default()}, Use{}},
 	} {

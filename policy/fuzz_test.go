@@ -24,11 +24,8 @@ func FuzzStrictWeakOrder(f *testing.F) {
 	f.Add(fuzzBytes([3]fuzzed{{rtt: 0, streams: 1}, {rtt: 4, streams: 2}, {rtt: 5, flags: incumbentFlag, streams: 0}}), []byte{0, 1, 2})
 	f.Add(fuzzBytes([3]fuzzed{{rtt: 6, age: 1}, {rtt: 0, age: 2}, {rtt: 8, age: 3}}), []byte{18, 9, 16, 3, 15, 1})
 	f.Add(fuzzBytes([3]fuzzed{{rtt: 7}, {rtt: 8}, {rtt: 9}}), []byte{18, 255})
-	f.Add(fuzzBytes([3]fuzzed{{rtt: 10}, {rtt: 11}, {rtt: 12}}), []byte{18, 1, 19, 1})
+	f.Add(fuzzBytes([3]fuzzed{{rtt: 10}, {rtt: 11}, {rtt: 12}}), []byte{18, 1, 16, 1})
 	f.Add(fuzzBytes([3]fuzzed{{rtt: 10}, {rtt: 11, flags: incumbentFlag}, {rtt: 12}}), []byte{18, 2, 2, 1})
-	// Throughputs likewise.
-	f.Add(fuzzBytes([3]fuzzed{{throughput: 0}, {throughput: 1}, {throughput: 5, flags: incumbentFlag}}), []byte{19, 2, 18, 2})
-	f.Add(fuzzBytes([3]fuzzed{{throughput: 7}, {throughput: 8, flags: incumbentFlag}, {throughput: 9}}), []byte{19, 2})
 	// Ages: unknown, below 0, and close together.
 	f.Add(fuzzBytes([3]fuzzed{{age: 0, streams: 1}, {age: 1, streams: 2}, {age: 2}}), []byte{16, 200, 17, 100, 15, 20})
 	f.Add(fuzzBytes([3]fuzzed{{age: 3}, {age: 4}, {age: 5}}), []byte{17, 9})
@@ -36,7 +33,7 @@ func FuzzStrictWeakOrder(f *testing.F) {
 	// What the address and the relay say.
 	f.Add(fuzzBytes([3]fuzzed{{flags: limitedFlag | relayedFlag}, {flags: relayedFlag}, {transport: 1, reach: 2}}), []byte{1, 1, 6, 3})
 	f.Add(fuzzBytes([3]fuzzed{{transport: 0, reach: 3}, {transport: 5, reach: 0}, {transport: 4, reach: 1, pinned: 2}}), []byte{14, 7, 3, 7})
-	f.Add(fuzzBytes([3]fuzzed{{remote: 1, ip: 4}, {remote: 2, local: 3, ip: 6}, {remote: 4, iface: 1}}), []byte{20, 1, 21, 2, 22, 3, 23, 4, 9, 5})
+	f.Add(fuzzBytes([3]fuzzed{{remote: 1, ip: 4}, {remote: 2, local: 3, ip: 6}, {remote: 4, iface: 1}}), []byte{19, 1, 20, 2, 21, 3, 22, 4, 9, 5})
 
 	rules := someRules()
 	f.Fuzz(func(t *testing.T, candidateData, policyData []byte) {
@@ -94,17 +91,15 @@ const (
 // fuzzed is a candidate in the fuzzer's bytes: indices into small tables, so that
 // ties and neighbours are frequent.
 type fuzzed struct {
-	flags, transport, reach, ip, direction, rtt, throughput, age, streams, pinned, remote, local, iface byte
+	flags, transport, reach, ip, direction, rtt, age, streams, pinned, remote, local, iface byte
 }
 
-const fuzzedSize = 13
+const fuzzedSize = 12
 
 var fuzzRTTs = []time.Duration{
 	0, -ms, 1, ms, rttFloor, rttFloor + 1, 7500 * time.Microsecond, 7500*time.Microsecond + 1,
 	11250 * time.Microsecond, 11250*time.Microsecond + 1, 50 * ms, 75 * ms, 90 * ms, 113 * ms, time.Second, time.Hour, math.MaxInt64,
 }
-
-var fuzzThroughputs = []uint64{0, 1, 999, 1000, 1999, 2000, 4000, 1e6, 1500e3, 2500e3, 524287999, 524288e3, 1e10, math.MaxUint64}
 
 var fuzzAges = []time.Duration{
 	0, -time.Second, 1, time.Second, time.Second + 1, time.Hour, 1e15, 1e15 + 1, math.MaxInt64 - 1, math.MaxInt64, math.MinInt64,
@@ -119,7 +114,7 @@ var fuzzAddrs = []Addr{
 func fuzzBytes(candidates [3]fuzzed) []byte {
 	var data []byte
 	for _, c := range candidates {
-		data = append(data, c.flags, c.transport, c.reach, c.ip, c.direction, c.rtt, c.throughput, c.age, c.streams, c.pinned, c.remote, c.local, c.iface)
+		data = append(data, c.flags, c.transport, c.reach, c.ip, c.direction, c.rtt, c.age, c.streams, c.pinned, c.remote, c.local, c.iface)
 	}
 	return data
 }
@@ -131,22 +126,21 @@ func fuzzCandidates(data []byte) [3]Candidate {
 	for i := range candidates {
 		b := data[i*fuzzedSize:]
 		candidates[i] = Candidate{
-			ID:         string(rune('a' + i)),
-			Limited:    b[0]&limitedFlag != 0,
-			Relayed:    b[0]&relayedFlag != 0,
-			Incumbent:  b[0]&incumbentFlag != 0,
-			Transport:  Transport(b[1]) % (WebSocket + 2), // and one that does not exist
-			Reach:      Reach(b[2]) % (Public + 2),
-			IPVersion:  int(b[3] % 8),
-			Direction:  network.Direction(b[4] % 4),
-			RTT:        pick(fuzzRTTs, b[5]),
-			Throughput: pick(fuzzThroughputs, b[6]),
-			Age:        pick(fuzzAges, b[7]),
-			Streams:    pick(fuzzCounts, b[8]),
-			Pinned:     pick(fuzzCounts, b[9]),
-			Remote:     pick(fuzzAddrs, b[10]),
-			Local:      pick(fuzzAddrs, b[11]),
-			Interface:  pick([]string{"", "wwan0", "eth0"}, b[12]),
+			ID:        string(rune('a' + i)),
+			Limited:   b[0]&limitedFlag != 0,
+			Relayed:   b[0]&relayedFlag != 0,
+			Incumbent: b[0]&incumbentFlag != 0,
+			Transport: Transport(b[1]) % (WebSocket + 2), // and one that does not exist
+			Reach:     Reach(b[2]) % (Public + 2),
+			IPVersion: int(b[3] % 8),
+			Direction: network.Direction(b[4] % 4),
+			RTT:       pick(fuzzRTTs, b[5]),
+			Age:       pick(fuzzAges, b[6]),
+			Streams:   pick(fuzzCounts, b[7]),
+			Pinned:    pick(fuzzCounts, b[8]),
+			Remote:    pick(fuzzAddrs, b[9]),
+			Local:     pick(fuzzAddrs, b[10]),
+			Interface: pick([]string{"", "wwan0", "eth0"}, b[11]),
 		}
 	}
 	return candidates
@@ -163,15 +157,15 @@ func FuzzParse(f *testing.F) {
 	for _, tt := range parseErrors {
 		f.Add(tt.text)
 	}
-	volume := Func("volume", byBytes, WithUse(Use{Throughput: true}))
+	labelled := Func("labelled", byLabelled, WithUse(Use{Interface: true}))
 	price := ScoreFunc("price", func(c Candidate) float64 { return float64(c.Streams) })
 	f.Fuzz(func(t *testing.T, text string) {
-		policy, err := Parse(text, volume, price)
+		policy, err := Parse(text, labelled, price)
 		if err != nil {
 			checkParseError(t, text, err)
 			return
 		}
-		again, err := Parse(policy.String(), volume, price)
+		again, err := Parse(policy.String(), labelled, price)
 		if err != nil {
 			t.Fatalf("%q is the policy %q, which does not parse: %v", text, policy, err)
 		}
@@ -229,9 +223,8 @@ func varied() []Candidate {
 		c.SetAddr(ma.StringCast(addr))
 		c.SetLocalAddr(ma.StringCast([]string{"/ip4/10.0.0.1/tcp/4001", "/ip6zone/wwan0/ip6/fe80::1/tcp/1"}[i%2]))
 		c.Direction = network.Direction(i % 3)
-		c.Throughput = 1000 << i
 		c.Pinned = i % 4
-		c.Bytes = uint64(i)
+		c.Labelled = i
 	}
 	return candidates
 }

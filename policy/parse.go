@@ -28,7 +28,7 @@ import (
 // whole number from 0 to 65535, by default 1. In a chain, "default" stands for
 // DefaultRules. The rules are:
 //
-//	unlimited, direct, incumbent, pinned, streams, older, younger, rtt, throughput
+//	unlimited, direct, incumbent, pinned, streams, older, younger, rtt
 //	reach      [ (loopback, private, public, unknown) ]               in any order
 //	transport  [ (quic, webtransport, webrtc, tcp, websocket, other) ] in any order
 //	ip         [ (v6, v4, unknown) ]                                  in any order
@@ -322,15 +322,14 @@ type parseRule func(p *parser, name token) (Rule, error)
 
 // vocabulary has the rules of this package.
 var vocabulary = map[string]parseRule{
-	"unlimited":  plain(Unlimited),
-	"direct":     plain(Direct),
-	"incumbent":  plain(Incumbent),
-	"pinned":     plain(PinnedStreams),
-	"streams":    plain(MoreStreams),
-	"older":      plain(Older),
-	"younger":    plain(Younger),
-	"rtt":        plain(RTTBand),
-	"throughput": plain(ThroughputBand),
+	"unlimited": plain(Unlimited),
+	"direct":    plain(Direct),
+	"incumbent": plain(Incumbent),
+	"pinned":    plain(PinnedStreams),
+	"streams":   plain(MoreStreams),
+	"older":     plain(Older),
+	"younger":   plain(Younger),
+	"rtt":       plain(RTTBand),
 
 	"reach":     order(ReachOrder, Reach.String, Loopback, Private, Public, UnknownReach),
 	"transport": order(TransportOrder, Transport.String, QUIC, WebTransport, WebRTC, TCP, WebSocket, OtherTransport),

@@ -10,7 +10,7 @@ import (
 var parsed = []struct{ text, want string }{
 	{"default", Default().String()},
 	{"chain()", ""},
-	{"chain(unlimited, direct, incumbent, pinned, streams, older, younger, rtt, throughput)", ""},
+	{"chain(unlimited, direct, incumbent, pinned, streams, older, younger, rtt)", ""},
 	{"chain(reach, transport, ip, direction)",
 		"chain(reach(loopback, private, public), transport(quic, webtransport, webrtc, tcp, websocket), ip(v6, v4), direction(outbound, inbound))"},
 	{"chain(reach(unknown, public, private, loopback))", ""},
@@ -68,7 +68,7 @@ func TestParseMakesThePoliciesOfThisPackage(t *testing.T) {
 	}
 }
 
-const knownRules = "\nknown here: direct, direction, incumbent, ip, never, older, pinned, prefer, reach, rtt, streams, throughput, transport, unlimited, younger"
+const knownRules = "\nknown here: direct, direction, incumbent, ip, never, older, pinned, prefer, reach, rtt, streams, transport, unlimited, younger"
 
 var parseErrors = []struct{ text, want string }{
 	{"", `policy: column 1: expected a policy, found the end of the text
@@ -238,27 +238,27 @@ func TestParseErrorIsTheCallersOwn(t *testing.T) {
 }
 
 func TestParseRulesOfOnesOwn(t *testing.T) {
-	volume := Func("volume", byBytes)
+	labelled := Func("labelled", byLabelled)
 	price := ScoreFunc("price", func(c Candidate) float64 { return 1 })
-	plain := silent{volume} // a rule only
+	plain := silent{labelled} // a rule only
 	for _, tt := range []struct {
 		text  string
 		own   []Rule
 		want  string // "": as text
 		error string // its first line
 	}{
-		{"volume", []Rule{volume}, "", ""},
-		{"price", []Rule{volume, price}, "", ""},
-		{"chain(direct, volume, default)", []Rule{volume}, Chain(append([]Rule{Direct(), volume}, DefaultRules()...)...).String(), ""},
+		{"labelled", []Rule{labelled}, "", ""},
+		{"price", []Rule{labelled, price}, "", ""},
+		{"chain(direct, labelled, default)", []Rule{labelled}, Chain(append([]Rule{Direct(), labelled}, DefaultRules()...)...).String(), ""},
 		{"weighted(price*2, direct)", []Rule{price}, "weighted(price*2, direct*1)", ""},
-		{"chain(volume)", []Rule{plain}, "", ""},
-		{"volume", []Rule{plain}, "", `policy: column 1: "volume" is a rule, which a policy has in its parentheses: chain(volume)`},
-		{"volume", nil, "", `policy: column 1: there is no policy "volume"`},
-		{"chain(volum)", []Rule{volume}, "", `policy: column 7: there is no rule "volum"; did you mean "volume"?`},
-		{"chain(volume(1))", []Rule{volume}, "", `policy: column 13: rule "volume" has no arguments`},
-		{"weighted(direct, volume*2)", []Rule{volume}, "", `policy: column 18: rule "volume" has no score, which a rule of "weighted" needs`},
+		{"chain(labelled)", []Rule{plain}, "", ""},
+		{"labelled", []Rule{plain}, "", `policy: column 1: "labelled" is a rule, which a policy has in its parentheses: chain(labelled)`},
+		{"labelled", nil, "", `policy: column 1: there is no policy "labelled"`},
+		{"chain(labelle)", []Rule{labelled}, "", `policy: column 7: there is no rule "labelle"; did you mean "labelled"?`},
+		{"chain(labelled(1))", []Rule{labelled}, "", `policy: column 15: rule "labelled" has no arguments`},
+		{"weighted(direct, labelled*2)", []Rule{labelled}, "", `policy: column 18: rule "labelled" has no score, which a rule of "weighted" needs`},
 		{"default", []Rule{Direct()}, "", `policy: rule name "direct" already has a meaning`},
-		{"default", []Rule{volume, volume}, "", `policy: two rules of the name "volume"`},
+		{"default", []Rule{labelled, labelled}, "", `policy: two rules of the name "labelled"`},
 		{"default", []Rule{renamed{Direct(), "Two Words"}}, "", `policy: rule name "Two Words" is not one word of lower-case letters, digits, "-" and "_"`},
 	} {
 		t.Run(tt.text, func(t *testing.T) {
@@ -295,7 +295,7 @@ type renamed struct {
 func (r renamed) Name() string { return r.name }
 
 func TestDidYouMean(t *testing.T) {
-	known := []string{"direct", "direction", "older", "rtt", "throughput", "transport", "v4", "v6"}
+	known := []string{"direct", "direction", "older", "rtt", "transport", "incumbent", "v4", "v6"}
 	for word, want := range map[string]string{
 		"rtt":                      "rtt",
 		"RTT":                      "rtt",
@@ -309,7 +309,7 @@ func TestDidYouMean(t *testing.T) {
 		"directin":                 "direction",
 		"elder":                    "older",
 		"tranport":                 "transport",
-		"troughptu":                "throughput",
+		"icumbetn":                 "incumbent",
 		"trans":                    "transport",
 		"ipv6":                     "v6",
 		"4":                        "v4",

@@ -134,23 +134,6 @@ func TestRules(t *testing.T) {
 			Candidate{RTT: 35 * ms}, Candidate{RTT: 80 * ms, Incumbent: true}, "rule rtt: 35ms over 80ms (incumbent)"},
 		{"an incumbent of unknown RTT is last", RTTBand(),
 			Candidate{RTT: 80 * ms}, Candidate{Incumbent: true}, "rule rtt: 80ms over unknown"},
-
-		{"a higher throughput", ThroughputBand(),
-			Candidate{Throughput: 40e6}, Candidate{Throughput: 1500e3}, "rule throughput: 40 MB/s over 1.5 MB/s"},
-		{"the first band is all below 1 kB/s", ThroughputBand(),
-			Candidate{Throughput: 1000}, Candidate{Throughput: 999}, "rule throughput: 1 kB/s over 999 B/s"},
-		{"the second band ends at 2 kB/s", ThroughputBand(),
-			Candidate{Throughput: 2000}, Candidate{Throughput: 1999}, "rule throughput: 2 kB/s over 1.999 kB/s"},
-		{"the third band ends at 4 kB/s", ThroughputBand(),
-			Candidate{Throughput: 4000}, Candidate{Throughput: 3999}, "rule throughput: 4 kB/s over 3.999 kB/s"},
-		{"an unknown throughput is last", ThroughputBand(),
-			Candidate{Throughput: 1}, Candidate{}, "rule throughput: 1 B/s over unknown"},
-		{"the incumbent beats what carries a little more", ThroughputBand(),
-			Candidate{Throughput: 3e6, Incumbent: true}, Candidate{Throughput: 4e6}, "rule throughput: 3 MB/s (incumbent) over 4 MB/s"},
-		{"the incumbent yields to what carries much more", ThroughputBand(),
-			Candidate{Throughput: 12e6}, Candidate{Throughput: 3e6, Incumbent: true}, "rule throughput: 12 MB/s over 3 MB/s (incumbent)"},
-		{"an incumbent of unknown throughput is last", ThroughputBand(),
-			Candidate{Throughput: 1}, Candidate{Incumbent: true}, "rule throughput: 1 B/s over unknown"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := tt.rule.Compare(tt.better, tt.worse); got <= 0 {
@@ -190,10 +173,6 @@ func TestRulesThatDoNotTellApart(t *testing.T) {
 		{"there is no IPv5", IPVersionOrder(0, 4), Candidate{IPVersion: 5}, Candidate{}},
 		{"directions left out", DirectionOrder(network.DirInbound), Candidate{Direction: network.DirOutbound}, Candidate{}},
 		{"nor a third direction", DirectionOrder(network.DirUnknown), Candidate{Direction: 3}, Candidate{}},
-		{"throughputs within the first band", ThroughputBand(), Candidate{Throughput: 1}, Candidate{Throughput: 999}},
-		{"throughputs within a band", ThroughputBand(), Candidate{Throughput: 1024e3}, Candidate{Throughput: 2047e3}},
-		{"an incumbent of half the throughput", ThroughputBand(), Candidate{Throughput: 2e6, Incumbent: true}, Candidate{Throughput: 4e6}},
-		{"no throughput was measured", ThroughputBand(), Candidate{Incumbent: true}, Candidate{}},
 		{"one match or another", Never(OnInterface("eth0"), OnInterface("eth1")), Candidate{Interface: "eth0"}, Candidate{Interface: "eth1"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -233,49 +212,6 @@ func TestRTTNoiseDoesNotFlap(t *testing.T) {
 		low, high := Candidate{RTT: rtt * 8 / 10}, Candidate{RTT: rtt * 12 / 10, Incumbent: true}
 		if rule.Compare(low, high) > 0 {
 			t.Fatalf("path of %v: measured as %v, takes over from the incumbent measured as %v", rtt, low.RTT, high.RTT)
-		}
-	}
-}
-
-// What the doc comment of ThroughputBand promises.
-func TestThroughputTakesOverFromTheIncumbent(t *testing.T) {
-	rule := ThroughputBand()
-	for incumbent := uint64(100); incumbent < 1e10; incumbent += incumbent / 7 {
-		for challenger := uint64(100); challenger < 1e10; challenger += challenger / 9 {
-			takesOver := rule.Compare(Candidate{Throughput: challenger}, Candidate{Throughput: incumbent, Incumbent: true}) > 0
-			switch {
-			case takesOver && challenger <= 2*incumbent:
-				t.Fatalf("%v takes over from the incumbent's %v: not more than double", byteRate(challenger), byteRate(incumbent))
-			case takesOver && challenger < 2000:
-				t.Fatalf("%v takes over from the incumbent's %v, which tells nothing of the path", byteRate(challenger), byteRate(incumbent))
-			case !takesOver && challenger >= 4*incumbent && challenger >= 2000:
-				t.Fatalf("%v does not take over from the incumbent's %v: not less than four times", byteRate(challenger), byteRate(incumbent))
-			}
-		}
-	}
-}
-
-func TestThroughputNoiseDoesNotFlap(t *testing.T) {
-	// Two connections over one path, each measured anew a third too low or too
-	// high: whichever is the incumbent stays.
-	rule := ThroughputBand()
-	for throughput := uint64(3); throughput < 1e10; throughput += throughput / 3 {
-		low, high := Candidate{Throughput: throughput - throughput/3, Incumbent: true}, Candidate{Throughput: throughput + throughput/3}
-		if rule.Compare(high, low) > 0 {
-			t.Fatalf("path of %v: measured as %v, takes over from the incumbent measured as %v",
-				byteRate(throughput), byteRate(high.Throughput), byteRate(low.Throughput))
-		}
-	}
-}
-
-func TestByteRateString(t *testing.T) {
-	for rate, want := range map[byteRate]string{
-		0: "0 B/s", 999: "999 B/s", 1000: "1 kB/s", 1001: "1.001 kB/s", 1500: "1.5 kB/s", 999999: "999.999 kB/s",
-		1e6: "1 MB/s", 1000001: "1.000001 MB/s", 1234567890: "1.23456789 GB/s", 1e12: "1000 GB/s",
-		math.MaxUint64: "18446744073.709551615 GB/s",
-	} {
-		if got := rate.String(); got != want {
-			t.Errorf("%d B/s: %q, want %q", uint64(rate), got, want)
 		}
 	}
 }
@@ -325,13 +261,6 @@ func TestScores(t *testing.T) {
 		{RTTBand(), Candidate{RTT: 11 * time.Second}, 5},
 		{RTTBand(), Candidate{RTT: 11100 * ms}, 0},
 		{RTTBand(), Candidate{RTT: time.Hour}, 0},
-		{ThroughputBand(), Candidate{}, 0},
-		{ThroughputBand(), Candidate{Throughput: 999}, 0},
-		{ThroughputBand(), Candidate{Throughput: 999, Incumbent: true}, 5},
-		{ThroughputBand(), Candidate{Throughput: 1000}, 5},
-		{ThroughputBand(), Candidate{Throughput: 524e6}, 95},
-		{ThroughputBand(), Candidate{Throughput: 525e6}, 100},
-		{ThroughputBand(), Candidate{Throughput: math.MaxUint64, Incumbent: true}, 100},
 	} {
 		if got := tt.rule.Score(tt.candidate); got != tt.want {
 			t.Errorf("%v scores %v, want %v, for %+v", tt.rule, got, tt.want, tt.candidate)

@@ -5,20 +5,17 @@ package policy
 type Use struct {
 	// RTT is for Candidate.RTT, which takes round trips on every connection.
 	RTT bool
-	// Throughput is for Candidate.Throughput, which takes a count of bytes
-	// over time on every connection.
-	Throughput bool
 	// Interface is for Candidate.Interface, which takes a look at the host's
 	// network interfaces.
 	Interface bool
 }
 
 // Uses returns what p looks at. A chain or a weighted policy looks at what its
-// rules do: [RTTBand] at the RTT, [ThroughputBand] at the throughput, [Prefer]
-// and [Never] at the interface if they have an [OnInterface]. Of a policy or
-// rule made by [Func] or [ScoreFunc] it is what [WithUse] declared. A policy or
-// rule of any other type declares it with a method Uses() Use, and is taken to
-// look at none of this if it has no such method: nothing is measured unasked.
+// rules do: [RTTBand] at the RTT, [Prefer] and [Never] at the interface if they
+// have an [OnInterface]. Of a policy or rule made by [Func] or [ScoreFunc] it is
+// what [WithUse] declared. A policy or rule of any other type declares it with a
+// method Uses() Use, and is taken to look at none of this if it has no such
+// method: nothing is measured unasked.
 func Uses(p Policy) Use { return usesOf(p) }
 
 func usesOf(policyOrRule any) Use {
@@ -31,8 +28,7 @@ func usesOf(policyOrRule any) Use {
 // or returns what u or v looks at.
 func (u Use) or(v Use) Use {
 	return Use{
-		RTT:        u.RTT || v.RTT,
-		Throughput: u.Throughput || v.Throughput,
-		Interface:  u.Interface || v.Interface,
+		RTT:       u.RTT || v.RTT,
+		Interface: u.Interface || v.Interface,
 	}
 }
