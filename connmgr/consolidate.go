@@ -3,7 +3,6 @@ package connmgr
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
 	"time"
 
@@ -158,12 +157,11 @@ func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
 		v, plan, b := m.runRound(d, true)
 		m.mu.Lock()
 		came := !d.wanted.IsZero() // what the round has started may have an outcome already
-		waits := m.asking(d)
 		m.endRound(d, plan.next)
 		stir := d.stirred()
 		m.mu.Unlock()
 		m.wakeUp()
-		if !plan.decided && plan.err == nil && (came || waits) && ctx.Err() == nil {
+		if b == nil && plan.asks && plan.err == nil && ctx.Err() == nil {
 			if came {
 				continue
 			}
@@ -186,12 +184,6 @@ func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
 		report.Duration = time.Since(start)
 		return report, m.orClosed(errOf(ctx, plan))
 	}
-}
-
-// asking says whether a connection has yet to answer whether it works. It must be called
-// with mu held.
-func (m *Manager) asking(d *peerState) bool {
-	return slices.ContainsFunc(d.conns, func(cs *connState) bool { return cs.path.asking })
 }
 
 // orClosed returns ErrClosed in place of err if the manager being closed is what is

@@ -125,6 +125,9 @@ func (d *drain) answer(now time.Time, cfg *config, msg *pb.DrainMessage) {
 		if t.Busy.GetWait() == 0 { // the peer has a stream there, nobody knows for how long
 			wait = min(cfg.firstRetry<<min(d.asks, 16), cfg.interval)
 		}
+		if d.asks >= busyAsks {
+			wait = cfg.interval
+		}
 		d.phase, d.at, d.failures = drainBusy, d.sent, 0
 		d.until = now.Add(max(wait, minRoundGap))
 	case *pb.DrainMessage_Refused:

@@ -296,7 +296,9 @@ type fakeConn struct {
 	moved  traffic       // what labelled streams have carried
 
 	// The peer.
-	pings    int // that were answered
+	pings    int  // that were answered
+	resets   bool // pings, in place of an answer
+	asked    int  // pings that came, answered or not
 	refuses  string
 	unread   int                                             // streams that only the other end has
 	drains   int                                             // requests
@@ -428,6 +430,13 @@ func (c *fakeConn) timesAsked() int {
 	return c.drains
 }
 
+// timesAskedPath returns how often the manager has sent a ping.
+func (c *fakeConn) timesAskedPath() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.asked
+}
+
 // timesKept returns how often the manager has told the peer to keep c.
 func (c *fakeConn) timesKept() int {
 	c.mu.Lock()
@@ -497,8 +506,16 @@ func (c *fakeConn) serve(s *fakePipe) {
 	case err != nil:
 	case id == ping.ID:
 		c.mu.Lock()
-		c.pings++
+		c.asked++
+		resets := c.resets
+		if !resets {
+			c.pings++
+		}
 		c.mu.Unlock()
+		if resets {
+			_ = s.ResetWithError(network.StreamResourceLimitExceeded)
+			return
+		}
 		_, _ = io.Copy(s, s)
 	case id == identify.ID:
 		if identity == nil {

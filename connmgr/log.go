@@ -8,6 +8,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"go.uber.org/zap"
 
+	"github.com/go-portage/portage/internal/sampled"
 	"github.com/go-portage/portage/policy"
 )
 
@@ -30,16 +31,37 @@ func (m *Manager) logPolicy(d *peerState, by *ranker, err error) {
 }
 
 func (m *Manager) logSilent(p peer.ID, c ConnInfo, waited time.Duration) {
-	if ce := m.log.Check(zap.InfoLevel, ""); ce != nil {
-		ce.Message = fmt.Sprintf("peer %s: %s does not answer", shortID(p), c.Kind)
-		ce.Write(zap.Stringer("peer", p), zap.Stringer("connection", c), zap.Duration("waited", waited))
-	}
+	m.logSampled(&m.silences, p, func() (string, []zap.Field) {
+		return fmt.Sprintf("%s does not answer", c.Kind), []zap.Field{zap.Stringer("connection", c), zap.Duration("waited", waited)}
+	})
 }
 
-// logRefused is said once for each reason that the peer gives for a connection.
+// logRefused is said for a reason that the peer has not given for the connection before.
 func (m *Manager) logRefused(p peer.ID, loser ConnInfo, reason string) {
-	m.log.Info(fmt.Sprintf("peer %s: kept %s, the peer refused to let it go: %q", shortID(p), loser.Kind, reason),
-		zap.Stringer("peer", p), zap.Stringer("connection", loser), zap.String("reason", reason))
+	m.logSampled(&m.refusals, p, func() (string, []zap.Field) {
+		return fmt.Sprintf("kept %s, the peer refused to let it go: %q", loser.Kind, reason),
+			[]zap.Field{zap.Stringer("connection", loser), zap.String("reason", reason)}
+	})
+}
+
+// logSampled logs what a peer can have logged at a rate of its choice: one line in
+// sampleEvery, which says how many were left out before it.
+func (m *Manager) logSampled(of *sampled.Lines, p peer.ID, line func() (string, []zap.Field)) {
+	ce := m.log.Check(zap.InfoLevel, "")
+	if ce == nil {
+		return
+	}
+	left, logged := of.Take(p, time.Now())
+	if !logged {
+		return
+	}
+	what, fields := line()
+	ce.Message = fmt.Sprintf("peer %s: %s", shortID(p), what)
+	fields = append(fields, zap.Stringer("peer", p))
+	if left > 0 {
+		fields = append(fields, zap.Int("more_since_last", left))
+	}
+	ce.Write(fields...)
 }
 
 func (m *Manager) logTookOver(p peer.ID, waited time.Duration) {

@@ -19,6 +19,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/internal/punch"
+	"github.com/go-portage/portage/internal/sampled"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
@@ -58,6 +59,8 @@ type Manager struct {
 	usage      usage
 	young      young
 	upgrades   upgrades
+	silences   sampled.Lines // which lines about peers are logged; see logSampled
+	refusals   sampled.Lines
 	interfaces interfaces
 	ranking    atomic.Pointer[ranker]
 	probe      prober
@@ -132,6 +135,7 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 	m.greet = m.hello
 	m.log = m.history.beside(cfg.log)
 	m.totals.since = time.Now()
+	m.silences.Every, m.refusals.Every = sampleEvery, sampleEvery
 	m.ranking.Store(newRanker(cfg.policy))
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.watch = newWatcher(inner.Notifee(), m.wakeUp, func(c network.Conn) {

@@ -80,6 +80,13 @@ const (
 	// connection is kept. It begins as soon as it has been told.
 	theirsAfter = 3 * time.Second
 
+	// A peer that is asked for the so many-th time when it will have done with a connection
+	// is in no hurry, whatever it answers: from then on it is asked at each interval.
+	busyAsks = 8
+
+	// Of what a peer can have logged at a rate of its choice there is one line in this time.
+	sampleEvery = time.Minute
+
 	// The end of what the peer moves is told in the log once nothing has moved for this long.
 	byPeerPause = 250 * time.Millisecond
 

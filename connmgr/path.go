@@ -59,6 +59,7 @@ type path struct {
 	since  time.Time // alive: from when on every question was answered
 	asked  time.Time // last; zero: never
 	wide   bool      // it has carried what is larger than a packet
+	denied int       // how often in a row it was asked to, and has not
 	asking bool      // the answer is awaited
 	tries  int       // in a row without an answer
 }
@@ -85,6 +86,15 @@ func (p *path) miss(put bool) {
 		p.health = pathSilent
 	} else {
 		p.health = pathUnknown
+	}
+}
+
+// carried notes whether what was larger than a packet came back.
+func (p *path) carried(all bool) {
+	if all {
+		p.wide, p.denied = true, 0
+	} else {
+		p.denied++
 	}
 }
 
@@ -225,7 +235,6 @@ func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
 			cs.path.hear(start)
 			if out != nil && out.err == nil {
 				cs.pinged(out.took)
-				cs.path.wide = cs.path.wide || full && !greets
 			}
 		case late: // and no news
 		case out != nil:
@@ -234,6 +243,9 @@ func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
 			cs.path.miss(put.Load())
 		}
 		if out != nil {
+			if full && !greets {
+				cs.path.carried(out.err == nil)
+			}
 			cs.path.end()
 			cs.requests--
 		}

@@ -215,13 +215,13 @@ func (pl *planner) decide() {
 		pl.all(verdict{why: "kept: " + f.exempt, kept: f.exempt})
 		return
 	}
+	pl.askPaths()
 	if split {
 		pl.left = true
 		pl.state = "its connections lead to different processes that share its key, so that all are kept"
 		pl.all(verdict{why: "kept: the peer's connections lead to different processes", kept: "the peer's connections lead to different processes"})
 		return
 	}
-	pl.askPaths()
 	if !pl.elect() {
 		return
 	}
@@ -265,9 +265,9 @@ func (pl *planner) process() (split, off bool) {
 	if pl.f.manages != yes {
 		return false, false
 	}
-	serve, lack, instance := 0, 0, uint64(0)
+	serve, lack, dead, instance := 0, 0, 0, uint64(0)
 	for i := range pl.f.conns {
-		if of := pl.f.conns[i].instance; of != 0 {
+		if of := pl.f.conns[i].instance; of != 0 && !pl.dead(i) {
 			split = split || instance != 0 && instance != of
 			instance = of
 		}
@@ -277,6 +277,8 @@ func (pl *planner) process() (split, off bool) {
 	}
 	for i := range pl.f.conns {
 		switch c := &pl.f.conns[i]; {
+		case pl.dead(i):
+			dead++
 		case c.serves && c.lacks:
 			return false, true
 		case c.serves:
@@ -285,7 +287,13 @@ func (pl *planner) process() (split, off bool) {
 			lack++
 		}
 	}
-	return serve > 0 && lack > 0, lack == len(pl.f.conns)
+	return serve > 0 && lack > 0, lack > 0 && lack+dead == len(pl.f.conns)
+}
+
+// dead says whether a connection says nothing of who the peer is now: its process may have
+// started anew.
+func (pl *planner) dead(i int) bool {
+	return pl.f.conns[i].closing || pl.f.conns[i].path.health == pathSilent
 }
 
 func (pl *planner) all(v verdict) {
@@ -397,6 +405,8 @@ func (pl *planner) dueProbe(c *connFacts, newest time.Time) time.Time {
 		return f.now // not since the last one came
 	case p.health != pathAlive:
 		return p.asked.Add(reprobe(p.tries, pl.cfg.probeTime))
+	case pl.narrow(c) && p.denied > 0:
+		return p.asked.Add(reprobe(p.denied, pl.cfg.probeTime))
 	case pl.narrow(c):
 		return f.now
 	case f.now.Sub(c.used) < pl.cfg.interval:
@@ -614,7 +624,7 @@ func (pl *planner) vouched(best, order []*connFacts, newest time.Time) (*connFac
 			}
 			return c, ""
 		}
-		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(newest) || pl.narrow(c) && !c.path.asking {
+		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(newest) || pl.narrow(c) && !c.path.asking && c.path.denied == 0 {
 			pl.asks = true
 			return nil, "asking which connections work"
 		}

@@ -156,6 +156,6 @@ func (s *Stream) pay() bool {
 }
 
 func (s *Stream) warnUnaccounted(err error) {
-	s.host.unaccounted.warn(s.host.log, "resource manager refused a part of what a migrated stream holds; the stream goes on",
+	warn(&s.host.unaccounted, s.host.log, "resource manager refused a part of what a migrated stream holds; the stream goes on",
 		s.peer, err, zap.String("protocol", string(s.proto)))
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	msmux "github.com/multiformats/go-multistream"
 	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/internal/sampled"
 )
 
 // Host is a host whose streams can migrate. It is the wrapped host in everything but
@@ -34,9 +36,9 @@ type Host struct {
 	debts  debts
 
 	autonat     autoNAT
-	orphans     atomic.Int64 // streams that are kept for a Migrate that may come; see lost.go
-	violations  samples      // which lines about a peer are logged; see sampled.go
-	unaccounted samples
+	orphans     atomic.Int64  // streams that are kept for a Migrate that may come; see lost.go
+	violations  sampled.Lines // which lines about a peer are logged; see sampled.go
+	unaccounted sampled.Lines
 }
 
 var _ host.Host = (*Host)(nil)
@@ -65,7 +67,7 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 		cfg.negotiation = max(0, time.Duration(own.Int()))
 	}
 	mh := &Host{Host: h, cfg: cfg, log: cfg.log, labels: newLabels(h.ID())}
-	mh.violations.every, mh.unaccounted.every = sampleEvery, sampleEvery
+	mh.violations.Every, mh.unaccounted.Every = sampleEvery, sampleEvery
 	mh.ctx, mh.cancel = context.WithCancel(context.Background())
 	if !cfg.negotiates {
 		mh.own = own

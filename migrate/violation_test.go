@@ -56,7 +56,7 @@ func TestViolationOnOpening(t *testing.T) {
 		var told atomic.Int32
 		m.opts = append(m.opts, WithLogger(zap.New(core)), WithViolationObserver(func(peer.ID) { told.Add(1) }))
 		p := m.meet(t)
-		p.host.violations.every = 0
+		p.host.violations.Every = 0
 		s, old := p.hostAccepts()
 		mine, other := p.fresh(), p.fresh()
 		wrong := mine ^ 1

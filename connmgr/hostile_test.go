@@ -1,0 +1,164 @@
+package connmgr
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/pb"
+)
+
+// What a peer says may cost it little, and must not cost this side much more: neither
+// requests nor log lines come at a rate that the peer chooses.
+
+// A peer that has never done with a connection, and always says that it soon will have.
+func TestPeerThatIsAlwaysAlmostDone(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connect(quicAddr)
+		loser := w.connect(tcpAddr)
+		loser.set(func() {
+			loser.answer = func(*pb.DrainMessage) *pb.DrainMessage { return busyMessage(time.Millisecond) }
+		})
+		w.pass(time.Hour)
+		require.False(t, loser.IsClosed())
+		require.LessOrEqual(t, loser.timesAsked(), busyAsks+int(time.Hour/defaultInterval)+1)
+		require.GreaterOrEqual(t, loser.timesAsked(), int(time.Hour/defaultInterval)/2, "it is still asked")
+
+		loser.set(func() { loser.answer = nil })
+		w.pass(3 * defaultInterval)
+		require.True(t, loser.pruned())
+	})
+}
+
+// A peer that resets each ping is there, and has not shown that its newer connection
+// carries what is large. It is not asked all the time.
+func TestPeerThatResetsPings(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.net.identify(higher) // it runs no manager, so that it is asked with pings alone
+		older := w.connect(tcpAddr)
+		older.setPlain(1)
+		w.pass(time.Minute)
+		newer := w.connect(quicAddr)
+		newer.set(func() { newer.resets = true })
+		w.pass(10 * time.Minute)
+		require.False(t, older.IsClosed() || newer.IsClosed())
+		require.Less(t, newer.timesAskedPath(), 40, "less and less often")
+		require.Greater(t, newer.timesAskedPath(), 15)
+
+		newer.set(func() { newer.resets = false })
+		w.pass(2 * maxReprobe)
+		require.Equal(t, newer.id, w.steered(), "once it answers, it wins")
+	})
+}
+
+// Each answer comes after the time of a question is over: the path is silent and alive in
+// turn.
+func TestSlowPathIsToldOfOnceAMinute(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		slow, other := w.connect(quicAddr), w.connect(tcpAddr)
+		for _, c := range []*fakeConn{slow, other} {
+			c.setPlain(1)
+			c.set(func() { c.delay = defaultProbeTime + time.Second })
+		}
+		w.pass(time.Hour)
+		said := w.logs.FilterMessageSnippet("does not answer").Len()
+		require.Positive(t, said)
+		require.LessOrEqual(t, said, int(time.Hour/sampleEvery)+1, "of the peer, not of each connection")
+	})
+}
+
+// A peer that refuses for another reason each time.
+func TestChangingReasonsAreToldOfOnceAMinute(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithRetry(time.Second, time.Second))
+		w.connect(quicAddr)
+		losers := []*fakeConn{w.connect(tcpAddr), w.connect(strings.Replace(tcpAddr, "4001", "4002", 1))}
+		n := 0
+		for _, c := range losers {
+			c.set(func() {
+				c.answer = func(*pb.DrainMessage) *pb.DrainMessage {
+					n++
+					return refusedMessage(fmt.Sprint("reason ", n))
+				}
+			})
+		}
+		w.pass(time.Hour)
+		require.Greater(t, losers[0].timesAsked()+losers[1].timesAsked(), 1000)
+		said := w.logs.FilterMessageSnippet("refused to let it go").All()
+		require.NotEmpty(t, said)
+		require.LessOrEqual(t, len(said), int(time.Hour/sampleEvery)+1)
+		require.Contains(t, fmt.Sprint(said[len(said)-1].ContextMap()["more_since_last"]), "9", "and how many were left out")
+	})
+}
+
+// Whoever calls Consolidate does not wait for a connection that never answers.
+func TestConsolidateDoesNotWaitForWhatIsSilent(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		first, second := w.connectLimited(), w.connectLimited()
+		first.set(func() { first.silent = true })
+		second.open(1)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		start := time.Now()
+		report, err := w.m.Consolidate(ctx, higher)
+		require.NoError(t, err)
+		require.LessOrEqual(t, time.Since(start), lateFactor*defaultProbeTime)
+		require.Len(t, report.Losers, 2)
+		for _, l := range report.Losers {
+			require.Contains(t, l.Kept, "limits it")
+		}
+	})
+}
+
+// Where the winner has answered, but not just now, it is asked once more, and Consolidate
+// returns with the streams moved all the same.
+func TestConsolidateMovesAlsoAfterAWhile(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher, WithSettleDelay(time.Hour))
+		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+		w.pass(20 * time.Second)
+		tcp.open(3)
+		report, err := w.m.Consolidate(t.Context(), higher)
+		require.NoError(t, err)
+		require.Equal(t, quic.id, report.Winner.ID)
+		require.Equal(t, 3, report.Losers[0].Moved)
+		require.Equal(t, 3, quic.count())
+	})
+}
+
+// A peer's process has died without a word and started anew: its old connections are dead,
+// and say nothing of who it is now.
+func TestPeerThatStartsAnew(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+		quic.setPlain(1)
+		tcp.setPlain(1)
+		w.pass(time.Second)
+		w.pass(time.Minute)
+		for _, c := range []*fakeConn{quic, tcp} {
+			c.set(func() { c.silent = true })
+		}
+		again := w.connect(tcpAddr)
+		again.set(func() { again.instance = 2 })
+		w.pass(2 * defaultProbeTime)
+		require.Equal(t, again.id, w.steered(), "new streams go to the process that is there")
+		require.False(t, quic.IsClosed() || tcp.IsClosed())
+
+		for _, c := range []*fakeConn{quic, tcp} {
+			c.set(func() { c.silent = false })
+		}
+		w.pass(time.Minute)
+		require.Empty(t, w.steered(), "two processes after all")
+		require.Contains(t, w.m.Explain(higher).State, "different processes")
+		require.False(t, quic.IsClosed() || tcp.IsClosed() || again.IsClosed())
+	})
+}
