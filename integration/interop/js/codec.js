@@ -11,13 +11,14 @@ const types = {
   Migrate: { 1: ['id', 'uint64', 0n], 2: ['from', 'uint64', 0n], 100: ['final_size', 'bool'] },
   AckMigrate: { 1: ['deny_migrate', 'bool'], 100: ['final_size', 'bool'] },
   FinalSize: { 1: ['size', 'uint64', 0n] },
-  DrainMessage: { 1: ['drain', 'Drain'], 2: ['drained', 'Drained'], 3: ['refused', 'Refused'], 4: ['keep', 'Keep'], 5: ['kept', 'Kept'], 6: ['busy', 'Busy'] },
+  DrainMessage: { 1: ['drain', 'Drain'], 2: ['drained', 'Drained'], 3: ['refused', 'Refused'], 4: ['keep', 'Keep'], 5: ['kept', 'Kept'], 6: ['busy', 'Busy'], 7: ['hello', 'Hello'] },
   Drain: { 1: ['lease', 'uint32'] },
   Drained: {},
   Refused: { 1: ['reason', 'string'] },
   Keep: {},
   Kept: {},
-  Busy: { 1: ['wait', 'uint32'] }
+  Busy: { 1: ['wait', 'uint32'] },
+  Hello: { 1: ['instance', 'fixed64'] }
 }
 
 // A message that a peer must not send: W4.
@@ -53,14 +54,23 @@ export function parseVarint (bytes, at = 0) {
 export const concat = (...parts) => new Uint8ArrayList(...parts).subarray()
 const prefixed = body => concat(varint(body.byteLength), body)
 
+function fixed64 (value) {
+  const bytes = new Uint8Array(8)
+  new DataView(bytes.buffer).setBigUint64(0, value, true)
+  return bytes
+}
+
+const wireOf = kind => kind === 'fixed64' ? 1 : kind === 'string' || types[kind] ? 2 : 0
+
 function body (type, message) {
   const parts = []
   for (const [number, [name, kind, required]] of Object.entries(types[type])) {
     const value = message[name] ?? required
     if (value === undefined) continue
-    const wire = kind === 'string' || types[kind] ? 2 : 0
+    const wire = wireOf(kind)
     parts.push(varint(Number(number) << 3 | wire))
     if (kind === 'string') parts.push(prefixed(new TextEncoder().encode(value)))
+    else if (wire === 1) parts.push(fixed64(value))
     else if (wire === 2) parts.push(prefixed(body(kind, value)))
     else parts.push(varint(value))
   }
@@ -85,9 +95,10 @@ function parse (type, bytes, message = {}) {
     const field = readField(bytes, at)
     at = field.end
     const [name, kind] = types[type][field.number] ?? []
-    if (name === undefined || field.wire !== (kind === 'string' || types[kind] ? 2 : 0)) continue
+    if (name === undefined || field.wire !== wireOf(kind)) continue
     if (oneof) message = name in message ? message : {}
     if (kind === 'string') message[name] = new TextDecoder().decode(field.value)
+    else if (kind === 'fixed64') message[name] = new DataView(field.value.buffer, field.value.byteOffset, 8).getBigUint64(0, true)
     else if (kind === 'bool') message[name] = field.value !== 0n
     else if (kind === 'uint32') message[name] = Number(BigInt.asUintN(32, field.value))
     else message[name] = kind === 'uint64' ? field.value : parse(kind, field.value, message[name])

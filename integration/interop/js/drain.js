@@ -7,6 +7,7 @@ const LIMITS = { maxInboundStreams: 64, maxOutboundStreams: 64, runOnLimitedConn
 const PING = '/ipfs/ping/1.0.0'
 const REQUEST = 5000
 const SUPPLANTED = 0x1004 // a code of connections
+const INSTANCE = randomBytes(8).readBigUInt64LE() || 1n // which process this is
 const sleep = ms => new Promise(resolve => setTimeout(resolve, ms).unref())
 const exempt = stream => stream.protocol === PING || stream.protocol === DRAIN
 
@@ -59,8 +60,8 @@ export class Drainer {
   async serve (stream, conn) {
     const raw = new Raw(stream, conn)
     try {
-      const { drain } = await raw.readMessage('DrainMessage', 'drain', 'keep')
-      raw.sendMessage('DrainMessage', drain ? this.answerDrain(conn, drain) : this.answerKeep(conn))
+      const { drain, keep } = await raw.readMessage('DrainMessage', 'drain', 'keep', 'hello')
+      raw.sendMessage('DrainMessage', drain ? this.answerDrain(conn, drain) : keep ? this.answerKeep(conn) : { hello: { instance: INSTANCE } })
       raw.letGo()
     } catch (err) { raw.abort(err.code, err.message) }
   }
@@ -109,7 +110,7 @@ export class Drainer {
     try {
       raw.sendMessage('DrainMessage', message)
       raw.closeWrite()
-      const answer = await raw.readMessage('DrainMessage', ...(message.keep ? ['kept', 'refused'] : ['drained', 'busy', 'refused']))
+      const answer = await raw.readMessage('DrainMessage', ...(message.hello ? ['hello'] : message.keep ? ['kept', 'refused'] : ['drained', 'busy', 'refused']))
       raw.letGo()
       if (answer.busy) this.busy++
       return answer
@@ -117,6 +118,16 @@ export class Drainer {
       raw.abort(err.code, err.message)
       throw err
     } finally { clearTimeout(timer) }
+  }
+
+  // oneProcess tells whether connections lead to one process, as far as they say.
+  async oneProcess (conns) {
+    const instances = await Promise.all(conns.map(async c => {
+      if (!(await this.peer.identified(c).catch(() => new Set())).has(DRAIN)) return 'none'
+      const { hello } = await this.request(c, { hello: { instance: INSTANCE } }).catch(() => ({}))
+      return hello?.instance || undefined
+    }))
+    return new Set(instances.filter(i => i !== undefined)).size <= 1
   }
 
   async answersPing (conn) {
@@ -160,6 +171,7 @@ export class Drainer {
 
   async round (remote, [kept, ...losers]) {
     const key = remote.toString()
+    if (!await this.oneProcess([kept, ...losers])) return
     const answer = await this.request(kept, { keep: {} }).catch(err => ({ refused: { reason: err.message } }))
     this.log?.(`keep: ${Object.keys(answer)} ${answer.refused?.reason ?? ''}`)
     if (answer.refused) return
