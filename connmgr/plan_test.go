@@ -259,6 +259,46 @@ func TestPlan(t *testing.T) {
 		{name: "the winner has no room", facts: between(tcpConn(carries(100, 0)), quicConn(room(0))),
 			want: want{winner: "quic", moves: map[string]moves{"tcp": moveOwn}, why: map[string]string{"tcp": "room"}}},
 
+		// Who decides.
+		{name: "a follower without the peer's word tells what it waits for", facts: between(tcpConn(carries(2, 1)), quicConn()).with(follower),
+			want: want{why: map[string]string{"tcp": "3 streams, which move when the peer says where to"}}},
+		{name: "a follower looks again when it may take over", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover - time.Second) }),
+			want: want{state: "following, takes over in 1 s", next: time.Second}},
+		{name: "a peer without a manager is decided for, whatever its ID", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute), same(sameYes))).with(plainPeer).with(follower),
+			want: want{fates: fates{"tcp": fateClose}}},
+		{name: "a bare manager leaves it to a peer that runs one", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour))).with(bareManager).with(func(f *facts) { f.manages = yes }),
+			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "the peer decides"}}},
+		{name: "and to a lower one that may be bare, too", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour))).with(bareManager).with(follower),
+			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "the peer decides"}}},
+		{name: "after a takeover it goes on closing, and moves nothing before the next one", facts: between(tcpConn(opened(time.Hour), quietFor(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(time.Hour))).with(follower).with(func(f *facts) { f.takeover.times = 1 }),
+			want: want{state: "taken over", tell: isNotSo, fates: fates{"tcp": fateClose}}},
+		{name: "so it does after Consolidate", facts: between(tcpConn(opened(time.Hour), quietFor(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(time.Hour))).with(follower).with(func(f *facts) { f.takeover.forced = true }),
+			want: want{tell: isNotSo, fates: fates{"tcp": fateClose}}},
+		{name: "Consolidate does not wait for the one that decides", facts: between(limitedConn(carries(1, 1)), quicConn(opened(time.Millisecond))).with(settling(time.Millisecond)).with(follower).with(func(f *facts) { f.forced = true }),
+			want: want{winner: "quic", tell: isSo, moves: map[string]moves{"limited": moveAll}}},
+		{name: "nor for a winner to prove itself", facts: between(relayConn(opened(time.Hour), carries(1, 0)), quicConn(opened(time.Second))).with(func(f *facts) { f.forced, f.deaths = true, map[pathKind]int{{udp: true}: 3} }),
+			want: want{winner: "quic", moves: map[string]moves{"relay": moveOwn}}},
+
+		// What is known of processes.
+		{name: "a connection that does not answer says nothing of who the peer is now", facts: between(tcpConn(silent, func(c *connFacts) { c.instance = 1 }), quicConn(opened(5*time.Second), func(c *connFacts) { c.instance = 2 })),
+			want: want{winner: "quic", steer: isSo}},
+		{name: "nor one that is being closed", facts: between(tcpConn(lacks, func(c *connFacts) { c.closing = true }), quicConn(serves)),
+			want: want{winner: "quic", fates: fates{"tcp": fateKeep}, why: map[string]string{"tcp": "being closed"}}},
+		{name: "two processes are asked all the same whether they are there", facts: between(quicConn(notAsked, func(c *connFacts) { c.instance = 1 }), tcpConn(notAsked, func(c *connFacts) { c.instance = 2 })),
+			want: want{winner: "-", probes: []string{"quic", "tcp"}}},
+		{name: "one process", facts: between(quicConn(func(c *connFacts) { c.instance = 1 }), tcpConn(func(c *connFacts) { c.instance = 1 }), aConn("third", "/ip4/9.9.9.9/tcp/1")),
+			want: want{winner: "quic"}},
+
+		// When paths are asked again.
+		{name: "a large question that was not answered is not put all the time", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow, func(c *connFacts) { c.path.denied, c.path.asked = 1, ago(time.Second) })),
+			want: want{winner: "-", steer: isSo, probes: []string{}, next: lateFactor*defaultProbeTime - time.Second}},
+		{name: "but again", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow, func(c *connFacts) { c.path.denied, c.path.asked = 1, ago(lateFactor*defaultProbeTime) })),
+			want: want{winner: "-", probes: []string{"quic"}}},
+		{name: "what is silent is asked again after twice the time", facts: between(quicConn(silent), tcpConn(opened(5*time.Second))),
+			want: want{probes: []string{}, next: lateFactor*defaultProbeTime - 3*time.Second}},
+		{name: "what is being asked is not asked once more", facts: between(quicConn(asking), tcpConn()), want: want{probes: []string{}}},
+		{name: "nor what is being closed", facts: between(quicConn(), tcpConn(notAsked, func(c *connFacts) { c.closing = true })), want: want{winner: "quic", probes: []string{}}},
+
 		// Limited connections.
 		{name: "no stream goes from an unlimited to a limited one, whatever the policy says", facts: between(quicConn(carries(1, 1)), limitedConn()),
 			rank: func(cs []policy.Candidate) (policy.Ranking, error) {
@@ -276,7 +316,23 @@ func TestPlan(t *testing.T) {
 		{name: "nothing is steered to a limited one beside an unlimited one", facts: between(quicConn(silent), limitedConn(opened(time.Second))),
 			want: want{steer: isNotSo, winner: "limited"}},
 
+		{name: "an unlimited one that is being closed does not count for steering", facts: between(limitedConn(), quicConn(func(c *connFacts) { c.closing = true })),
+			want: want{steer: isNotSo}},
+		{name: "what has moved from a limited one is not closed for another", facts: between(limitedConn(drains(drainConfirmed, 0), func(c *connFacts) { c.ends = in(5 * time.Second) }), aConn("other", relayAddr, limited)),
+			want: want{winner: "other", fates: fates{"limited": fateWait}, why: map[string]string{"limited": "about to cut it"}}},
+		{name: "limited ones are looked at before the first ends", facts: between(limitedConn(func(c *connFacts) { c.ends = in(endingSoon + 2*time.Second) }), aConn("other", relayAddr, limited)),
+			want: want{winner: "-", next: 2 * time.Second}},
+
 		// Pruning, where the peer is asked.
+		{name: "a peer that did not answer is asked again when it is time", facts: between(quicConn(), limitedConn(drains(drainFailed, time.Second))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "not before", facts: between(quicConn(), limitedConn(drains(drainFailed, time.Second), func(c *connFacts) { c.drain.until = in(time.Second) })),
+			want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "did not answer, it is asked again in 1 s"}, next: time.Second}},
+		{name: "a refusal ends", facts: between(quicConn(), limitedConn(drains(drainRefused, time.Second))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "an agreement is renewed", facts: between(quicConn(), limitedConn(pins(1), drains(drainAgreed, shortLease/3))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "also once it is confirmed", facts: between(quicConn(), limitedConn(pins(1), drains(drainConfirmed, shortLease/3))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "a migration that has not returned keeps it", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 0), func(c *connFacts) { c.moving = 1 })), want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "1 stream moving"}}},
+		{name: "streams that failed are tried again", facts: between(quicConn(), limitedConn(pins(1), func(c *connFacts) { c.retries, c.retryAt = 1, in(700*time.Millisecond) })),
+			want: want{state: "1 stream failed to move, next attempt in 700 ms", why: map[string]string{"limited": "1 stream failed to move, next attempt in 700 ms"}, next: 700 * time.Millisecond}},
 		{name: "the peer is asked at once", facts: between(quicConn(), limitedConn(pins(1))), want: want{fates: fates{"limited": fateAsk}}},
 		{name: "and again when both are quiet", facts: between(quicConn(), limitedConn(drains(drainBusy, 5*time.Second))), want: want{fates: fates{"limited": fateAsk}}},
 		{name: "not while there is a stream here", facts: between(quicConn(), limitedConn(pins(1), drains(drainBusy, 5*time.Second))), want: want{fates: fates{"limited": fateWait}}},
