@@ -310,5 +310,5 @@ func (h hostMover) Streams(c network.Conn) []network.Stream {
 
 func (h hostMover) Traffic(c network.Conn) traffic {
 	t := h.Host.Traffic(c)
-	return traffic{received: t.Received, sent: t.Sent, blocked: t.Blocked}
+	return traffic{received: t.Received, sent: t.Sent, blocked: t.Blocked, of: t.Of}
 }

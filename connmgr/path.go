@@ -113,14 +113,15 @@ type traffic struct {
 	received uint64 // by labelled streams, in bytes
 	sent     uint64 // of labelled streams, in bytes that the transport has taken
 	blocked  bool   // a Write of a labelled stream waits for the transport
+	of       uint64 // which streams these are: a checksum
 }
 
 // heard says whether what came between two looks shows that the path works: anything that
 // was received, or that a Write went on that had been blocked, since only the other end
-// makes room.
+// makes room. What another stream has sent meanwhile shows nothing.
 func (before traffic) heard(after traffic) bool {
 	return after.packets > before.packets || after.received > before.received ||
-		before.blocked && after.sent > before.sent
+		before.blocked && after.of == before.of && after.sent > before.sent
 }
 
 func (m *Manager) trafficOn(mv mover, c network.Conn) traffic {

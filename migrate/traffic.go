@@ -9,6 +9,7 @@ type Traffic struct {
 	Received uint64 // application bytes that have been read from the connection
 	Sent     uint64 // application bytes that the connection has taken
 	Blocked  bool   // a Write is inside the connection's stream at this moment
+	Of       uint64 // a checksum of the streams that are counted: the same for the same streams
 }
 
 // Traffic returns what the labelled streams whose underlying stream is on c have carried
@@ -16,6 +17,7 @@ type Traffic struct {
 func (h *Host) Traffic(c network.Conn) Traffic {
 	var t Traffic
 	for _, s := range h.Streams(c) {
+		t.Of += 1 + s.Label()<<8
 		s.send.mu.Lock()
 		if s.send.cur.Conn() == c {
 			t.Sent += s.send.written
