@@ -131,42 +131,39 @@ func TestUpgradeIsAskedForAgain(t *testing.T) {
 // Where no stream is, one that is wanted is asked for less often, and one that is not not at
 // all.
 func TestUpgradeOfIdlePeers(t *testing.T) {
-	attempts := func(t *testing.T, prepare func(w *world, relay *fakeConn)) []time.Duration {
-		w := newWorld(t, higher)
-		f := w.punches()
-		start := time.Now()
-		prepare(w, w.relayedIn())
-		w.pass(time.Hour)
-		return f.since(higher, start)
-	}
 	for name, test := range map[string]struct {
-		prepare  func(w *world, relay *fakeConn)
+		inner    wanting
+		then     func(w *world, relay *fakeConn)
 		from, to int // attempts in an hour
 	}{
-		"unwanted":  {func(*world, *fakeConn) {}, 0, 0},
-		"protected": {func(w *world, _ *fakeConn) { w.m.inner.(*wanting).protected = true }, 13, 22},
-		"tagged":    {func(w *world, _ *fakeConn) { w.m.inner.(*wanting).tag = 1 }, 13, 22},
-		"used for ten minutes after a short stream": {func(w *world, relay *fakeConn) {
+		"unwanted":  {wanting{}, func(*world, *fakeConn) {}, 0, 0},
+		"protected": {wanting{protected: true}, func(*world, *fakeConn) {}, 13, 22},
+		"tagged":    {wanting{tag: 1}, func(*world, *fakeConn) {}, 13, 22},
+		"used for ten minutes after a short stream": {wanting{}, func(w *world, relay *fakeConn) {
 			w.m.began(relay, "/test/short/1.0.0", network.DirInbound)
 		}, 4, 9},
-		"not by the manager's own streams": {func(w *world, relay *fakeConn) {
+		"not by the manager's own streams": {wanting{}, func(w *world, relay *fakeConn) {
 			for _, id := range []protocol.ID{DrainID, "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0"} {
 				w.m.began(relay, id, network.DirInbound)
 			}
 		}, 0, 0},
-		"dialled from here": {func(w *world, relay *fakeConn) {
+		"dialled from here": {wanting{}, func(w *world, relay *fakeConn) {
 			relay.Close()
 			w.connectLimited().open(1)
 		}, 0, 0},
-		"with a direct connection": {func(w *world, _ *fakeConn) { w.connect(quicAddr).open(1) }, 0, 0},
+		"with a direct connection": {wanting{}, func(w *world, _ *fakeConn) { w.connect(quicAddr).open(1) }, 0, 0},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
-				times := attempts(t, func(w *world, relay *fakeConn) {
-					w.m.inner = &wanting{}
-					w.pass(time.Millisecond)
-					test.prepare(w, relay)
-				})
+				w := newWorld(t, higher)
+				f := w.punches()
+				w.m.inner = &test.inner
+				start := time.Now()
+				relay := w.relayedIn()
+				w.pass(time.Millisecond) // in which it is noticed
+				test.then(w, relay)
+				w.pass(time.Hour)
+				times := f.since(higher, start)
 				require.GreaterOrEqual(t, len(times), test.from, "%v", times)
 				require.LessOrEqual(t, len(times), test.to, "%v", times)
 				for i := 1; i < len(times); i++ {
