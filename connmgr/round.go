@@ -119,7 +119,7 @@ func (m *Manager) remember(d *peerState, v *view) (gone []byPeerLine) {
 // called with mu held.
 func (m *Manager) lost(d *peerState, cs *connState, now time.Time) []byPeerLine {
 	agreed := now.Before(cs.pledged) && !cs.closing && cs.drained.After(cs.lastUse())
-	if cs == d.winner && !cs.closing && !cs.died {
+	if cs == d.winner && !cs.closing && !cs.died && !agreed {
 		m.young.died(d.peer, cs, now)
 	}
 	b := cs.byPeer

@@ -95,6 +95,7 @@ func (m *Manager) admit(e event) {
 	d = m.entry(e.peer)
 	now := time.Now()
 	if e.opened {
+		m.young.resume(e.peer)
 		d.came = now
 		if d.firstOf.IsZero() {
 			d.firstOf = now

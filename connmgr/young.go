@@ -117,6 +117,22 @@ func (y *young) watch(cs *connState, now time.Time) {
 	y.count.Store(int32(len(y.fresh)))
 }
 
+// resume forgets the winners of p: a second connection has come, and from here on peerState
+// knows of them. One that is closed for a better one has not died.
+func (y *young) resume(p peer.ID) {
+	if y.count.Load() == 0 {
+		return
+	}
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	for c := range y.fresh {
+		if c.RemotePeer() == p {
+			delete(y.fresh, c)
+		}
+	}
+	y.count.Store(int32(len(y.fresh)))
+}
+
 // disconnected is told of each connection that is gone.
 func (y *young) disconnected(c network.Conn) {
 	if y.count.Load() == 0 {

@@ -93,6 +93,21 @@ func TestOnlyConnectionThatDiesYoung(t *testing.T) {
 	})
 }
 
+// A winner that is closed for a better one while it is young has not died.
+func TestSupplantedWhileYoung(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		relay, tcp := w.connectLimited(), w.connect(tcpAddr)
+		w.pass(4 * time.Second)
+		require.True(t, relay.pruned())
+		require.Empty(t, w.m.peers, "only one is left")
+		w.connect(quicAddr)
+		w.pass(10 * time.Second)
+		require.True(t, tcp.pruned())
+		require.Empty(t, w.m.young.of(higher, time.Now()))
+	})
+}
+
 // What the peer does is told here, too.
 func TestFollowerTellsWhatThePeerDoes(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
