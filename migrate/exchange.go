@@ -161,6 +161,9 @@ func (x *exchange) end(how ending) {
 		} else if s.scope != nil && s.scope.own == nil {
 			s.scope.unpaid = nil
 		}
+		if s.scope != nil && s.scope.spare() {
+			s.scope = nil
+		}
 	}
 	s.giveTurn()
 	if how == stays && s.ex == nil {

@@ -120,7 +120,7 @@ func (h *receiveHalf) handover(next *source, g goal, in memory) {
 	if h.state == receiveFailed {
 		return
 	}
-	if h.budget == nil {
+	if h.budget.empty() { // nor may it be in a scope that the stream has no more
 		h.budget = &span{parent: in}
 		_ = h.budget.reserve(h.cur.got.len) // a little that came with the opening
 	}
@@ -239,7 +239,7 @@ func (h *receiveHalf) pump(ho *handover, src *source, lacks *pumped, bound int) 
 	// A Read brings a packet, and the resource manager has one lock for the whole host: what
 	// is reserved serves many Reads.
 	held := 0 // is reserved, and not read yet
-	release := func() { h.budget.release(held); held = 0 }
+	release := func() { h.unreserve(held); held = 0 }
 	defer release()
 	pause := func(why pumped, until time.Time) {
 		release()

@@ -49,7 +49,7 @@ type receiveHalf struct {
 	draft    draftReading
 	cur      *source
 	moving   *handover // of receiveHandover
-	budget   *span     // what sources have got is reserved in it; nil before the first handover
+	budget   *span     // what sources have got is reserved in it; nil where no handover has left any
 	deadline time.Time
 	err      error // of receiveBroken and receiveFailed
 }
@@ -87,7 +87,7 @@ func (h *receiveHalf) readSlowly(p []byte) (int, error) {
 			continue
 		case cur.got.len != 0:
 			n := cur.got.take(p)
-			h.budget.release(n)
+			h.unreserve(n)
 			h.changed.broadcast()
 			return n, nil
 		case h.given:
@@ -260,6 +260,7 @@ func (h *receiveHalf) switchOver() {
 	if h.cur.reader != byPump {
 		h.applyDeadline()
 	}
+	h.unreserve(0)
 	h.changed.broadcast()
 }
 
@@ -297,8 +298,17 @@ func (h *receiveHalf) failLocked(err error) {
 
 // drop frees what was read of src for an application that will not read it. mu must be held.
 func (h *receiveHalf) drop(src *source) {
-	h.budget.release(src.got.len)
+	h.unreserve(src.got.len)
 	src.got = chunks{}
+}
+
+// unreserve gives back n bytes of the budget, and the budget where nobody will use it. mu
+// must be held.
+func (h *receiveHalf) unreserve(n int) {
+	h.budget.release(n)
+	if h.moving == nil && h.budget.empty() {
+		h.budget = nil
+	}
 }
 
 func (h *receiveHalf) dropAll() {

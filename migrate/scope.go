@@ -19,6 +19,7 @@ type scope struct {
 	charged  int                 // how many of them cur knows of: all, or none where it refused them
 
 	// Guarded by the stream's mu.
+	asked  bool                          // the application has it
 	own    network.StreamManagementScope // cur, where it is the stream's own: see serve.go
 	unpaid interface {                   // cur or its stream, where it is not charged to the protocol
 		SetProtocol(protocol.ID) error
@@ -93,6 +94,14 @@ func (c *scope) adopt(own network.StreamManagementScope) error {
 		c.serves = own
 	}
 	return nil
+}
+
+// spare says whether another one that stands on cur would be the same. The stream's mu must
+// be held.
+func (c *scope) spare() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return !c.asked && c.own == nil && c.unpaid == nil && c.service == "" && c.reserved == 0
 }
 
 // attached sets what could not be set before cur was attached to its protocol. It does
@@ -207,6 +216,16 @@ func (s *span) reserve(size int) error {
 		return nil
 	}
 	return s.ReserveMemory(size, network.ReservationPriorityHigh)
+}
+
+// empty says whether nothing is reserved.
+func (s *span) empty() bool {
+	if s == nil {
+		return true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.size == 0
 }
 
 func (s *span) release(size int) {

@@ -28,12 +28,12 @@ type Stream struct {
 	opening openingState
 
 	mu         sync.Mutex // guards all below; taken before the halves'
-	scope      *scope     // nil until somebody asks for it
-	ex         *exchange  // the migration under way, or nil
-	waiting    []*waiter  // the peer's, which come when it has ended, before any of ours
-	id         string     // set before the first migration
+	migrations uint32
+	scope      *scope    // nil as long as nobody has asked for it and no exchange needs it
+	ex         *exchange // the migration under way, or nil
+	waiting    []*waiter // the peer's, which come when it has ended, before any of ours
+	id         string    // set before the first migration
 	label      uint64
-	migrations int
 	counted    chan struct{} // closed when the accepting goroutine may return; nil: it may, see serve.go
 	serving    bool          // the application's handler runs
 	denied     bool          // M3
@@ -124,7 +124,7 @@ func (s *Stream) Label() uint64 {
 func (s *Stream) Migrations() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.migrations
+	return int(s.migrations)
 }
 
 // Read implements network.MuxedStream.
@@ -334,7 +334,9 @@ func (s *Stream) Stat() network.Stats {
 func (s *Stream) Scope() network.StreamScope {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.scopeLocked()
+	sc := s.scopeLocked()
+	sc.asked = true
+	return sc
 }
 
 func (s *Stream) scopeLocked() *scope {
