@@ -140,7 +140,9 @@ func newManager(inner connmgr.ConnManager, cfg config) *Manager {
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	m.watch = newWatcher(inner.Notifee(), m.wakeUp, func(c network.Conn) {
 		m.young.disconnected(c)
-		m.upgrades.disconnected(c)
+		if m.upgrades.disconnected(c) {
+			m.wakeUp()
+		}
 	})
 	return m
 }

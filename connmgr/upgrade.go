@@ -142,16 +142,18 @@ func (u *upgrades) note(c network.Conn) {
 }
 
 // disconnected is told of each connection that is gone: if it was the last one of its peer,
-// nothing else tells.
-func (u *upgrades) disconnected(c network.Conn) {
+// nothing else tells. It says whether there is something to look at.
+func (u *upgrades) disconnected(c network.Conn) bool {
 	if u.count.Load() == 0 {
-		return
+		return false
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if e := u.peers[c.RemotePeer()]; e != nil {
+	e := u.peers[c.RemotePeer()]
+	if e != nil {
 		u.due(e, time.Now())
 	}
+	return e != nil
 }
 
 // changed notes that an attempt may succeed now that would have failed before: at p, or if
