@@ -77,7 +77,7 @@ func TestExplain(t *testing.T) {
 			require.False(t, e.Controller)
 			require.Equal(t, "the peer has the lower peer ID", e.Reason)
 			require.Equal(t, "following, takes over in 7 s if nothing happens", e.State)
-			require.Equal(t, "kept until 2 streams that cannot move have ended", e.Conns[1].State)
+			require.Equal(t, "1 stream to move, once the peer says where to", e.Conns[1].State)
 			w.pass(time.Minute)
 			require.Equal(t, "taken over, since the peer did nothing", line(w))
 		})

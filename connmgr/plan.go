@@ -795,7 +795,7 @@ func (pl *planner) judge(l, w *connFacts) verdict {
 	if !pl.role.prunes {
 		v.why = cmp.Or(v.why, pl.busyWith(l), "the peer decides")
 		if left := l.own + l.theirs; left > 0 && l.moving == 0 && pl.manages == yes {
-			v.why = streams(left) + ", which move when the peer says where to"
+			v.why = streams(left) + " to move, once the peer says where to"
 		}
 		return v
 	}

@@ -261,7 +261,7 @@ func TestPlan(t *testing.T) {
 
 		// Who decides.
 		{name: "a follower without the peer's word tells what it waits for", facts: between(tcpConn(carries(2, 1)), quicConn()).with(follower),
-			want: want{why: map[string]string{"tcp": "3 streams, which move when the peer says where to"}}},
+			want: want{why: map[string]string{"tcp": "3 streams to move, once the peer says where to"}}},
 		{name: "a follower looks again when it may take over", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover - time.Second) }),
 			want: want{state: "following, takes over in 1 s", next: time.Second}},
 		{name: "a peer without a manager is decided for, whatever its ID", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute), same(sameYes))).with(plainPeer).with(follower),
