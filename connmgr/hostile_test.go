@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -80,12 +81,11 @@ func TestChangingReasonsAreToldOfOnceAMinute(t *testing.T) {
 		w := newWorld(t, higher, WithRetry(time.Second, time.Second))
 		w.connect(quicAddr)
 		losers := []*fakeConn{w.connect(tcpAddr), w.connect(strings.Replace(tcpAddr, "4001", "4002", 1))}
-		n := 0
+		var n atomic.Int32
 		for _, c := range losers {
 			c.set(func() {
 				c.answer = func(*pb.DrainMessage) *pb.DrainMessage {
-					n++
-					return refusedMessage(fmt.Sprint("reason ", n))
+					return refusedMessage(fmt.Sprint("reason ", n.Add(1)))
 				}
 			})
 		}

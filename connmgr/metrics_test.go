@@ -2,6 +2,7 @@ package connmgr
 
 import (
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -81,6 +82,18 @@ func (t *tally) ConnectionPruned(by, rule string, waited time.Duration) {
 	})
 }
 
+// now returns what is measured of all peers.
+func (t *tally) now() (peers PeerMetrics) {
+	t.do(func() { peers = t.peers })
+	return peers
+}
+
+// pinnedNow returns the protocols of what cannot move.
+func (t *tally) pinnedNow() (pinned map[protocol.ID]int) {
+	t.do(func() { pinned = maps.Clone(t.pinned) })
+	return pinned
+}
+
 func (t *tally) has(what string) (n int) {
 	t.do(func() { n = t.counts[what] })
 	return n
@@ -103,13 +116,13 @@ func TestMetricsOfAPeer(t *testing.T) {
 			return nil
 		})
 		w.pass(time.Minute)
-		require.Zero(t, mt.peers, "a peer with one connection is not measured")
+		require.Zero(t, mt.now(), "a peer with one connection is not measured")
 		w.connect(quicAddr)
 		w.pass(fastSettle + 50*time.Millisecond)
-		require.Equal(t, 3, mt.peers.Moving)
+		require.Equal(t, 3, mt.now().Moving)
 		w.pass(10 * time.Second)
-		require.Equal(t, PeerMetrics{Duplicates: 1, Surplus: 1, Alive: 2, Pinned: 3, Waiting: 1, Draining: 1}, mt.peers)
-		require.Equal(t, map[protocol.ID]int{"/test/labelled/1.0.0": 1, "/test/plain/1.0.0": 2}, mt.pinned)
+		require.Equal(t, PeerMetrics{Duplicates: 1, Surplus: 1, Alive: 2, Pinned: 3, Waiting: 1, Draining: 1}, mt.now())
+		require.Equal(t, map[protocol.ID]int{"/test/labelled/1.0.0": 1, "/test/plain/1.0.0": 2}, mt.pinnedNow())
 		require.Positive(t, mt.has("round moved"))
 		require.Zero(t, mt.has("round pruned"))
 
@@ -122,8 +135,8 @@ func TestMetricsOfAPeer(t *testing.T) {
 		require.Equal(t, 1, mt.has("round pruned"))
 		require.Positive(t, mt.has("drain "+DrainDrained))
 		require.Greater(t, mt.waited[0], 10*time.Second, "the drain's time includes that of the pinned streams")
-		require.Zero(t, mt.peers, "and nothing is left of the peer")
-		require.Empty(t, mt.pinned)
+		require.Zero(t, mt.now(), "and nothing is left of the peer")
+		require.Empty(t, mt.pinnedNow())
 	})
 }
 
@@ -134,11 +147,11 @@ func TestMetricsOfAManagerThatIsClosed(t *testing.T) {
 		w.connect(tcpAddr).setPlain(1)
 		w.connect(quicAddr)
 		w.pass(5 * time.Second)
-		require.Equal(t, 1, mt.peers.Pinned)
+		require.Equal(t, 1, mt.now().Pinned)
 		require.NoError(t, w.m.Close())
 		w.pass(time.Minute)
-		require.Zero(t, mt.peers, "gauges do not outlive what they are of")
-		require.Empty(t, mt.pinned)
+		require.Zero(t, mt.now(), "gauges do not outlive what they are of")
+		require.Empty(t, mt.pinnedNow())
 	})
 }
 
