@@ -26,11 +26,11 @@ import (
 // peer, unless the credit that it has given is used up (256 streams on QUIC, 256 that it
 // has not acknowledged on yamux) or so much is being sent that not even the opening can be
 // queued: then it takes a round trip, or for ever. Together this is less than most round
-// trips. It is counted in ticks, since a process that gets no time for a while sees at most
-// one of them pass, and not the end.
+// trips on the Internet, and more than a busy machine takes. It is counted in ticks, since a
+// process that gets no time for a while sees at most one of them pass, and not the end.
 const (
 	tick   = time.Millisecond
-	ticks  = 8
+	ticks  = 32
 	atOnce = ticks * tick
 )
 
