@@ -157,11 +157,6 @@ func (w *world) double(ctx context.Context, dials chan struct{}, d *Doubler, a, 
 // until waits until cond holds, as long as Patience.
 func until(ctx context.Context, cond func() bool) error { return waitFor(ctx, Patience, cond) }
 
-// within waits for cond as long as d, and says whether it holds.
-func within(d time.Duration, cond func() bool) bool {
-	return waitFor(context.Background(), d, cond) == nil
-}
-
 func waitFor(ctx context.Context, d time.Duration, cond func() bool) error {
 	ctx, cancel := context.WithTimeout(ctx, d)
 	defer cancel()
@@ -190,11 +185,6 @@ func explain(n *Node, p peer.ID) string {
 func (w *world) after(n int) func() bool {
 	start := w.migrations.Load()
 	return func() bool { return !w.moving || w.migrations.Load() >= start+int64(n) }
-}
-
-// info is what others need to reach node i.
-func (w *world) info(i int) peer.AddrInfo {
-	return peer.AddrInfo{ID: w.nodes[i].ID(), Addrs: w.nodes[i].Addrs()}
 }
 
 // together runs fs at the same time, and returns what went wrong.
