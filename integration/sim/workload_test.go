@@ -108,8 +108,10 @@ func (st *simStream) open() {
 	if err != nil {
 		w.logf("stream %d: not opened: %v", st.id, err)
 		w.tally.add("streams not opened", 1)
-		// The acceptor may have reset it. One without a label goes where go-libp2p likes.
-		if st.end(1-opener) == nil && st.wasHarmed() == "" && !w.anyHurt(l, !st.plan.labelled) {
+		// The acceptor may have reset it. One without a label goes where go-libp2p likes, and
+		// one that is asked onto a limited connection goes onto one without a limit instead.
+		elsewhere := !st.plan.labelled || l.ends[opener].Stat().Limited
+		if st.end(1-opener) == nil && st.wasHarmed() == "" && !w.anyHurt(l, elsewhere) {
 			w.failf("cause", "stream %d cannot be opened: %v", st.id, err)
 		}
 		return
