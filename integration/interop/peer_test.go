@@ -32,12 +32,12 @@ func requireNode(t *testing.T) {
 	t.Helper()
 	out, err := exec.Command("node", "--version").Output()
 	if err != nil {
-		t.Skip("there is no node; install Node.js 20 or later")
+		t.Skip("there is no node; install Node.js 18 or later")
 	}
 	version := strings.TrimSpace(string(out))
 	major, _, _ := strings.Cut(strings.TrimPrefix(version, "v"), ".")
-	if n, err := strconv.Atoi(major); err != nil || n < 20 {
-		t.Skipf("node is %s; js-libp2p needs 20 or later", version)
+	if n, err := strconv.Atoi(major); err != nil || n < 18 {
+		t.Skipf("node is %s; the peer in js needs 18 or later", version)
 	}
 	if _, err := os.Stat("js/node_modules/libp2p"); err != nil {
 		t.Skip("js/node_modules is missing; run: npm ci --ignore-scripts --prefix integration/interop/js")
