@@ -3,10 +3,12 @@ package interop
 import (
 	"io"
 	"log/slog"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/crypto"
 
 	"github.com/go-portage/portage/connmgr"
 	"github.com/go-portage/portage/migrate"
@@ -22,6 +24,20 @@ func newManaged(t *testing.T, lower string) *pair {
 	if lower == "js" {
 		mine, other = other, mine
 	}
+	return newManagedPair(t, managedHost(t, mine), managedNode(t, other))
+}
+
+func newManagedPair(t *testing.T, h *migrate.Host, n *node) *pair {
+	t.Helper()
+	p := &pair{host: h, node: n, held: make(chan *migrate.Stream, 100)}
+	p.serve()
+	p.conns[0] = n.dial(t, h)
+	eventually(t, "identify has run at the Go host", func() bool { return h.Supports(n.info.ID) })
+	return p
+}
+
+func managedHost(t *testing.T, key crypto.PrivKey) *migrate.Host {
+	t.Helper()
 	mgr, err := connmgr.New(nil,
 		connmgr.WithPolicy(policy.Chain(policy.Younger())),
 		connmgr.WithSettleDelay(200*time.Millisecond),
@@ -30,14 +46,14 @@ func newManaged(t *testing.T, lower string) *pair {
 		connmgr.WithTakeover(time.Minute),
 		connmgr.WithSlog(slog.New(slog.NewTextHandler(t.Output(), nil))))
 	check(t, err)
-	h, err := mgr.Wrap(newHost(t, mine, libp2p.ConnectionManager(mgr)))
+	h, err := mgr.Wrap(newHost(t, key, libp2p.ConnectionManager(mgr)))
 	check(t, err)
-	p := &pair{host: h, held: make(chan *migrate.Stream, 100)}
-	p.serve()
-	p.node = startNode(t, other, args{"drain": args{"settle": 200, "quiet": 300, "others": 1000, "takeover": 60000}})
-	p.conns[0] = p.node.dial(t, h)
-	eventually(t, "identify has run at the Go host", func() bool { return h.Supports(p.node.info.ID) })
-	return p
+	return h
+}
+
+func managedNode(t *testing.T, key crypto.PrivKey) *node {
+	t.Helper()
+	return startNode(t, key, args{"drain": args{"settle": 200, "quiet": 300, "others": 1000, "takeover": 60000}})
 }
 
 // Of two connections one is left, in seconds, whoever decides. Streams of both ends, which
@@ -119,4 +135,56 @@ func TestDrainWaits(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Two processes that share a key look like one peer with two connections. Nothing moves
+// between them and neither connection is closed, whoever decides.
+func TestReplicas(t *testing.T) {
+	requireNode(t)
+	lower, higher := identities(t)
+	// hold opens a stream of the Node process, and returns what shows that it has not moved.
+	hold := func(t *testing.T, p *pair) (stays func()) {
+		t.Helper()
+		s, id := p.heldByGo(t)
+		label := s.Label()
+		return func() {
+			t.Helper()
+			if s.Label() != label || s.Conn().ID() != p.conns[0].ID() {
+				t.Error("a stream has moved")
+			}
+			p.talk(t, s, id)
+		}
+	}
+	t.Run("of Go, decided by js", func(t *testing.T) {
+		n := managedNode(t, lower)
+		a := newManagedPair(t, managedHost(t, higher), n)
+		aStays := hold(t, a)
+		b := newManagedPair(t, managedHost(t, higher), n)
+		bStays := hold(t, b)
+		eventually(t, "the Node process has found out, twice", func() bool { return n.must(t, "conns", nil).Split >= 2 })
+		aStays()
+		bStays()
+		if got := len(n.must(t, "conns", nil).Conns); got != 2 {
+			t.Errorf("%d connections are left, not both", got)
+		}
+	})
+	t.Run("of js, decided by Go", func(t *testing.T) {
+		h := managedHost(t, lower)
+		a := newManagedPair(t, h, managedNode(t, higher))
+		aStays := hold(t, a)
+		b := newManagedPair(t, h, managedNode(t, higher))
+		bStays := hold(t, b)
+		m, ok := connmgr.Of(h)
+		if !ok {
+			t.Fatal("the host has no manager")
+		}
+		eventually(t, "the Go host has found out", func() bool {
+			return strings.Contains(m.Explain(a.node.info.ID).String(), "different processes")
+		})
+		aStays()
+		bStays()
+		if got := len(h.Network().ConnsToPeer(a.node.info.ID)); got != 2 {
+			t.Errorf("%d connections are left, not both", got)
+		}
+	})
 }

@@ -100,6 +100,7 @@ type answer struct {
 	Port     int
 	By       string
 	Busy     int
+	Split    int
 	Stream   int
 	Label    string
 	Result   string

@@ -9,7 +9,7 @@ const REQUEST = 5000
 const SUPPLANTED = 0x1004 // a code of connections
 const INSTANCE = randomBytes(8).readBigUInt64LE() || 1n // which process this is
 const sleep = ms => new Promise(resolve => setTimeout(resolve, ms).unref())
-const exempt = stream => stream.protocol === PING || stream.protocol === DRAIN
+const exempt = stream => [PING, DRAIN, '/ipfs/id/1.0.0', '/ipfs/id/push/1.0.0'].includes(stream.protocol)
 
 export class Drainer {
   // settle: how long a second connection is left alone. quiet: how long none must have had a
@@ -18,8 +18,9 @@ export class Drainer {
   constructor (peer, { settle = 500, quiet = 2000, others = 3000, takeover = 10000, prefer = (a, b) => b.timeline.open - a.timeline.open } = {}) {
     Object.assign(this, { peer, settle, quiet, others, takeover, prefer })
     this.states = new Map() // of connections, by ID: lease, asking, closing, busy (when it last carried something)
-    this.busy = 0 // how often Busy was answered, by either side
     this.kept = new Map() // of peers: the connection that is kept, and by whom
+    this.deciding = new Set() // peers
+    this.busy = this.split = 0 // how often Busy was answered, by either side, and replicas were found
   }
 
   async start () {
@@ -105,14 +106,32 @@ export class Drainer {
   // ---- requests
 
   async request (conn, message) {
-    const raw = new Raw(await conn.newStream(DRAIN, { ...LIMITS, signal: AbortSignal.timeout(REQUEST) }), conn)
-    const timer = setTimeout(() => raw.abort(), REQUEST)
-    try {
+    const answers = message.hello ? ['hello'] : message.keep ? ['kept', 'refused'] : ['drained', 'busy', 'refused']
+    const answer = await this.ask(conn, DRAIN, raw => {
       raw.sendMessage('DrainMessage', message)
       raw.closeWrite()
-      const answer = await raw.readMessage('DrainMessage', ...(message.hello ? ['hello'] : message.keep ? ['kept', 'refused'] : ['drained', 'busy', 'refused']))
+      return raw.readMessage('DrainMessage', ...answers)
+    })
+    if (answer.busy) this.busy++
+    return answer
+  }
+
+  answersPing (conn) {
+    const sent = randomBytes(32)
+    return this.ask(conn, PING, async raw => {
+      raw.send(sent)
+      await raw.need(sent.length)
+      return sent.equals(raw.take(sent.length).subarray())
+    }).catch(() => false)
+  }
+
+  // ask opens a stream for one question. It gives up after a while.
+  async ask (conn, protocol, question) {
+    const raw = new Raw(await conn.newStream(protocol, { ...LIMITS, signal: AbortSignal.timeout(REQUEST) }), conn)
+    const timer = setTimeout(() => raw.abort(), REQUEST)
+    try {
+      const answer = await question(raw)
       raw.letGo()
-      if (answer.busy) this.busy++
       return answer
     } catch (err) {
       raw.abort(err.code, err.message)
@@ -130,29 +149,11 @@ export class Drainer {
     return new Set(instances.filter(i => i !== undefined)).size <= 1
   }
 
-  async answersPing (conn) {
-    const sent = randomBytes(32)
-    let raw
-    const timer = setTimeout(() => raw?.abort(), REQUEST)
-    try {
-      raw = new Raw(await conn.newStream(PING, { ...LIMITS, signal: AbortSignal.timeout(REQUEST) }), conn)
-      raw.send(sent)
-      await raw.need(sent.length)
-      const same = sent.equals(raw.take(sent.length).subarray())
-      raw.letGo()
-      return same
-    } catch {
-      raw?.abort()
-      return false
-    } finally { clearTimeout(timer) }
-  }
-
   // decide runs where there is more than one connection to a peer.
   async decide (remote) {
     const key = remote.toString()
-    this.kept.get(key)?.conn.status === 'open' || this.kept.delete(key)
-    if (this.deciding?.has(key)) return
-    this.deciding = (this.deciding ?? new Set()).add(key)
+    if (this.deciding.has(key)) return
+    this.deciding.add(key)
     try {
       let patience = this.takeover
       await sleep(this.settle)
@@ -171,7 +172,7 @@ export class Drainer {
 
   async round (remote, [kept, ...losers]) {
     const key = remote.toString()
-    if (!await this.oneProcess([kept, ...losers])) return
+    if (!await this.oneProcess([kept, ...losers])) return this.split++
     const answer = await this.request(kept, { keep: {} }).catch(err => ({ refused: { reason: err.message } }))
     this.log?.(`keep: ${Object.keys(answer)} ${answer.refused?.reason ?? ''}`)
     if (answer.refused) return

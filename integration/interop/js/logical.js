@@ -4,7 +4,6 @@ import { Violation } from './codec.js'
 
 const HIGH = 1024 * 1024 // what is kept for an application that does not read, or does not wait
 const CHUNK = 64 * 1024
-const LOST = 5000 // how long a stream can be migrated after its connection is gone (L5)
 
 // An exchange is one attempt to migrate: opening, asked, committed, over.
 export class Exchange {
@@ -19,7 +18,7 @@ export class Logical {
     Object.assign(this, { label, protocol, remote, opener, table })
     this.tx = this.rx = raw
     this.out = new Uint8ArrayList() // written by the application, not handed to tx yet
-    this.base = raw.handed // bytes of tx that are not the application's
+    this.base = raw.sent // bytes of tx that are not the application's
     this.inbox = new Uint8ArrayList() // read from rx, not by the application yet
     this.got = 0 // bytes of the application that were read from rx
     this.paused = this.wclosed = this.finSent = this.rclosed = false
@@ -90,18 +89,7 @@ export class Logical {
     this.pull()
     if (x?.proof?.() && !x.written && this.x === x) this.switchWriting(x)
     this.pump()
-    if (this.over || this.x !== undefined || this.held || this.rx.err === undefined) return
-    if (this.rx.wasReset) this.lose()
-    else this.lost ??= setTimeout(() => { if (this.x === undefined && this.rx.err !== undefined) this.lose() }, LOST).unref()
-  }
-
-  // lose: the underlying stream has failed, and nothing is to be saved any more.
-  lose () {
-    this.rend ??= this.rx.failed ? this.rx.err : undefined
-    this.werr ??= this.rx.err
-    this.end()
-    this.wakeReaders()
-    this.wakeWriters()
+    if (this.rx.wasReset && this.x === undefined && !this.over) this.fail(this.rx.err)
   }
 
   wakeReaders () { for (const resolve of this.readers.splice(0)) resolve() }
@@ -139,8 +127,8 @@ export class Logical {
     if (this.pumping) return
     this.pumping = true
     const tx = this.tx
-    while (this.out.byteLength > 0 && tx.idle) {
-      const n = Math.min(CHUNK, this.out.byteLength)
+    while (this.out.byteLength > 0 && tx.room > 0) {
+      const n = Math.min(CHUNK, this.out.byteLength, tx.room)
       const chunk = this.out.sublist(0, n)
       this.out.consume(n)
       tx.send(chunk)
@@ -159,14 +147,12 @@ export class Logical {
   }
 
   // switchWriting goes on with the new stream (S2). In a verified handover the new stream begins
-  // with how many bytes have left on the old one.
+  // with how many bytes were sent on the old one.
   switchWriting (x) {
     const old = this.tx
-    const rest = old.unsend()
-    if (!x.draft) x.raw.sendMessage('StreamMigration', { final_size: { size: BigInt(old.left - this.base) } })
-    this.out.prepend(rest)
+    if (!x.draft) x.raw.sendMessage('StreamMigration', { final_size: { size: BigInt(old.sent - this.base) } })
     this.tx = x.raw
-    this.base = x.raw.handed
+    this.base = x.raw.sent
     this.finSent = false
     if (!old.dead) old.closeWrite()
     x.written = true
@@ -250,8 +236,6 @@ export class Logical {
     x.old.letGo()
     this.x = undefined
     this.suspect = false
-    clearTimeout(this.lost)
-    this.lost = undefined
     if (this.wclosed && this.rclosed) this.end()
     x.resolve('moved')
     queueMicrotask(() => this.changed())

@@ -84,6 +84,7 @@ const commands = {
   conns: () => ({
     conns: peer.node.getConnections().filter(c => c.status === 'open').map(c => ({ conn: c.id })),
     busy: drainer?.busy,
+    split: drainer?.split,
     by: drainer && [...drainer.kept.values()].map(k => k.by)[0]
   }),
   close: ({ conn: id }) => conn(id).close().then(() => ({})),

@@ -21,11 +21,7 @@ const TURN_WAIT = 10000 // M2
 const ENDED = 1024 // labels remembered that have ended
 
 const below = (a, b) => Buffer.compare(a.toMultihash().bytes, b.toMultihash().bytes) < 0
-const after = ms => { let t; const p = new Promise(resolve => { t = setTimeout(resolve, ms, 'late') }); return { p, stop: () => clearTimeout(t) } }
-async function within (ms, promise) {
-  const timer = after(ms)
-  try { return await Promise.race([promise, timer.p]) } finally { timer.stop() }
-}
+const late = ms => new Promise(resolve => setTimeout(resolve, ms, 'late').unref())
 
 // The labels that two peers share.
 class Table {
@@ -53,15 +49,13 @@ class Table {
 
   // find waits for a label that is not known yet (L4).
   async find (label) {
-    const timer = after(LABEL_WAIT)
-    try {
-      while (!this.streams.has(label) && !this.ended.has(label)) {
-        if (this.waiting.length >= LABEL_WAITING) throw new Error('too many wait for a label')
-        const added = new Promise(resolve => this.waiting.push(resolve))
-        if (await Promise.race([added, timer.p]) === 'late') break
-      }
-      return this.streams.get(label)
-    } finally { timer.stop() }
+    const timeout = late(LABEL_WAIT)
+    while (!this.streams.has(label) && !this.ended.has(label)) {
+      if (this.waiting.length >= LABEL_WAITING) throw new Error('too many wait for a label')
+      const added = new Promise(resolve => this.waiting.push(resolve))
+      if (await Promise.race([added, timeout]) === 'late') break
+    }
+    return this.streams.get(label)
   }
 }
 
@@ -117,16 +111,13 @@ export class Peer {
 
   // identified tells what the other end of a connection advertises, once identify has.
   async identified (conn, ms = 5000) {
-    const timer = after(ms)
-    try {
-      while (!this.capabilities.has(conn.id)) {
-        if (conn.status !== 'open') throw new Error('the connection is closed')
-        const { promise, resolve } = Promise.withResolvers()
-        this.node.addEventListener('capabilities', resolve, { once: true })
-        if (await Promise.race([promise, timer.p]) === 'late') throw new Error('identify has not answered')
-      }
-      return this.capabilities.get(conn.id)
-    } finally { timer.stop() }
+    const timeout = late(ms)
+    while (!this.capabilities.has(conn.id)) {
+      if (conn.status !== 'open') throw new Error('the connection is closed')
+      const told = new Promise(resolve => this.node.addEventListener('capabilities', resolve, { once: true }))
+      if (await Promise.race([told, timeout]) === 'late') throw new Error('identify has not answered')
+    }
+    return this.capabilities.get(conn.id)
   }
 
   verifies (conn) { return this.capabilities.get(conn.id)?.has(FINAL_SIZE) ?? false }
@@ -175,9 +166,9 @@ export class Peer {
     try {
       const opening = this.acceptOpening(raw, conn)
       opening.catch(() => {})
-      if (await within(NEGOTIATION, opening) === 'late') throw new Error('the negotiation took too long')
-      const then = await opening
-      await then?.()
+      const then = await Promise.race([opening, late(NEGOTIATION)])
+      if (then === 'late') throw new Error('the negotiation took too long')
+      await then()
     } catch (err) {
       raw.abort(err.code, err.message)
     }
@@ -288,23 +279,16 @@ export class Peer {
     const s = await table.find(from)
     if (s === undefined) return deny()
     const denies = () => s.over || (s.wclosed && s.rclosed) || (draft && (s.rclosed || s.rend instanceof Error)) || !this.accept(s, conn)
-    const timer = after(TURN_WAIT)
-    try {
-      for (;;) {
-        const own = s.x
-        if (raw.err !== undefined) return
-        if (own === undefined) {
-          if (s.label !== from && !s.over) throw new Error('the stream has moved')
-          break
-        }
-        if (own.role === 'initiator' && own.phase !== 'committed' && own.from === from) { // M1
-          if (denies()) return deny()
-          if (own.phase === 'asked' && this.lower(remote)) throw new Error('the attempt of this side goes first')
-          break
-        }
-        if (await Promise.race([own.done, timer.p]) === 'late') throw new Error('the last migration has not ended') // M2
+    const timeout = late(TURN_WAIT)
+    for (let own; (own = s.x) !== undefined;) {
+      if (own.role === 'initiator' && own.phase !== 'committed' && own.from === from) { // M1
+        if (denies()) return deny()
+        if (own.phase === 'asked' && this.lower(remote)) throw new Error('the attempt of this side goes first')
+        break
       }
-    } finally { timer.stop() }
+      if (await Promise.race([own.done, timeout]) === 'late') throw new Error('the last migration has not ended') // M2
+    }
+    if (s.x === undefined && s.label !== from && !s.over) throw new Error('the stream has moved')
     if (raw.received > begun) throw new Violation('something behind Migrate, before the ack')
     if (denies()) return deny()
     if (table.has(id)) throw new Violation('a label that is alive')

@@ -1,5 +1,5 @@
 // One underlying stream: a js-libp2p stream with what a migration has to know about it, namely
-// how many bytes have left, which have not, and whether its end is an end.
+// how many bytes were sent, how many more there is room for, and whether its end is an end.
 import { Uint8ArrayList } from 'uint8arraylist'
 import { MAX_MESSAGE, Violation, decode, encode, parseVarint } from './codec.js'
 
@@ -11,22 +11,22 @@ export class Raw {
     this.stream = stream
     this.conn = conn
     this.buf = new Uint8ArrayList()
-    this.tail = new Uint8ArrayList() // handed to the stream, but not left yet
-    this.handed = 0 // bytes handed to the stream
-    this.received = 0
+    this.sent = this.received = 0 // bytes
     this.eof = false
     this.err = undefined
     this.waiters = []
     this.onchange = undefined
     this.discarding = false
 
-    const sendData = stream.sendData.bind(stream)
-    stream.sendData = data => {
-      const result = sendData(data)
-      this.tail.consume(Math.min(result.sentBytes, this.tail.byteLength))
-      return result
+    // In Yamux the length of a frame that resets a stream is the error code. js-libp2p sends 0, and
+    // does not look at what comes. Nor does it tell when there is room again.
+    const handle = stream.handleWindowUpdate.bind(stream)
+    stream.handleWindowUpdate = frame => {
+      if (frame.header.flag & RST) stream.resetCode = frame.header.length
+      handle(frame)
+      queueMicrotask(() => this.changed())
     }
-    carryCodes(stream)
+    stream.sendReset = err => stream.sendFrame({ type: 1, flag: RST, streamID: stream.streamId, length: err?.code ?? 0 })
     stream.addEventListener('message', e => {
       this.received += e.data.byteLength
       if (!this.discarding) this.buf.append(e.data)
@@ -58,7 +58,7 @@ export class Raw {
   get failed () { return this.err !== undefined && this.complete && this.buf.byteLength === 0 }
   get dead () { return this.err !== undefined || this.stream.writeStatus !== 'writable' }
   get idle () { return !this.dead && this.stream.writeBufferLength === 0 && !this.stream.writableNeedsDrain }
-  get left () { return this.handed - this.tail.byteLength } // bytes that have left
+  get room () { return this.idle ? Math.min(this.stream.sendWindowCapacity, this.stream.maxMessageSize) : 0 } // for bytes that leave at once
 
   changed () {
     this.onchange?.()
@@ -115,24 +115,13 @@ export class Raw {
   }
 
   send (bytes) {
-    this.handed += bytes.byteLength
-    this.tail.append(bytes)
+    this.sent += bytes.byteLength
     try {
       this.stream.send(bytes)
     } catch {} // it has been closed, which is told by an event
   }
 
   sendMessage (type, message) { this.send(encode(type, message)) }
-
-  // unsend takes back what has not left yet.
-  unsend () {
-    const rest = this.tail
-    this.tail = new Uint8ArrayList()
-    this.handed -= rest.byteLength
-    this.stream.writeBuffer.consume(this.stream.writeBuffer.byteLength)
-    this.stream.writableNeedsDrain = false
-    return rest
-  }
 
   closeWrite () { this.stream.close().catch(() => {}) }
 
@@ -146,17 +135,4 @@ export class Raw {
   }
 
   abort (code = 0, reason = 'reset') { this.stream.abort(Object.assign(new Error(reason), { code })) }
-}
-
-// carryCodes: in Yamux the length of a frame that resets a stream is the error code. js-libp2p
-// sends 0, and does not look at what comes.
-function carryCodes (stream) {
-  const { sendFrame, streamId } = stream
-  if (sendFrame === undefined) return
-  stream.sendReset = err => sendFrame({ type: 1, flag: RST, streamID: streamId, length: err?.code ?? 0 })
-  const handle = stream.handleWindowUpdate.bind(stream)
-  stream.handleWindowUpdate = frame => {
-    if (frame.header.flag & RST) stream.resetCode = frame.header.length
-    handle(frame)
-  }
 }
