@@ -120,23 +120,23 @@ func (r Report) String() string {
 // what has been done by then; migrations under way are not interrupted. After Close the
 // error is [ErrClosed], and before the manager has met a network [ErrNoNetwork].
 func (m *Manager) Consolidate(ctx context.Context, p peer.ID) (Report, error) {
-	report, err := m.consolidate(ctx, p)
+	report, err := m.rounds.consolidate(ctx, p)
 	if err != nil {
 		return report, fmt.Errorf("consolidate %s: %w", p, err)
 	}
 	return report, nil
 }
 
-func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
-	if !m.begin() {
+func (r *rounds) consolidate(ctx context.Context, p peer.ID) (Report, error) {
+	if !r.tasks.begin() {
 		return Report{Peer: p}, ErrClosed
 	}
-	defer m.wg.Done()
+	defer r.tasks.done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(m.ctx, cancel)()
+	defer context.AfterFunc(r.tasks.ctx, cancel)()
 
-	n := m.watch.network()
+	n := r.look.network()
 	if n == nil {
 		return Report{Peer: p}, ErrNoNetwork
 	}
@@ -150,19 +150,14 @@ func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
 			report.Winner = newConnState(conns[0]).info()
 			return report, nil
 		}
-		d, err := m.takeRound(ctx, p)
+		d, err := r.sched.take(ctx, p)
 		if err != nil {
-			return report, m.orClosed(err)
+			return report, r.orClosed(err)
 		}
-		v, plan, b := m.runRound(d, true)
-		m.mu.Lock()
-		came := !d.wanted.IsZero() // what the round has started may have an outcome already
-		m.endRound(d, plan.next)
-		stir := d.stirred()
-		m.mu.Unlock()
-		m.wakeUp()
+		v, plan, b := r.run(d, true)
+		came, stir := r.sched.endRoundStirred(d, plan.next)
 		if b == nil && plan.asks && plan.err == nil && ctx.Err() == nil {
-			if came {
+			if came { // what the round has started may have an outcome already
 				continue
 			}
 			select {
@@ -180,16 +175,16 @@ func (m *Manager) consolidate(ctx context.Context, p peer.ID) (Report, error) {
 		if len(v.conns) < 2 {
 			continue
 		}
-		report = m.report(d, v, plan, b)
+		report = reportOf(d, v, plan, b)
 		report.Duration = time.Since(start)
-		return report, m.orClosed(errOf(ctx, plan))
+		return report, r.orClosed(errOf(ctx, plan))
 	}
 }
 
 // orClosed returns ErrClosed in place of err if the manager being closed is what is
 // behind it.
-func (m *Manager) orClosed(err error) error {
-	if err != nil && m.ctx.Err() != nil {
+func (r *rounds) orClosed(err error) error {
+	if err != nil && r.tasks.ctx.Err() != nil {
 		return ErrClosed
 	}
 	return err

@@ -78,7 +78,7 @@ func TestKnownFromIdentifyMeansThat(t *testing.T) {
 // becomes of its entry in the book.
 func TestManagerIsKnownWhileConnected(t *testing.T) {
 	for name, learn := range map[string]func(w *world, c *fakeConn){
-		"from identify":  func(w *world, _ *fakeConn) { w.m.identified(lower) },
+		"from identify":  func(w *world, _ *fakeConn) { w.m.disp.identified(lower) },
 		"from a request": func(w *world, c *fakeConn) { w.net.identify(lower); w.request(c, drainMessage(0)) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -110,7 +110,7 @@ func TestFollowerOnlySteers(t *testing.T) {
 		tcp := w.connect(tcpAddr)
 		w.pass(defaultSettleDelay + 5*time.Second)
 		require.Empty(t, w.mover.made(), "it does not migrate")
-		require.Equal(t, direct, w.m.steer(t.Context(), lower).(*fakeConn), "it steers by its own ranking")
+		require.Equal(t, direct, w.m.steer.choose(t.Context(), lower).(*fakeConn), "it steers by its own ranking")
 
 		// The controller does its work.
 		for _, s := range []*fakeStream{relay.labelled[0], relay.labelled[1]} {
@@ -261,11 +261,11 @@ func TestFollowerMovesItsOwnStreams(t *testing.T) {
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 			ours, theirs := quic.open(2), quic.openTheirs(3)
 			w.pass(2 * defaultSettleDelay)
-			require.Equal(t, quic, w.m.steer(t.Context(), lower), "its own ranking")
+			require.Equal(t, quic, w.m.steer.choose(t.Context(), lower), "its own ranking")
 			require.Empty(t, w.mover.made())
 			require.NotNil(t, w.request(tcp, keepMessage()).GetKept())
 			w.pass(minRoundGap)
-			require.Equal(t, tcp, w.m.steer(t.Context(), lower))
+			require.Equal(t, tcp, w.m.steer.choose(t.Context(), lower))
 			w.pass(rtt)
 			require.Len(t, w.mover.made(), 2)
 			for _, s := range ours {

@@ -213,10 +213,13 @@ func helloMessage(instance uint64) *pb.DrainMessage {
 // not say. It calls put when the question has been handed to the transport.
 type greeter func(ctx context.Context, c network.Conn, put func()) (instance uint64, took time.Duration, err error)
 
-func (m *Manager) hello(ctx context.Context, c network.Conn, put func()) (uint64, time.Duration, error) {
-	start := time.Now()
-	answer, err := request(ctx, c, helloMessage(m.instance), put)
-	return answer.GetHello().GetInstance(), time.Since(start), err
+// hello returns the greeter of a process.
+func hello(instance uint64) greeter {
+	return func(ctx context.Context, c network.Conn, put func()) (uint64, time.Duration, error) {
+		start := time.Now()
+		answer, err := request(ctx, c, helloMessage(instance), put)
+		return answer.GetHello().GetInstance(), time.Since(start), err
+	}
 }
 
 // sameness is whether a connection to a plain peer leads to the process that the winner
@@ -357,64 +360,74 @@ func answers(request, answer *pb.DrainMessage) bool {
 	return false
 }
 
-// askDrain asks the peer about loser, whose drain says so already. It must be called with
-// begin.
-func (m *Manager) askDrain(d *peerState, loser *connState, lease time.Duration) {
-	defer m.wg.Done()
-	seconds := uint32(lease / time.Second)
-	answer, err := request(m.ctx, loser.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Drain{Drain: &pb.Drain{Lease: &seconds}}}, nil)
-	now := time.Now()
-	m.mu.Lock()
-	loser.heard(err)
-	was := loser.drain.reason
-	if err != nil {
-		loser.drain.fail(now, &m.cfg)
-	} else {
-		loser.drain.answer(now, &m.cfg, answer)
-	}
-	loser.requests--
-	phase := loser.drain.phase
-	said := loser.drain.phase == drainRefused && loser.drain.reason != was
-	reason := loser.drain.reason
-	m.schedule(d, now)
-	m.mu.Unlock()
-	m.wakeUp()
-	if mt := m.cfg.metrics; mt != nil {
-		mt.DrainAnswered(phase.outcome())
-	}
-	switch {
-	case said:
-		m.logRefused(d.peer, loser.info(), reason)
-	case err != nil:
-		m.log.Debug("drain: no answer", zap.Stringer("peer", d.peer), zap.Stringer("connection", loser.info()), zap.Error(err))
-	}
+// asker asks peers, each time on a goroutine of its own, and keeps the answers with the
+// connections that they are about.
+type asker struct {
+	cfg   *config
+	tasks *tasks
+	sched *scheduler
+	tells *teller
 }
 
-// tellKeep tells the peer that winner is kept. It must be called with begin.
-func (m *Manager) tellKeep(d *peerState, winner *connState) {
-	defer m.wg.Done()
-	answer, err := request(m.ctx, winner.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Keep{Keep: &pb.Keep{}}}, nil)
-	now := time.Now()
-	m.mu.Lock()
-	winner.heard(err)
-	t := &winner.told
-	switch {
-	case err != nil:
-		t.phase, t.until = tellFailed, now.Add(m.cfg.retryAfter(t.failures))
-		t.failures++
-	case answer.GetKept() != nil:
-		t.phase, t.until, t.failures = tellKept, now.Add(theirsAfter), 0
-	default:
-		t.phase, t.until = tellRefused, now.Add(m.cfg.retryAfter(t.failures))
-		t.failures++
-		d.progress = now // whoever refuses decides, and is there
-	}
-	winner.requests--
-	m.schedule(d, now)
-	m.mu.Unlock()
-	m.wakeUp()
-	if err != nil || answer.GetRefused() != nil {
-		m.log.Debug("keep: not agreed", zap.Stringer("peer", d.peer), zap.Stringer("connection", winner.info()),
-			zap.String("reason", clip(answer.GetRefused().GetReason())), zap.Error(err))
-	}
+// drain asks the peer to lose a connection, or where confirms is set, whether it still has
+// done with it. It does not wait for the answer.
+func (a *asker) drain(d *peerState, loser *connState, confirms bool) {
+	d.mu.Lock()
+	loser.drain.ask(time.Now(), confirms)
+	loser.requests++
+	seconds := uint32(loser.drain.lease / time.Second)
+	d.mu.Unlock()
+	a.tasks.start(func() {
+		answer, err := request(a.tasks.ctx, loser.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Drain{Drain: &pb.Drain{Lease: &seconds}}}, nil)
+		now := time.Now()
+		d.mu.Lock()
+		loser.heard(err)
+		was := loser.drain.reason
+		if err != nil {
+			loser.drain.fail(now, a.cfg)
+		} else {
+			loser.drain.answer(now, a.cfg, answer)
+		}
+		loser.requests--
+		is := loser.drain
+		d.mu.Unlock()
+		a.sched.schedule(d, now)
+		a.tells.answered(d.peer, loser.info(), is.phase, err)
+		if is.phase == drainRefused && is.reason != was {
+			a.tells.refused(d.peer, loser.info(), is.reason)
+		}
+	})
+}
+
+// keep tells the peer that winner is kept. It does not wait for the answer.
+func (a *asker) keep(d *peerState, winner *connState) {
+	d.mu.Lock()
+	winner.told.phase = tellAsked
+	winner.requests++
+	d.mu.Unlock()
+	a.tasks.start(func() {
+		answer, err := request(a.tasks.ctx, winner.conn, &pb.DrainMessage{Type: &pb.DrainMessage_Keep{Keep: &pb.Keep{}}}, nil)
+		now := time.Now()
+		d.mu.Lock()
+		winner.heard(err)
+		t := &winner.told
+		switch {
+		case err != nil:
+			t.phase, t.until = tellFailed, now.Add(a.cfg.retryAfter(t.failures))
+			t.failures++
+		case answer.GetKept() != nil:
+			t.phase, t.until, t.failures = tellKept, now.Add(theirsAfter), 0
+		default:
+			t.phase, t.until = tellRefused, now.Add(a.cfg.retryAfter(t.failures))
+			t.failures++
+			d.progress = now // whoever refuses decides, and is there
+		}
+		winner.requests--
+		d.mu.Unlock()
+		a.sched.schedule(d, now)
+		if err != nil || answer.GetRefused() != nil {
+			a.tells.log.Debug("keep: not agreed", zap.Stringer("peer", d.peer), zap.Stringer("connection", winner.info()),
+				zap.String("reason", clip(answer.GetRefused().GetReason())), zap.Error(err))
+		}
+	})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -44,14 +45,27 @@ func busyMessage(wait time.Duration) *pb.DrainMessage {
 	return &pb.DrainMessage{Type: &pb.DrainMessage_Busy{Busy: busy}}
 }
 
-// handleDrain is the handler of DrainID.
-func (m *Manager) handleDrain(s network.Stream) {
-	if !m.begin() {
+// drainServer answers the requests of peers.
+type drainServer struct {
+	cfg      *config
+	tasks    *tasks
+	sched    *scheduler
+	network  func() network.Network
+	exempt   exemptions
+	usage    *usage
+	steer    *steering
+	log      *zap.Logger
+	instance uint64 // what this process calls itself; see Hello
+}
+
+// handle is the handler of DrainID.
+func (ds *drainServer) handle(s network.Stream) {
+	if !ds.tasks.begin() {
 		_ = s.Reset()
 		return
 	}
-	defer m.wg.Done()
-	err := m.serve(s)
+	defer ds.tasks.done()
+	err := ds.serve(s)
 	switch {
 	case errors.Is(err, errNotDrain):
 		_ = s.ResetWithError(network.StreamProtocolViolation)
@@ -61,19 +75,19 @@ func (m *Manager) handleDrain(s network.Stream) {
 		_ = s.Close()
 	}
 	if err != nil {
-		m.log.Debug("request of a peer not answered", zap.Stringer("peer", s.Conn().RemotePeer()), zap.Error(err))
+		ds.log.Debug("request of a peer not answered", zap.Stringer("peer", s.Conn().RemotePeer()), zap.Error(err))
 	}
 }
 
 // serve reads a request and answers it. It blocks for 10 s at most.
-func (m *Manager) serve(s network.Stream) error {
+func (ds *drainServer) serve(s network.Stream) error {
 	if err := s.Scope().SetService(ServiceName); err != nil {
 		return err
 	}
 	if err := s.SetDeadline(time.Now().Add(openTimeout)); err != nil {
 		return err
 	}
-	defer context.AfterFunc(m.ctx, func() { _ = s.Reset() })()
+	defer context.AfterFunc(ds.tasks.ctx, func() { _ = s.Reset() })()
 	msg, err := readDrain(s)
 	if err != nil {
 		return err
@@ -81,72 +95,89 @@ func (m *Manager) serve(s network.Stream) error {
 	var answer *pb.DrainMessage
 	switch {
 	case msg.GetHello() != nil:
-		answer = m.answerHello(s.Conn(), msg.GetHello().GetInstance())
+		answer = ds.answerHello(s.Conn(), msg.GetHello().GetInstance())
 	case msg.GetKeep() != nil:
-		answer = m.agreeToKeep(s.Conn())
+		answer = ds.agreeToKeep(s.Conn())
 	case msg.GetDrain() != nil:
 		lease := time.Duration(msg.GetDrain().GetLease()) * time.Second
 		if lease <= 0 {
 			lease = shortLease
 		}
-		answer = m.agreeToLose(s.Conn(), min(lease, longLease))
+		answer = ds.agreeToLose(s.Conn(), min(lease, longLease))
 	default:
 		return fmt.Errorf("%w: unexpected %T", errNotDrain, msg.Type)
 	}
 	return writeDrain(s, answer)
 }
 
-// asked returns the entry of c and its peer, which shows by asking that it runs a manager.
-// They are nil where c is the peer's only connection. It must be called with mu held.
-func (m *Manager) asked(c network.Conn, conns []network.Conn) (*peerState, *connState) {
-	if m.closed || len(conns) < 2 {
+// asked returns the entry of c and its peer, which shows by asking that it runs a manager,
+// with the lock of the entry held. They are nil, and nothing is held, where c is the peer's
+// only connection. All of conns, the open ones of the peer, are known to the entry.
+func (ds *drainServer) asked(c network.Conn, conns []network.Conn) (*peerState, *connState) {
+	if ds.tasks.over() || len(conns) < 2 {
 		return nil, nil
 	}
-	d := m.entry(c.RemotePeer())
+	if !slices.Contains(conns, c) { // it is closed
+		conns = append(slices.Clip(conns), c)
+	}
+	d := ds.sched.lock(c.RemotePeer())
+	for unknown := d.unknown(conns); len(unknown) > 0; unknown = d.unknown(conns) {
+		d.mu.Unlock()
+		made := make([]*connState, len(unknown))
+		for i, o := range unknown {
+			made[i] = newConnState(o)
+		}
+		d = ds.sched.lock(c.RemotePeer())
+		for _, cs := range made {
+			if d.state(cs.conn) == nil {
+				d.conns = append(d.conns, cs)
+				ds.usage.add(cs)
+			}
+		}
+	}
 	d.manages = true
 	cs := d.state(c)
-	if cs == nil {
-		cs = newConnState(c)
-		d.conns = append(d.conns, cs)
-		m.usage.add(cs)
-	}
 	cs.serves = true
 	return d, cs
 }
 
+// unknown returns those of conns of which nothing is kept. It must be called with d's lock
+// held.
+func (d *peerState) unknown(conns []network.Conn) []network.Conn {
+	return slices.DeleteFunc(slices.Clone(conns), func(c network.Conn) bool { return d.state(c) != nil })
+}
+
 // answerHello answers a Hello on c.
-func (m *Manager) answerHello(c network.Conn, instance uint64) *pb.DrainMessage {
-	conns := openConns(m.watch.network(), c.RemotePeer())
-	m.mu.Lock()
-	if d, cs := m.asked(c, conns); d != nil && instance != 0 && cs.instance != instance {
-		cs.instance = instance
-		m.schedule(d, time.Now())
+func (ds *drainServer) answerHello(c network.Conn, instance uint64) *pb.DrainMessage {
+	if d, cs := ds.asked(c, openConns(ds.network(), c.RemotePeer())); d != nil {
+		if instance != 0 && cs.instance != instance {
+			cs.instance = instance
+			ds.sched.schedule(d, time.Now())
+		}
+		d.mu.Unlock()
 	}
-	m.mu.Unlock()
-	m.wakeUp()
-	return helloMessage(m.instance)
+	return helloMessage(ds.instance)
 }
 
 // agreeToKeep answers a Keep on c (K1).
-func (m *Manager) agreeToKeep(c network.Conn) *pb.DrainMessage {
-	conns := openConns(m.watch.network(), c.RemotePeer())
+func (ds *drainServer) agreeToKeep(c network.Conn) *pb.DrainMessage {
+	n := ds.network()
+	conns := openConns(n, c.RemotePeer())
 	unlimited := false
 	for _, o := range conns {
 		unlimited = unlimited || o != c && !o.Stat().Limited
 	}
-	lower := m.watch.network().LocalPeer() < c.RemotePeer()
-
-	defer m.wakeUp()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	d, cs := m.asked(c, conns)
-	switch {
-	case m.closed:
+	if ds.tasks.over() {
 		return refusedMessage("the manager is closed")
-	case d == nil:
+	}
+	d, cs := ds.asked(c, conns)
+	if d == nil {
 		return keptMessage() // it is the only one
-	case lower:
-		m.schedule(d, time.Now())
+	}
+	defer d.mu.Unlock()
+	switch {
+	case n.LocalPeer() < c.RemotePeer():
+		ds.sched.schedule(d, time.Now())
 		return refusedMessage("this side decides")
 	case cs.closing:
 		return refusedMessage("it is being closed")
@@ -157,28 +188,27 @@ func (m *Manager) agreeToKeep(c network.Conn) *pb.DrainMessage {
 	cs.drain.off()
 	d.named = cs
 	d.progress = time.Now()
-	m.schedule(d, time.Now())
+	ds.sched.schedule(d, time.Now())
 	return keptMessage()
 }
 
 // agreeToLose answers a Drain on c (D1).
-func (m *Manager) agreeToLose(c network.Conn, lease time.Duration) *pb.DrainMessage {
+func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.DrainMessage {
 	p := c.RemotePeer()
-	if why := m.exemptConn(c); why != "" {
+	if why := ds.exempt.conn(c); why != "" {
 		return refusedMessage(why)
 	}
-	conns := openConns(m.watch.network(), p)
+	n := ds.network()
+	conns := openConns(n, p)
 	limited := c.Stat().Limited
 	open := streamsOn(c, true)
-	lower := m.watch.network().LocalPeer() < p
+	lower := n.LocalPeer() < p
 
-	defer m.wakeUp()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	d, cs := m.asked(c, conns)
+	d, cs := ds.asked(c, conns)
 	if d == nil {
 		return refusedMessage("there is no other connection that could take its place")
 	}
+	defer d.mu.Unlock()
 	// What could take its place: connections that are not about to go themselves.
 	now := time.Now()
 	var rest, ours []*connState
@@ -188,11 +218,6 @@ func (m *Manager) agreeToLose(c network.Conn, lease time.Duration) *pb.DrainMess
 			continue
 		}
 		os := d.state(o)
-		if os == nil {
-			os = newConnState(o)
-			d.conns = append(d.conns, os)
-			m.usage.add(os)
-		}
 		switch os.drain.lapse(now); {
 		case os.closing, now.Before(os.pledged) && d.named != os:
 		case os.drain.phase != drainOff && os.drain.phase != drainRefused && os.drain.phase != drainFailed:
@@ -212,7 +237,7 @@ func (m *Manager) agreeToLose(c network.Conn, lease time.Duration) *pb.DrainMess
 		return refuse("there is no other connection that could take its place")
 	case lower && d.winner == cs:
 		return refuse("this side decides, and keeps it")
-	case m.cfg.standby && !limited && unlimited+len(ours) < 2:
+	case ds.cfg.standby && !limited && unlimited+len(ours) < 2:
 		return refuse("it stands by")
 	case len(rest) == 0 && lower:
 		return refuse("this side wants to close the others") // D4
@@ -226,12 +251,12 @@ func (m *Manager) agreeToLose(c network.Conn, lease time.Duration) *pb.DrainMess
 	}
 	if !now.Before(cs.pledged) { // it was not before
 		d.progress = now
-		m.schedule(d, now)
+		ds.sched.schedule(d, now)
 	}
 	cs.pledged = now.Add(lease)
 	// The next round steers by the policy; until then, anywhere but there.
-	if winner := m.steering.get(p); winner == cs {
-		m.steering.set(p, append(rest, ours...)[0])
+	if winner := ds.steer.get(p); winner == cs {
+		ds.steer.set(p, append(rest, ours...)[0])
 	}
 	if open.without(cs.requests) > 0 || d.touching(cs) > 0 {
 		cs.quiet = time.Time{}
@@ -241,8 +266,8 @@ func (m *Manager) agreeToLose(c network.Conn, lease time.Duration) *pb.DrainMess
 		cs.quiet = now
 	}
 	quiet := later(cs.quiet, cs.lastUse())
-	if left := m.cfg.quietTime - now.Sub(quiet); left > 0 {
-		m.schedule(d, now.Add(min(left, maxQuietGap)))
+	if left := ds.cfg.quietTime - now.Sub(quiet); left > 0 {
+		ds.sched.schedule(d, now.Add(min(left, maxQuietGap)))
 		return busyMessage(left)
 	}
 	cs.drained = now

@@ -584,7 +584,7 @@ func TestKeepIsRefused(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {
 			w := newWorld(t, lower)
 			require.NotNil(t, w.request(w.connect(quicAddr), keepMessage()).GetKept())
-			require.Empty(t, w.m.peers, "nothing is kept of it")
+			require.Empty(t, w.m.sched.peers, "nothing is kept of it")
 		})
 	})
 }
@@ -712,9 +712,9 @@ func TestBothDrainAtOnce(t *testing.T) {
 			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 			tcp.set(func() { tcp.unread = 1 })
 			w.pass(2 * defaultSettleDelay)
-			w.m.mu.Lock()
-			w.m.peers[higher].winner = nil // as if it had changed its mind
-			w.m.mu.Unlock()
+			w.m.sched.mu.Lock()
+			w.m.sched.peers[higher].winner = nil // as if it had changed its mind
+			w.m.sched.mu.Unlock()
 			require.Equal(t, "this side wants to close the others", w.request(quic, drainMessage(0)).GetRefused().GetReason())
 			asked := tcp.timesAsked()
 			w.pass(time.Minute)
@@ -823,15 +823,15 @@ func TestRequestsFromAHostilePeer(t *testing.T) {
 			}
 			require.Empty(t, quic.pipes())
 			require.Empty(t, tcp.pipes())
-			w.m.mu.Lock()
-			require.Len(t, w.m.peers, 1)
-			require.Len(t, w.m.peers[lower].conns, 2, "one entry for each connection")
-			require.LessOrEqual(t, len(w.m.due), 1)
-			w.m.mu.Unlock()
+			w.m.sched.mu.Lock()
+			require.Len(t, w.m.sched.peers, 1)
+			require.Len(t, w.m.sched.peers[lower].conns, 2, "one entry for each connection")
+			require.LessOrEqual(t, len(w.m.sched.due), 1)
+			w.m.sched.mu.Unlock()
 			require.Len(t, w.m.usage.of, 2)
 			quic.Close()
 			w.pass(time.Second)
-			require.Empty(t, w.m.peers)
+			require.Empty(t, w.m.sched.peers)
 			require.Empty(t, w.m.usage.of)
 			require.False(t, tcp.IsClosed())
 		})
@@ -844,7 +844,7 @@ func TestRequestsFromAHostilePeer(t *testing.T) {
 				require.NotNil(t, w.request(quic, drainMessage(0)).GetRefused())
 				require.NotNil(t, w.request(quic, keepMessage()).GetKept())
 			}
-			require.Empty(t, w.m.peers, "nothing is kept of it")
+			require.Empty(t, w.m.sched.peers, "nothing is kept of it")
 			require.Empty(t, w.m.usage.of)
 		})
 	})
@@ -873,5 +873,44 @@ func TestCloseWhileDraining(t *testing.T) {
 		_, err := readDrain(far)
 		require.Error(t, err)
 		require.Nil(t, w.request(tcp, drainMessage(0)))
+	})
+}
+
+// A peer may ask about a connection that no round has seen yet: it was faster. That is still a
+// connection that has come.
+func TestAskedBeforeTheFirstLook(t *testing.T) {
+	quietly := func(w *world, addr string) *fakeConn {
+		w.net.notifiee = network.GlobalNoopNotifiee
+		defer func() { w.net.notifiee = w.m.Notifee() }()
+		return w.connect(addr)
+	}
+	t.Run("a better one wins at once", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			tcp, other := w.connect(tcpAddr), w.connect(tcpAddr)
+			other.set(func() { other.unread = 1 })
+			w.pass(time.Minute)
+			require.Equal(t, tcp.id, w.steered())
+			quic := quietly(w, quicAddr)
+			w.m.serves.answerHello(quic, 1)
+			w.m.Notifee().Connected(w.net, quic)
+			w.pass(2 * defaultSettleDelay)
+			require.Equal(t, quic.id, w.steered(), "not only once it has been better for long")
+		})
+	})
+	t.Run("what was said holds", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			w.connect(tcpAddr)
+			w.connect(tcpAddr)
+			w.pass(2 * defaultSettleDelay)
+			quic := quietly(w, quicAddr)
+			d := w.m.sched.known(lower)
+			v := w.m.looks.look(lower, d)
+			require.NotNil(t, w.m.serves.agreeToLose(quic, time.Minute).GetBusy())
+			w.m.rounds.remember(d, v)
+			require.True(t, v.facts.conns[2].pledged)
+			require.True(t, time.Now().Before(d.state(quic).pledged))
+		})
 	})
 }

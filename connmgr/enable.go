@@ -211,9 +211,7 @@ func Of(h host.Host) (*Manager, bool) {
 	if !ok {
 		return nil, false
 	}
-	m.mu.Lock()
-	own := m.host
-	m.mu.Unlock()
+	own := m.home.host()
 	if own != nil && own.Network() != h.Network() {
 		return nil, false
 	}
@@ -226,7 +224,6 @@ func (m *Manager) Inner() connmgr.ConnManager { return m.inner }
 // Host returns the host of which streams can move: for Migrate, Streams and Supports. It is
 // false before [Manager.Wrap].
 func (m *Manager) Host() (*migrate.Host, bool) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.wrapped, m.wrapped != nil
+	wrapped := m.home.wrapped()
+	return wrapped, wrapped != nil
 }

@@ -171,11 +171,11 @@ func (e *emitter) run() {
 }
 
 // emitMigrated tells of a migration that has succeeded.
-func (m *Manager) emitMigrated(e migrate.Event) {
-	if e.Kind != migrate.Finished || !m.events.listens() {
+func (t *teller) emitMigrated(e migrate.Event) {
+	if e.Kind != migrate.Finished || !t.events.listens() {
 		return
 	}
-	m.events.emit(EvtStreamMigrated{
+	t.events.emit(EvtStreamMigrated{
 		Peer: e.Peer, Protocol: e.Stream.Protocol(), Label: e.Stream.Label(),
 		From: infoOf(e.From), To: infoOf(e.To), Initiator: e.Initiator, Took: e.Took,
 	})
@@ -184,9 +184,9 @@ func (m *Manager) emitMigrated(e migrate.Event) {
 // infoOf names a connection of which nothing is kept.
 func infoOf(c network.Conn) ConnInfo { return newConnState(c).info() }
 
-// tellPath tells of another connection that carries what is new. The first time, the path
+// path tells of another connection that carries what is new. The first time, the path
 // before is the oldest connection: it was there alone.
-func (m *Manager) tellPath(d *peerState, v *view, p *plan) {
+func (t *teller) path(d *peerState, v *view, p *plan) {
 	var now *connState
 	switch {
 	case len(v.conns) == 1:
@@ -194,7 +194,7 @@ func (m *Manager) tellPath(d *peerState, v *view, p *plan) {
 	case p.decided:
 		now = v.conns[p.winner].connState
 	}
-	m.mu.Lock()
+	d.mu.Lock()
 	if d.path == nil {
 		for _, cv := range v.conns {
 			if d.path == nil || cv.opened.Before(d.path.opened) {
@@ -206,11 +206,11 @@ func (m *Manager) tellPath(d *peerState, v *view, p *plan) {
 	if now != nil {
 		d.path = now
 	}
-	m.mu.Unlock()
+	d.mu.Unlock()
 	if now == nil || was == now {
 		return
 	}
-	m.events.emit(EvtPathChanged{
+	t.events.emit(EvtPathChanged{
 		Peer: d.peer, From: was.info(), To: now.info(),
 		Direct: !now.base.Relayed, WasDirect: !was.base.Relayed,
 	})

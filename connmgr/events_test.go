@@ -14,7 +14,7 @@ import (
 // subscribe gives the world's manager an event bus, and returns what comes.
 func (w *world) subscribe(size int, kinds ...any) coreevent.Subscription {
 	bus := eventbus.NewBus()
-	require.NoError(w.t, w.m.events.start(bus))
+	require.NoError(w.t, w.m.tells.events.start(bus))
 	sub, err := bus.Subscribe(kinds, eventbus.BufSize(size))
 	require.NoError(w.t, err)
 	w.t.Cleanup(func() { _ = sub.Close() })
@@ -75,11 +75,11 @@ func TestEventsThatNobodyReads(t *testing.T) {
 		w := newWorld(t, higher)
 		sub := w.subscribe(1, new(EvtConnectionPruned))
 		for range maxEvents + 10 {
-			w.m.events.emit(EvtConnectionPruned{Peer: higher})
+			w.m.tells.events.emit(EvtConnectionPruned{Peer: higher})
 			w.pass(0)
 		}
 		// One is read by the subscription, and one is being emitted.
-		require.Len(t, w.m.events.queue, maxEvents)
+		require.Len(t, w.m.tells.events.queue, maxEvents)
 		got := 0
 		for len(all(sub)) > 0 {
 			got++
@@ -88,7 +88,7 @@ func TestEventsThatNobodyReads(t *testing.T) {
 		w.pass(0)
 		require.Equal(t, 1, w.logs.FilterMessageSnippet("events dropped").FilterLevelExact(zap.WarnLevel).Len())
 		require.NoError(t, w.m.Close())
-		w.m.events.emit(EvtConnectionPruned{})
+		w.m.tells.events.emit(EvtConnectionPruned{})
 		require.Empty(t, all(sub), "nothing is emitted after Close")
 	})
 }

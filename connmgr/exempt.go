@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 )
@@ -12,7 +13,7 @@ import (
 // Exemption says which connections a [Manager] leaves alone. See [WithExempt].
 type Exemption struct {
 	why  string
-	peer func(m *Manager, p peer.ID) bool
+	peer func(inner connmgr.ConnManager, p peer.ID) bool
 	conn func(c network.Conn) bool
 	err  error
 }
@@ -24,7 +25,7 @@ func ExemptPeer(ids ...peer.ID) Exemption {
 		e.err = errors.New("exempt peers: no peer is given")
 	}
 	ids = slices.Clone(ids)
-	e.peer = func(_ *Manager, p peer.ID) bool { return slices.Contains(ids, p) }
+	e.peer = func(_ connmgr.ConnManager, p peer.ID) bool { return slices.Contains(ids, p) }
 	return e
 }
 
@@ -36,11 +37,11 @@ func ExemptTag(tag string) Exemption {
 	if tag == "" {
 		e.err = errors.New("exempt tag: it is empty") // which would mean any protection
 	}
-	e.peer = func(m *Manager, p peer.ID) bool {
-		if m.inner.IsProtected(p, tag) {
+	e.peer = func(inner connmgr.ConnManager, p peer.ID) bool {
+		if inner.IsProtected(p, tag) {
 			return true
 		}
-		info := m.inner.GetTagInfo(p)
+		info := inner.GetTagInfo(p)
 		if info == nil {
 			return false
 		}
@@ -84,22 +85,28 @@ func WithExempt(exemptions ...Exemption) Option {
 // [WithExempt].
 var ErrExempt = errors.New("peer is exempt")
 
-// exemptPeer says why p is exempt; empty if it is not.
-func (m *Manager) exemptPeer(p peer.ID) string {
-	for _, e := range m.cfg.exempt {
-		if e.peer != nil && e.peer(m, p) {
+// exemptions are those of a Manager.
+type exemptions struct {
+	inner connmgr.ConnManager
+	list  []Exemption
+}
+
+// peer says why p is exempt; empty if it is not.
+func (x exemptions) peer(p peer.ID) string {
+	for _, e := range x.list {
+		if e.peer != nil && e.peer(x.inner, p) {
 			return e.why
 		}
 	}
 	return ""
 }
 
-// exemptConn says why c is exempt, itself or with its peer; empty if it is not.
-func (m *Manager) exemptConn(c network.Conn) string {
-	for _, e := range m.cfg.exempt {
+// conn says why c is exempt, itself or with its peer; empty if it is not.
+func (x exemptions) conn(c network.Conn) string {
+	for _, e := range x.list {
 		if e.conn != nil && e.conn(c) {
 			return e.why
 		}
 	}
-	return m.exemptPeer(c.RemotePeer())
+	return x.peer(c.RemotePeer())
 }

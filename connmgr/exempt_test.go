@@ -19,7 +19,7 @@ func TestExemptPeer(t *testing.T) {
 		w.pass(time.Hour)
 		require.Empty(t, w.mover.made())
 		require.False(t, relay.IsClosed() || direct.IsClosed())
-		require.Nil(t, w.m.steer(t.Context(), higher), "the swarm chooses")
+		require.Nil(t, w.m.steer.choose(t.Context(), higher), "the swarm chooses")
 		require.Equal(t, "the peer is exempt", w.m.Explain(higher).State)
 		_, err := w.m.Consolidate(t.Context(), higher)
 		require.ErrorIs(t, err, ErrExempt)
@@ -44,7 +44,7 @@ func TestExemptTag(t *testing.T) {
 				inner, err := basic.NewConnManager(10, 20)
 				require.NoError(t, err)
 				defer inner.Close()
-				w.m.inner = inner
+				w.setInner(inner)
 				tag(w.m)
 				tcp := w.connect(tcpAddr)
 				w.connect(quicAddr)
@@ -105,7 +105,7 @@ func TestProtectedPeer(t *testing.T) {
 		inner, err := basic.NewConnManager(10, 20)
 		require.NoError(t, err)
 		defer inner.Close()
-		w.m.inner = inner
+		w.setInner(inner)
 		w.m.Protect(higher, "")
 		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
 		w.pass(time.Hour)

@@ -89,11 +89,9 @@ func (m *Manager) Explain(p peer.ID) Explanation {
 
 func (m *Manager) explain(p peer.ID) (Explanation, *view) {
 	e := Explanation{Peer: p}
-	m.mu.Lock()
-	d, closed := m.peers[p], m.closed
-	m.mu.Unlock()
-	v := m.look(p, d)
-	plan := decide(&m.cfg, m.ranked(d), &v.facts)
+	d, closed := m.sched.known(p), m.tasks.over()
+	v := m.looks.look(p, d)
+	plan := decide(m.cfg, m.policies.of(d), &v.facts)
 	e.State = plan.state
 	switch {
 	case closed:

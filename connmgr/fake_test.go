@@ -104,6 +104,11 @@ func (w *world) relayedIn() *fakeConn {
 	return w.net.connectFrom(network.DirInbound, w.peer, relayAddr, true)
 }
 
+// setInner has the manager decorate another connection manager. Its notifiee is not called.
+func (w *world) setInner(inner connmgr.ConnManager) {
+	w.m.inner, w.m.looks.inner, w.m.looks.exempt.inner, w.m.serves.exempt.inner = inner, inner, inner, inner
+}
+
 // pass lets virtual time pass.
 func (w *world) pass(d time.Duration) {
 	time.Sleep(d)
@@ -112,15 +117,15 @@ func (w *world) pass(d time.Duration) {
 
 // due returns the peers that a round is due for.
 func (w *world) due() dueHeap {
-	w.m.mu.Lock()
-	defer w.m.mu.Unlock()
-	return slices.Clone(w.m.due)
+	w.m.sched.mu.Lock()
+	defer w.m.sched.mu.Unlock()
+	return slices.Clone(w.m.sched.due)
 }
 
 // steered returns the ID of the connection that new streams to the leading peer go to; empty:
 // the swarm chooses.
 func (w *world) steered() string {
-	if c := w.m.steer(w.t.Context(), w.peer); c != nil {
+	if c := w.m.steer.choose(w.t.Context(), w.peer); c != nil {
 		return c.ID()
 	}
 	return ""
@@ -140,7 +145,7 @@ func (w *world) incoming(c *fakeConn) *fakePipe {
 	near, far := newPipe(c)
 	near.id = DrainID
 	c.set(func() { c.streams = append(c.streams, near) })
-	go w.m.handleDrain(near)
+	go w.m.serves.handle(near)
 	return far
 }
 

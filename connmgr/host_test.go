@@ -195,9 +195,9 @@ func TestTwoBareManagersOnRealHosts(t *testing.T) {
 	require.Equal(t, network.Connected, a.Network().Connectedness(b.ID()))
 	for m, p := range map[*Manager]peer.ID{am: b.ID(), bm: a.ID()} {
 		waitFor(t, "the peer to be forgotten", func() bool {
-			m.mu.Lock()
-			defer m.mu.Unlock()
-			return len(m.peers) == 0
+			m.sched.mu.Lock()
+			defer m.sched.mu.Unlock()
+			return len(m.sched.peers) == 0
 		})
 		require.Equal(t, "one connection, nothing to do", m.Explain(p).State)
 	}

@@ -1,11 +1,11 @@
 package connmgr
 
 import (
-	"errors"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -36,25 +36,40 @@ func openConns(n network.Network, p peer.ID) []network.Conn {
 	return slices.DeleteFunc(n.ConnsToPeer(p), network.Conn.IsClosed)
 }
 
+// looker finds the facts of a peer.
+type looker struct {
+	cfg        *config
+	network    func() network.Network // nil before there is one
+	home       *home
+	inner      connmgr.ConnManager
+	policies   *policies
+	exempt     exemptions
+	upgrades   *upgrades
+	young      *young
+	interfaces interfaces
+}
+
 // look looks at the open connections of p. d is nil if p has no entry. It does not block.
-func (m *Manager) look(p peer.ID, d *peerState) *view {
-	net := m.watch.network()
+func (l *looker) look(p peer.ID, d *peerState) *view {
+	net := l.network()
 	conns := openConns(net, p)
-	v := &view{conns: make([]connView, len(conns))}
+	v := &view{mover: l.home.mover(), conns: make([]connView, len(conns))}
 	f := &v.facts
 	f.conns = make([]connFacts, len(conns))
-	m.mu.Lock()
-	v.mover = m.mover
-	sticky := d != nil && d.manages
-	for i, c := range conns {
-		if v.conns[i].facts = &f.conns[i]; d != nil {
+	sticky := false
+	if d != nil {
+		d.mu.Lock()
+		sticky = d.manages
+		for i, c := range conns {
 			v.conns[i].connState = d.state(c)
 		}
-		if v.conns[i].connState == nil {
+		d.mu.Unlock()
+	}
+	for i, c := range conns {
+		if v.conns[i].facts = &f.conns[i]; v.conns[i].connState == nil {
 			v.conns[i].connState = newConnState(c)
 		}
 	}
-	m.mu.Unlock()
 
 	f.now = time.Now()
 	f.wrapped = v.mover != nil
@@ -65,11 +80,11 @@ func (m *Manager) look(p peer.ID, d *peerState) *view {
 			f.manages = yes
 		}
 	}
-	f.exempt = m.exemptPeer(p)
-	if f.upgrade = m.upgrades.of(p); f.upgrade.tracked {
-		f.upgrade.wanted = m.wantedFor(p)
+	f.exempt = l.exempt.peer(p)
+	if f.upgrade = l.upgrades.of(p); f.upgrade.tracked {
+		f.upgrade.wanted = wantedFor(l.inner, p)
 	}
-	use := m.policy().use
+	use := l.policies.policy().use
 	rtts := make([]time.Duration, len(conns))
 	open := make([]streamCount, len(conns))
 	carried := make([]traffic, len(conns))
@@ -88,23 +103,25 @@ func (m *Manager) look(p peer.ID, d *peerState) *view {
 			rtts[i] = transportRTT(c)
 		}
 		if use.Interface {
-			cf.candidate.Interface = m.interfaces.of(c.LocalMultiaddr(), f.now)
+			cf.candidate.Interface = l.interfaces.of(c.LocalMultiaddr(), f.now)
 		}
 		if cf.exempt = f.exempt; cf.exempt == "" {
-			cf.exempt = m.exemptConn(c)
+			cf.exempt = l.exempt.conn(c)
 		}
-		carried[i] = m.trafficOn(v.mover, c)
-		cf.room = roomOn(c)
+		carried[i] = trafficOn(v.mover, c)
+		cf.room = cv.room()
 	}
 
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	if d != nil {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+	}
 	for i := range v.conns {
-		m.lookAt(d, v, &v.conns[i], open[i], carried[i])
+		v.lookAt(d, i, open[i], carried[i])
 	}
 	if use.RTT {
 		f.measuring = slices.ContainsFunc(v.conns, func(cv connView) bool {
-			return cv.path.asking && cv.rtt == 0 && cv.path.tries == 0 && !cv.path.gaveUp(f.now, m.cfg.probeTime)
+			return cv.path.asking && cv.rtt == 0 && cv.path.tries == 0 && !cv.path.gaveUp(f.now, l.cfg.probeTime)
 		})
 		v.measure(rtts)
 	}
@@ -116,12 +133,14 @@ func (m *Manager) look(p peer.ID, d *peerState) *view {
 			f.winner = d.winner.base.ID
 		}
 	}
-	f.deaths = m.young.of(p, f.now)
+	f.deaths = l.young.of(p, f.now)
 	return v
 }
 
-// lookAt fills in what is kept of a connection. It must be called with mu held.
-func (m *Manager) lookAt(d *peerState, v *view, cv *connView, open streamCount, carried traffic) {
+// lookAt fills in what is kept of a connection. It must be called with d's lock held, if d is
+// not nil.
+func (v *view) lookAt(d *peerState, i int, open streamCount, carried traffic) {
+	cv := &v.conns[i]
 	f, cf := &v.facts, cv.facts
 	if !cv.seen.IsZero() && cv.traffic.heard(carried) {
 		cv.path.hear(cv.seen)
@@ -222,19 +241,17 @@ func ownProtocol(id protocol.ID, managed bool) bool {
 	return id == DrainID || id == identify.ID || id == identify.IDPush || id == ping.ID && managed
 }
 
-// roomOn returns how many streams this side may still open on c, without those that are
-// left for new ones; negative where no limit is known. go-libp2p's QUIC takes 256 from each
-// end.
-func roomOn(c network.Conn) int {
-	var cf policy.Candidate
-	cf.SetAddr(c.RemoteMultiaddr())
-	if cf.Relayed || cf.Transport != policy.QUIC && cf.Transport != policy.WebTransport {
+// room returns how many streams this side may still open on a connection, without those that
+// are left for new ones; negative where no limit is known. go-libp2p's QUIC takes 256 from
+// each end.
+func (cs *connState) room() int {
+	if cs.base.Relayed || cs.base.Transport != policy.QUIC && cs.base.Transport != policy.WebTransport {
 		return -1
 	}
-	out := c.Stat().NumStreams // at most
-	if out > quicStreams/4 {   // counting is not for nothing
+	out := cs.conn.Stat().NumStreams // at most
+	if out > quicStreams/4 {         // counting is not for nothing
 		out = 0
-		for _, s := range c.GetStreams() {
+		for _, s := range cs.conn.GetStreams() {
 			if s.Stat().Direction == network.DirOutbound {
 				out++
 			}
@@ -261,36 +278,4 @@ func managed(n network.Network, p peer.ID) knowledge {
 		}
 	}
 	return told
-}
-
-var (
-	errNoWinner = errors.New("the policy names no connection that it was given")
-	errSilent   = errors.New("no connection of the peer answers")
-	errStuck    = errors.New("the policy has not returned for a second")
-	errPanic    = errors.New("the policy panicked")
-)
-
-// began is told of each stream that a wrapped host opens or gets.
-func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
-	if m.usage.count.Load() == 0 && m.upgrades.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
-		return
-	}
-	if id == ping.ID && managed(m.watch.network(), c.RemotePeer()) == yes {
-		return // its manager's, most likely
-	}
-	m.upgrades.note(c)
-	if m.usage.note(c) != nil {
-		m.poke(c.RemotePeer())
-	}
-}
-
-// poke has a round for a peer of which a connection is used again that was not for a while:
-// nobody has asked since whether it works.
-func (m *Manager) poke(p peer.ID) {
-	m.mu.Lock()
-	if d := m.peers[p]; d != nil {
-		m.schedule(d, time.Now())
-	}
-	m.mu.Unlock()
-	m.wakeUp()
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
@@ -14,12 +13,14 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
+	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
+	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/internal/punch"
-	"github.com/go-portage/portage/internal/sampled"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
@@ -40,49 +41,28 @@ var (
 // All methods are safe for concurrent use.
 type Manager struct {
 	inner connmgr.ConnManager
-	cfg   config
-	log   *zap.Logger
-	watch *watcher
+	cfg   *config
+	home  *home
+	tasks *tasks
 
-	ctx    context.Context // of everything that runs; done when Close is called
-	cancel context.CancelFunc
-	wg     sync.WaitGroup // every goroutine, and every Consolidate; Add only while mu is held and closed is false
-	wake   chan struct{}  // to the dispatcher; capacity 1
-	awake  atomic.Bool    // the dispatcher runs
+	watch *watcher    // what happens to connections
+	sched *scheduler  // which peers have duplicates, and when to look at them
+	disp  *dispatcher // has rounds run
 
-	contested atomic.Bool // another host was to be wrapped, too
-	bareOnce  sync.Once   // the warning
+	looks    *looker   // what is known of a peer
+	policies *policies // which connection is best
+	rounds   *rounds   // looks, decides (plan.go), acts
+
+	steer    *steering    // where new streams go
+	usage    *usage       // which connections are used
+	moves    *migrations  // streams to the winner
+	paths    *pathAsker   // whether paths work
+	serves   *drainServer // the peers' requests
+	upgrades *upgrader    // a direct connection where there is none
+	tells    *teller      // the log, events, metrics, totals
+
 	closeOnce sync.Once
 	closeErr  error
-
-	steering   steering
-	usage      usage
-	young      young
-	upgrades   upgrades
-	silences   sampled.Lines // which lines about peers are logged; see logSampled
-	refusals   sampled.Lines
-	interfaces interfaces
-	ranking    atomic.Pointer[ranker]
-	probe      prober
-	greet      greeter
-	punch      puncher
-	instance   uint64 // immutable: what this process calls itself; see Hello
-	events     emitter
-	totals     totals
-	history    history
-
-	// mu guards what follows and everything in each peerState that is not said to be
-	// immutable. It is held briefly, and never across a call to a host, a network, a
-	// connection or a stream. Before the locks of steering, usage, young, upgrades and
-	// watcher, never after them.
-	mu      sync.Mutex
-	closed  bool
-	host    host.Host     // that Wrap got; nil before
-	wrapped *migrate.Host // that Wrap returned; nil before
-	mover   mover         // nil without Wrap
-	peers   map[peer.ID]*peerState
-	due     dueHeap // the peers that wait for their next round
-	places  int     // taken by rounds, not counting those of Consolidate
 }
 
 var (
@@ -121,30 +101,39 @@ func configure(opts []Option) (config, error) {
 	return cfg, nil
 }
 
-func newManager(inner connmgr.ConnManager, cfg config) *Manager {
-	m := &Manager{
-		inner:    inner,
-		cfg:      cfg,
-		wake:     make(chan struct{}, 1),
-		peers:    make(map[peer.ID]*peerState),
-		probe:    probe,
-		punch:    punch.Again,
-		instance: rand.Uint64() | 1,
-		events:   emitter{log: cfg.log},
-	}
-	m.greet = m.hello
-	m.log = m.history.beside(cfg.log)
-	m.totals.since = time.Now()
-	m.silences.Every, m.refusals.Every = sampleEvery, sampleEvery
-	m.ranking.Store(newRanker(cfg.policy))
-	m.ctx, m.cancel = context.WithCancel(context.Background())
-	m.watch = newWatcher(inner.Notifee(), m.wakeUp, func(c network.Conn) {
-		m.young.disconnected(c)
-		if m.upgrades.disconnected(c) {
-			m.wakeUp()
+// newManager puts the parts together. Each has what it needs of the others, and no more.
+func newManager(inner connmgr.ConnManager, own config) *Manager {
+	cfg := &own
+	t := newTasks()
+	home, usage, young, steer, up := new(home), new(usage), new(young), new(steering), new(upgrades)
+	exempt := exemptions{inner, cfg.exempt}
+	instance := rand.Uint64() | 1
+	tells := newTeller(cfg)
+	sched := newScheduler(t, cfg.concurrency)
+	watch := newWatcher(inner.Notifee(), sched.wakeUp, func(c network.Conn) {
+		young.disconnected(c)
+		if up.disconnected(c) {
+			sched.wakeUp()
 		}
 	})
-	return m
+	policies := newPolicies(cfg.policy, t, sched, tells)
+	looks := &looker{cfg: cfg, network: watch.network, home: home, inner: inner, policies: policies, exempt: exempt, upgrades: up, young: young}
+	paths := &pathAsker{cfg: cfg, tasks: t, sched: sched, tells: tells, probe: probe, greet: hello(instance)}
+	moves := &migrations{cfg: cfg, tasks: t, sched: sched, tells: tells, usage: usage}
+	rounds := &rounds{
+		cfg: cfg, tasks: t, sched: sched, look: looks, policies: policies, tells: tells, usage: usage, young: young,
+		paths: paths, steer: steer, moves: moves,
+		asks:  &asker{cfg: cfg, tasks: t, sched: sched, tells: tells},
+		close: &closer{tasks: t, network: watch.network, tells: tells},
+	}
+	upgrader := &upgrader{cfg: cfg, tasks: t, sched: sched, home: home, looks: looks, tells: tells, of: up, punch: punch.Again}
+	disp := &dispatcher{watch: watch, sched: sched, rounds: rounds, upgrade: upgrader, young: young}
+	sched.loop, sched.forget = disp.loop, rounds.forget
+	return &Manager{
+		inner: inner, cfg: cfg, home: home, tasks: t, watch: watch, sched: sched, disp: disp, looks: looks, policies: policies,
+		rounds: rounds, steer: steer, usage: usage, moves: moves, paths: paths, upgrades: upgrader, tells: tells,
+		serves: &drainServer{cfg: cfg, tasks: t, sched: sched, network: watch.network, exempt: exempt, usage: usage, steer: steer, log: tells.log, instance: instance},
+	}
 }
 
 // Wrap gives the manager the host whose connection manager it is, and returns the
@@ -167,32 +156,30 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	if err := m.adopt(h); err != nil {
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	identified, err := h.EventBus().Subscribe(events, eventbus.Name("portage/connmgr"))
+	heard, err := h.EventBus().Subscribe(events, eventbus.Name("portage/connmgr"))
 	if err != nil {
-		m.disown()
+		m.home.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	if err := m.events.start(h.EventBus()); err != nil {
-		_ = identified.Close()
-		m.disown()
+	if err := m.tells.events.start(h.EventBus()); err != nil {
+		_ = heard.Close()
+		m.home.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	opts := []migrate.Option{migrate.WithConnSelector(m.steer), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.migrated), migrate.WithLogger(m.log)}
+	opts := []migrate.Option{migrate.WithConnSelector(m.steer.choose), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.moves.migrated), migrate.WithLogger(m.tells.log)}
 	if mt := m.cfg.metrics; mt != nil {
 		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }))
 	}
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {
-		_ = identified.Close()
-		m.events.stop()
-		m.disown()
+		_ = heard.Close()
+		m.tells.events.stop()
+		m.home.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	m.mu.Lock()
-	m.wrapped = wrapped
-	m.mu.Unlock()
+	m.home.setWrapped(wrapped)
 	m.attach(wrapped, hostMover{wrapped})
-	m.listen(identified)
+	m.listen(heard)
 	return wrapped, nil
 }
 
@@ -206,113 +193,65 @@ var events = []any{
 
 // listen has a round for each peer with duplicates of which an event tells, until Close.
 func (m *Manager) listen(events coreevent.Subscription) {
-	if !m.begin() {
-		_ = events.Close()
-		return
-	}
-	go func() {
-		defer m.wg.Done()
+	listens := m.tasks.start(func() {
 		defer events.Close()
 		for {
 			select {
-			case <-m.ctx.Done():
+			case <-m.tasks.ctx.Done():
 				return
 			case e, open := <-events.Out():
 				switch e := e.(type) {
 				case coreevent.EvtPeerIdentificationCompleted:
-					m.identified(e.Peer)
-					if m.upgrades.told(e, m.watch.seed, time.Now()) {
-						m.wakeUp()
-					}
+					m.disp.identified(e.Peer)
+					m.upgrades.told(e, m.watch.seed)
 				case coreevent.EvtPeerProtocolsUpdated:
-					m.identified(e.Peer)
+					m.disp.identified(e.Peer)
 				case coreevent.EvtLocalAddressesUpdated, coreevent.EvtLocalReachabilityChanged:
-					m.upgradeChanged("")
+					m.upgrades.changed("")
 				}
 				if !open {
 					return
 				}
 			}
 		}
-	}()
-}
-
-func (m *Manager) identified(p peer.ID) {
-	manages := managed(m.watch.network(), p) == yes
-	m.mu.Lock()
-	d := m.peers[p]
-	if d != nil {
-		d.manages = d.manages || manages
-		for _, cs := range d.conns {
-			cs.lacks = false // it may serve it by now
-		}
-		m.schedule(d, time.Now())
-	}
-	m.mu.Unlock()
-	if d != nil {
-		m.wakeUp()
+	})
+	if !listens {
+		_ = events.Close()
 	}
 }
 
-// adopt makes h the manager's host, of which there can be one.
+// adopt makes h the manager's host.
 func (m *Manager) adopt(h host.Host) error {
-	m.mu.Lock()
-	closed, own := m.closed, m.host
-	if !closed && own == nil {
-		m.host = h
-	}
-	m.mu.Unlock()
-	switch {
-	case closed:
+	if m.tasks.over() {
 		return ErrClosed
-	case own != nil:
-		if own.Network() != h.Network() {
-			m.contested.Store(true)
-		}
-		return fmt.Errorf("%w: %s", ErrWrapped, own.Network().LocalPeer())
 	}
-	return nil
-}
-
-func (m *Manager) disown() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.host = nil
+	return m.home.adopt(h)
 }
 
 // attach lets the manager migrate with mv, and tells peers that it runs on h.
 func (m *Manager) attach(h host.Host, mv mover) {
-	h.SetStreamHandler(DrainID, m.handleDrain)
-	m.mu.Lock()
-	m.mover = mv
-	closed := m.closed
-	m.mu.Unlock()
-	if closed { // meanwhile: Close may not have seen the handler
+	h.SetStreamHandler(DrainID, m.serves.handle)
+	m.home.setMover(mv)
+	if m.tasks.over() { // meanwhile: Close may not have seen the handler
 		h.Mux().RemoveHandler(DrainID)
 	}
 	m.watch.scan(h.Network())
 }
 
-// ranker is the policy, and what it looks at.
-type ranker struct {
-	policy.Policy
-	use    policy.Use
-	blamed atomic.Bool // an error line has been written about it
+// began is told of each stream that a wrapped host opens or gets.
+func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
+	if m.usage.count.Load() == 0 && m.upgrades.of.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
+		return
+	}
+	if id == ping.ID && managed(m.watch.network(), c.RemotePeer()) == yes {
+		return // its manager's, most likely
+	}
+	m.upgrades.of.note(c)
+	if m.usage.note(c) != nil {
+		// It was not used for a while: nobody has asked since whether it works.
+		m.sched.poke(c.RemotePeer())
+	}
 }
-
-func newRanker(p policy.Policy) *ranker { return &ranker{Policy: p, use: policy.Uses(p)} }
-
-// name is the policy's String, which is a program's own code, too.
-func (r *ranker) name() (name string) {
-	defer func() {
-		if recover() != nil {
-			name = fmt.Sprintf("%T", r.Policy)
-		}
-	}()
-	return r.String()
-}
-
-func (m *Manager) policy() *ranker { return m.ranking.Load() }
 
 // SetPolicy replaces the policy. All peers with more than one connection are ranked anew,
 // at once: there is no settle delay, and the winner so far has no advantage but what the
@@ -322,16 +261,14 @@ func (m *Manager) SetPolicy(p policy.Policy) error {
 		return errors.New("set policy: policy is nil")
 	}
 	by := newRanker(p)
-	m.ranking.Store(by)
-	m.log.Info("policy changed", zap.String("policy", by.name()))
-	m.mu.Lock()
-	now := time.Now()
-	for _, d := range m.peers {
+	m.policies.inForce.Store(by)
+	m.tells.log.Info("policy changed", zap.String("policy", by.name()))
+	for _, d := range m.sched.all() {
+		d.mu.Lock()
 		d.atOnce = true
-		m.schedule(d, now)
+		d.mu.Unlock()
+		m.sched.schedule(d, time.Now())
 	}
-	m.mu.Unlock()
-	m.wakeUp()
 	return nil
 }
 
@@ -341,50 +278,28 @@ func (m *Manager) SetPolicy(p policy.Policy) error {
 // it is closed itself. Further calls do nothing and return the same.
 func (m *Manager) Close() error {
 	m.closeOnce.Do(func() {
-		m.mu.Lock()
-		m.closed = true
-		h := m.host
-		m.mu.Unlock()
-		if h != nil && (m.contested.Load() || m.watch.metSecond()) {
-			m.log.Error("connection manager was given to two hosts, and one of them has closed it: "+
+		m.tasks.refuse()
+		h := m.home.host()
+		if h != nil && (m.home.wasContested() || m.watch.metSecond()) {
+			m.tells.log.Error("connection manager was given to two hosts, and one of them has closed it: "+
 				"nothing is consolidated any more at the other; make a manager for each host", zap.Stringer("host", h.Network().LocalPeer()))
 		}
-		m.cancel()
 		m.watch.close()
 		if h != nil {
 			// Not RemoveStreamHandler, which has identify tell everybody: mostly the
 			// host is being closed. If it is not, its peers take over after a while.
 			h.Mux().RemoveHandler(DrainID)
 		}
-		ended := make(chan struct{})
-		go func() {
-			m.wg.Wait()
-			close(ended)
-		}()
-		select {
-		case <-ended:
-		case <-time.After(closeWait):
-			m.log.Warn("connection manager closed while closing a connection blocks",
+		if !m.tasks.end(closeWait) {
+			m.tells.log.Warn("connection manager closed while closing a connection blocks",
 				zap.Duration("waited", closeWait))
 		}
-		m.steering.clear()
-		m.measureNothing()
-		m.events.stop()
+		m.steer.clear()
+		m.tells.measureNothing(m.sched.all())
+		m.tells.events.stop()
 		m.closeErr = m.inner.Close()
 	})
 	return m.closeErr
-}
-
-// begin keeps Close waiting until the caller has called m.wg.Done. It is false if the
-// manager is closed.
-func (m *Manager) begin() bool {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.closed {
-		return false
-	}
-	m.wg.Add(1)
-	return true
 }
 
 // TagPeer implements connmgr.ConnManager: it is inner's.

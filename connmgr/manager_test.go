@@ -309,7 +309,7 @@ func TestConcurrentUse(t *testing.T) {
 				tcp.open(1)
 				_, _ = w.m.Consolidate(t.Context(), p)
 				_ = w.m.Explain(p).String()
-				_ = w.m.steer(t.Context(), p)
+				_ = w.m.steer.choose(t.Context(), p)
 				for _, s := range streams {
 					relay.remove(s)
 				}

@@ -400,40 +400,37 @@ func (*metricsTracer) TookOver() { takeoversTotal.Inc() }
 
 func (*metricsTracer) Violation() { violationsTotal.Inc() }
 
-// measure tells the metrics what a round has found and done.
-func (m *Manager) measure(d *peerState, v *view, p *plan) {
-	mt := m.cfg.metrics
+// measure tells the metrics what a round has found and done. over: it is the last one, so
+// that nothing is left to measure.
+func (t *teller) measure(d *peerState, v *view, p *plan, over bool) {
+	mt := t.metrics
 	if mt == nil {
 		return
 	}
 	mt.RoundFinished(p.outcome())
 	after, pinned := v.measured(p)
-	m.mu.Lock()
-	if m.closed {
+	if over {
 		after, pinned = PeerMetrics{}, nil
 	}
+	d.mu.Lock()
 	before, had := d.measured, d.pinned
 	d.measured, d.pinned = after, pinned
-	m.mu.Unlock()
+	d.mu.Unlock()
 	changed(mt, before, after, had, pinned)
 }
 
 // measureNothing takes all that was measured of peers back: the manager is closed.
-func (m *Manager) measureNothing() {
-	mt := m.cfg.metrics
+func (t *teller) measureNothing(peers []*peerState) {
+	mt := t.metrics
 	if mt == nil {
 		return
 	}
-	m.mu.Lock()
-	was := make([]PeerMetrics, 0, len(m.peers))
-	had := make([]map[protocol.ID]int, 0, len(m.peers))
-	for _, d := range m.peers {
-		was, had = append(was, d.measured), append(had, d.pinned)
+	for _, d := range peers {
+		d.mu.Lock()
+		was, had := d.measured, d.pinned
 		d.measured, d.pinned = PeerMetrics{}, nil
-	}
-	m.mu.Unlock()
-	for i := range was {
-		changed(mt, was[i], PeerMetrics{}, had[i], nil)
+		d.mu.Unlock()
+		changed(mt, was, PeerMetrics{}, had, nil)
 	}
 }
 
@@ -540,8 +537,8 @@ func (p *plan) outcome() string {
 
 // measurePruned tells the metrics of a connection that this side has closed. asked is when
 // the peer was asked first.
-func (m *Manager) measurePruned(v verdict, asked time.Time) {
-	mt := m.cfg.metrics
+func (t *teller) measurePruned(v verdict, asked time.Time) {
+	mt := t.metrics
 	if mt == nil {
 		return
 	}
@@ -557,8 +554,8 @@ func (m *Manager) measurePruned(v verdict, asked time.Time) {
 }
 
 // measureMigration tells the metrics of a migration that is over.
-func (m *Manager) measureMigration(e migrate.Event) {
-	mt := m.cfg.metrics
+func (t *teller) measureMigration(e migrate.Event) {
+	mt := t.metrics
 	if mt == nil {
 		return
 	}

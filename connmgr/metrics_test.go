@@ -169,7 +169,7 @@ func TestMetricsOfMigrations(t *testing.T) {
 		{Kind: migrate.Failed, From: quic, Err: fmt.Errorf("no room: %w", migrate.ErrTryLater)},
 		{Kind: migrate.Failed, From: relay, To: quic, Err: network.ErrReset},
 	} {
-		m.migrated(e)
+		m.moves.migrated(e)
 	}
 	require.Equal(t, []string{
 		"moved true limited relay to quic-v1 in 1s",

@@ -22,8 +22,8 @@ import (
 // one deadline for all of them: after it the batch is told as it is, and what is left goes
 // on.
 
-// batch is the migrations that one round has started. Guarded by Manager.mu, but for the
-// first four.
+// batch is the migrations that one round has started. Guarded by the lock of the peer, but
+// for the first four.
 type batch struct {
 	d      *peerState
 	mover  mover
@@ -54,11 +54,20 @@ type toMove struct {
 	from *connState
 }
 
+// migrations moves streams, and knows what the peer moves.
+type migrations struct {
+	cfg   *config
+	tasks *tasks
+	sched *scheduler
+	tells *teller
+	usage *usage
+}
+
 // mayMove returns the streams that the plan moves.
-func (m *Manager) mayMove(d *peerState, v *view, p *plan) []toMove {
+func (d *peerState) mayMove(v *view, p *plan) []toMove {
 	var list []toMove
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for i, verdict := range p.verdicts {
 		if verdict.move == moveNone {
 			continue
@@ -81,8 +90,8 @@ func (m *Manager) mayMove(d *peerState, v *view, p *plan) []toMove {
 }
 
 // move starts to migrate the streams of a plan. It returns nil where there are none.
-func (m *Manager) move(d *peerState, v *view, p *plan) *batch {
-	streams := m.mayMove(d, v, p)
+func (mg *migrations) move(d *peerState, v *view, p *plan) *batch {
+	streams := d.mayMove(v, p)
 	if len(streams) == 0 {
 		return nil
 	}
@@ -95,43 +104,39 @@ func (m *Manager) move(d *peerState, v *view, p *plan) *batch {
 			b.losers[v.conns[i].connState] = &count{decision: p.verdicts[i].decision}
 		}
 	}
-	if !m.begin() {
+	d.mu.Lock()
+	mg.begin(b, streams)
+	d.mu.Unlock()
+	if !mg.tasks.start(func() { mg.await(b) }) {
 		return nil
 	}
-	m.mu.Lock()
-	m.startMigrations(b, streams)
-	m.mu.Unlock()
-	go func() {
-		defer m.wg.Done()
-		m.watchBatch(b)
-	}()
 	return b
 }
 
-// watchBatch tells of a batch when it is done, or its time is over.
-func (m *Manager) watchBatch(b *batch) {
+// await tells of a batch when it is done, or its time is over.
+func (mg *migrations) await(b *batch) {
 	timer := time.NewTimer(moveWait)
 	defer timer.Stop()
 	select {
 	case <-b.done:
 	case <-timer.C:
-	case <-m.ctx.Done():
+	case <-mg.tasks.ctx.Done():
 	}
-	m.mu.Lock()
+	b.d.mu.Lock()
 	b.late = b.pending > 0
 	for _, r := range b.again {
-		m.failed(b, r)
+		b.failed(r, mg.cfg)
 	}
 	b.again = nil
 	moved := b.report()
 	err := b.err
-	m.schedule(b.d, time.Now())
-	m.mu.Unlock()
-	m.logMoved(b.d.peer, b.to.info(), moved, err)
-	m.wakeUp()
+	b.d.mu.Unlock()
+	mg.sched.schedule(b.d, time.Now())
+	mg.tells.moved(b.d.peer, b.to.info(), moved, err)
 }
 
-// report returns what became of the losers so far. It must be called with mu held.
+// report returns what became of the losers so far. It must be called with the peer's lock
+// held.
 func (b *batch) report() []Loser {
 	losers := make([]Loser, 0, len(b.losers))
 	for cs, c := range b.losers {
@@ -142,26 +147,30 @@ func (b *batch) report() []Loser {
 	return losers
 }
 
-// startMigrations must be called with mu held.
-func (m *Manager) startMigrations(b *batch, streams []toMove) {
-	b.pending, b.passed = len(streams), false
+// begin starts migrations. It must be called with the peer's lock held.
+func (mg *migrations) begin(b *batch, streams []toMove) {
+	b.pending, b.passed = 0, false
 	if b.d.moving == nil {
 		b.d.moving = make(map[network.Stream]motion)
 	}
 	for _, r := range streams {
+		if !mg.tasks.start(func() { mg.migrate(b, r) }) {
+			break
+		}
 		b.d.moving[r.s] = motion{r.from, b.to}
 		b.losers[r.from].moving++
-		m.wg.Add(1)
-		go m.migrate(b, r)
+		b.pending++
+	}
+	if b.pending == 0 {
+		close(b.done)
 	}
 }
 
 // migrate moves one stream and notes what came of it. A cancelled context would only end
 // the waiting, not the migration; so only the manager's own is used, and what is in motion
 // is known for as long as it is.
-func (m *Manager) migrate(b *batch, r toMove) {
-	defer m.wg.Done()
-	ctx := m.ctx
+func (mg *migrations) migrate(b *batch, r toMove) {
+	ctx := mg.tasks.ctx
 	if r.from.base.Limited && b.to.base.Limited {
 		ctx = network.WithAllowLimitedConn(ctx, "stream migration")
 	}
@@ -169,8 +178,8 @@ func (m *Manager) migrate(b *batch, r toMove) {
 	elsewhere := err != nil && r.s.Conn() != r.from.conn // the peer moved it, or it is closed
 	now := time.Now()
 
-	m.mu.Lock()
 	d := b.d
+	d.mu.Lock()
 	delete(d.moving, r.s)
 	c := b.losers[r.from]
 	c.moving--
@@ -189,7 +198,7 @@ func (m *Manager) migrate(b *batch, r toMove) {
 		b.passed = true
 		c.denied++
 		d.wait(r.s, backoff{denied: true})
-	case m.ctx.Err() != nil:
+	case mg.tasks.ctx.Err() != nil:
 	case elsewhere, errors.Is(err, migrate.ErrClosed), errors.Is(err, migrate.ErrNotLabelled):
 		b.passed = true
 		delete(d.backoff, r.s)
@@ -201,24 +210,21 @@ func (m *Manager) migrate(b *batch, r toMove) {
 			b.again = append(b.again, r)
 		} else {
 			b.passed = true
-			m.failed(b, r)
+			b.failed(r, mg.cfg)
 		}
 	}
 	if b.pending--; b.pending == 0 && !b.late {
-		if again := b.again; len(again) > 0 && b.passed && !m.closed {
+		if again := b.again; len(again) > 0 && b.passed {
 			b.again = nil
-			m.startMigrations(b, again)
+			mg.begin(b, again)
 		} else {
 			close(b.done)
 		}
 	}
 	late := b.late
+	d.mu.Unlock()
 	if late {
-		m.schedule(d, now)
-	}
-	m.mu.Unlock()
-	if late {
-		m.wakeUp()
+		mg.sched.schedule(d, now)
 	}
 }
 
@@ -231,11 +237,11 @@ func passes(err error) bool {
 		errors.As(err, &reset) && reset.ErrorCode == network.StreamResourceLimitExceeded
 }
 
-// failed has a stream wait for its next attempt. It must be called with mu held.
-func (m *Manager) failed(b *batch, r toMove) {
+// failed has a stream wait for its next attempt. It must be called with the peer's lock held.
+func (b *batch) failed(r toMove, cfg *config) {
 	b.losers[r.from].failed++
 	w := b.d.backoff[r.s]
-	w.until = time.Now().Add(m.cfg.retryAfter(w.failures))
+	w.until = time.Now().Add(cfg.retryAfter(w.failures))
 	w.failures++
 	b.d.wait(r.s, w)
 }
@@ -249,20 +255,16 @@ func (d *peerState) wait(s network.Stream, b backoff) {
 
 // migrated is told of each step of each migration, of both ends. What the peer moves is
 // told in this side's log, too.
-func (m *Manager) migrated(e migrate.Event) {
-	m.totals.migrated(e)
-	m.measureMigration(e)
-	m.emitMigrated(e)
-	if e.Initiator || e.Kind != migrate.Started && e.Kind != migrate.Finished || m.usage.count.Load() == 0 {
+func (mg *migrations) migrated(e migrate.Event) {
+	mg.tells.migrated(e)
+	if e.Initiator || e.Kind != migrate.Started && e.Kind != migrate.Finished || mg.usage.count.Load() == 0 {
 		return
 	}
-	defer m.wakeUp()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	d := m.peers[e.Peer]
+	d := mg.sched.lockKnown(e.Peer)
 	if d == nil {
 		return
 	}
+	defer d.mu.Unlock()
 	from, to := d.state(e.From), d.state(e.To)
 	if from == nil || to == nil {
 		return
@@ -277,7 +279,7 @@ func (m *Manager) migrated(e migrate.Event) {
 	b.streams++
 	b.last = e.Time
 	d.progress = e.Time
-	m.schedule(d, e.Time.Add(byPeerPause))
+	mg.sched.schedule(d, e.Time.Add(byPeerPause))
 }
 
 // mover is what a Manager needs of a *migrate.Host.

@@ -35,7 +35,7 @@ var page = template.Must(template.New("page").Funcs(template.FuncMap{
 // The history begins with the first call of Handler. A page has 50 peers; all others cost
 // little, so that 10,000 are no trouble. Safe for concurrent use.
 func Handler(m *Manager) http.Handler {
-	m.history.on.Store(true)
+	m.tells.history.on.Store(true)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {
 			w.Header().Set("Allow", "GET, HEAD")

@@ -97,10 +97,10 @@ func TestPageHasTheLog(t *testing.T) {
 		require.EqualValues(t, 1, s.Totals.Closed)
 		require.Empty(t, getStatus(t, h, "q=nobody").History)
 		for i := range 2 * historySize {
-			w.m.log.Info(fmt.Sprint("line ", i))
+			w.m.tells.log.Info(fmt.Sprint("line ", i))
 		}
 		require.Equal(t, fmt.Sprint("line ", 2*historySize-1), getStatus(t, h, "").History[0].What)
-		require.Len(t, w.m.history.last(1<<20, ""), historySize)
+		require.Len(t, w.m.tells.history.last(1<<20, ""), historySize)
 	})
 }
 

@@ -124,7 +124,7 @@ func (before traffic) heard(after traffic) bool {
 		before.blocked && after.of == before.of && after.sent > before.sent
 }
 
-func (m *Manager) trafficOn(mv mover, c network.Conn) traffic {
+func trafficOn(mv mover, c network.Conn) traffic {
 	var t traffic
 	if mv != nil {
 		t = mv.Traffic(c)
@@ -193,39 +193,58 @@ func answered(err error) bool {
 	return err == nil || isNotSupported(err) || errors.As(err, &reset) && reset.Remote
 }
 
-// probePath asks cs, whose path is asking already, and notes what comes of it. It must be
-// called with begin.
-func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
-	defer m.wg.Done()
+// pathAsker asks connections whether their paths work.
+type pathAsker struct {
+	cfg   *config
+	tasks *tasks
+	sched *scheduler
+	tells *teller
+	probe prober
+	greet greeter
+}
+
+// ask asks a connection of d whether its path works: once it has answered, with more than a
+// packet until that has been answered, too, where it costs no relay's budget. It does not
+// wait for the answer.
+func (pa *pathAsker) ask(d *peerState, cs *connState, mv mover) {
+	d.mu.Lock()
+	full := cs.path.alive() && !cs.path.wide && !cs.base.Limited
+	greets := pa.greet != nil && d.manages && !cs.greeted && !cs.lacks
+	cs.greeted = cs.greeted || greets
+	cs.path.ask(time.Now())
+	cs.requests++
+	d.mu.Unlock()
+	pa.tasks.start(func() { pa.await(d, cs, mv, full, greets) })
+}
+
+// await asks cs and notes what comes of it. greets: it is asked which process it leads to,
+// which shows that the path works, too.
+func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets bool) {
 	start := time.Now()
-	before := m.trafficOn(mv, cs.conn)
+	before := trafficOn(mv, cs.conn)
 	var put atomic.Bool
 	type outcome struct {
 		took     time.Duration
 		err      error
 		instance uint64
 	}
-	m.mu.Lock()
-	greets := m.greet != nil && d.manages && !cs.greeted && !cs.lacks
-	cs.greeted = cs.greeted || greets
-	m.mu.Unlock()
 	came := make(chan outcome, 1)
-	ctx, cancel := context.WithTimeout(m.ctx, lateFactor*m.cfg.probeTime)
+	ctx, cancel := context.WithTimeout(pa.tasks.ctx, lateFactor*pa.cfg.probeTime)
 	defer cancel()
 	go func() {
 		var out outcome
 		if greets {
-			out.instance, out.took, out.err = m.greet(ctx, cs.conn, func() { put.Store(true) })
+			out.instance, out.took, out.err = pa.greet(ctx, cs.conn, func() { put.Store(true) })
 		} else {
-			out.took, out.err = m.probe(ctx, cs.conn, full, func() { put.Store(true) })
+			out.took, out.err = pa.probe(ctx, cs.conn, full, func() { put.Store(true) })
 		}
 		came <- out
 	}()
 	// note is called once in time, and once more for an answer that is late.
 	note := func(out *outcome, late bool) {
-		heard := out != nil && answered(out.err) || before.heard(m.trafficOn(mv, cs.conn))
+		heard := out != nil && answered(out.err) || before.heard(trafficOn(mv, cs.conn))
 		closed := cs.conn.IsClosed()
-		m.mu.Lock()
+		d.mu.Lock()
 		was := cs.path.health
 		if out != nil && greets {
 			cs.heard(out.err)
@@ -251,14 +270,13 @@ func (m *Manager) probePath(d *peerState, cs *connState, mv mover, full bool) {
 			cs.requests--
 		}
 		silent := cs.path.health == pathSilent && was != pathSilent && !closed
-		m.schedule(d, time.Now())
-		m.mu.Unlock()
-		m.wakeUp()
+		d.mu.Unlock()
+		pa.sched.schedule(d, time.Now())
 		if silent {
-			m.logSilent(d.peer, cs.info(), time.Since(start))
+			pa.tells.silent(d.peer, cs.info(), time.Since(start))
 		}
 	}
-	timer := time.NewTimer(m.cfg.probeTime)
+	timer := time.NewTimer(pa.cfg.probeTime)
 	defer timer.Stop()
 	select {
 	case out := <-came:

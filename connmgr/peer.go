@@ -18,11 +18,14 @@ import (
 type peerState struct {
 	peer peer.ID // immutable
 
-	// Guarded by Manager.mu, like all that follows.
-	schedule
+	schedule // guarded by scheduler.mu
+
+	// mu guards what follows, and everything in conns that is not said to be immutable. It
+	// is held briefly, and never across a call to a host, a network, a connection or a
+	// stream. Before scheduler.mu, never after it.
+	mu      sync.Mutex
 	came    time.Time // when a connection came last
 	firstOf time.Time // when the first came of those that have come since the last decision
-	gone    bool      // not in Manager.peers any more
 
 	manages bool // the peer is known to run a manager: it stays so while connected
 	conns   []*connState
@@ -43,9 +46,7 @@ type peerState struct {
 
 	moving  map[network.Stream]motion
 	backoff map[network.Stream]backoff
-	stuck   bool          // the policy has not returned
-	stir    chan struct{} // if not nil, closed when a round is asked for
-	waited  int           // rounds in a row that used up their place
+	stuck   bool // the policy has not returned
 }
 
 // motion is a migration that has not returned.
@@ -71,7 +72,8 @@ type connState struct {
 
 	used atomic.Int64 // when a stream began last, of whatever kind, in Unix nanoseconds
 
-	// Guarded by Manager.mu.
+	// Guarded by the lock of the peer.
+	met      bool // a round has taken it in
 	path     path
 	traffic  traffic       // at the last look
 	seen     time.Time     // when that was; zero: never
@@ -149,45 +151,4 @@ func (cs *connState) lastUse() time.Time {
 		return time.Unix(0, ns)
 	}
 	return time.Time{}
-}
-
-// usage knows when a stream began last on the connections of peers with duplicates. A short
-// stream comes and goes between two looks. It is told of each stream that a wrapped host
-// opens or gets, so it has a lock of its own, and none at all while no peer has duplicates.
-type usage struct {
-	count atomic.Int32
-	mu    sync.RWMutex // a leaf
-	of    map[network.Conn]*connState
-}
-
-func (u *usage) add(cs *connState) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.of == nil {
-		u.of = make(map[network.Conn]*connState)
-	}
-	u.of[cs.conn] = cs
-	u.count.Store(int32(len(u.of)))
-}
-
-func (u *usage) drop(cs *connState) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	delete(u.of, cs.conn)
-	u.count.Store(int32(len(u.of)))
-}
-
-// note notes that a stream begins on c. It returns c's state if none has for a while.
-func (u *usage) note(c network.Conn) *connState {
-	u.mu.RLock()
-	cs := u.of[c]
-	u.mu.RUnlock()
-	if cs == nil {
-		return nil
-	}
-	now := time.Now().UnixNano()
-	if before := cs.used.Swap(now); now-before > int64(useProbe) {
-		return cs
-	}
-	return nil
 }

@@ -272,8 +272,8 @@ func TestQuestionsAreLarge(t *testing.T) {
 		w := newWorld(t, higher)
 		var mu sync.Mutex
 		asked := make(map[*fakeConn][]bool)
-		w.m.greet = nil
-		w.m.probe = func(_ context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
+		w.m.paths.greet = nil
+		w.m.paths.probe = func(_ context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
 			put()
 			mu.Lock()
 			defer mu.Unlock()
@@ -391,8 +391,8 @@ func TestRoundTripTimes(t *testing.T) {
 			defer mu.Unlock()
 			return maps.Clone(counts)
 		}
-		w.m.greet = nil
-		w.m.probe = func(_ context.Context, c network.Conn, _ bool, put func()) (time.Duration, error) {
+		w.m.paths.greet = nil
+		w.m.paths.probe = func(_ context.Context, c network.Conn, _ bool, put func()) (time.Duration, error) {
 			put()
 			fc := c.(*fakeConn)
 			time.Sleep(took(fc))

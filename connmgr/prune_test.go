@@ -384,27 +384,26 @@ func TestNothingIsClosedOnOldKnowledge(t *testing.T) {
 			ws.pledged = time.Now().Add(time.Minute)
 		},
 		"the winner is going":   func(_ *world, _ *peerState, _, _ *fakeConn, ws, _ *connState) { ws.closing = true },
-		"the manager is closed": func(w *world, _ *peerState, _, _ *fakeConn, _, _ *connState) { w.m.closed = true },
+		"the manager is closed": func(w *world, _ *peerState, _, _ *fakeConn, _, _ *connState) { w.m.tasks.refuse() },
 	} {
 		t.Run(name, func(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
 				w := newWorld(t, higher)
 				winner, loser := w.connect(quicAddr), w.connect(tcpAddr)
 				w.pass(2 * defaultSettleDelay)
-				w.m.mu.Lock()
-				d := w.m.peers[higher]
-				w.m.mu.Unlock()
-				v := w.m.look(higher, d)
-				p := decide(&w.m.cfg, w.m.ranked(d), &v.facts)
+				w.m.sched.mu.Lock()
+				d := w.m.sched.peers[higher]
+				w.m.sched.mu.Unlock()
+				v := w.m.looks.look(higher, d)
+				p := decide(w.m.cfg, w.m.policies.of(d), &v.facts)
 				require.True(t, p.decided)
 				ws, ls := v.conns[0].connState, v.conns[1].connState
 				require.Equal(t, winner.id, ws.base.ID)
 				if change != nil {
 					change(w, d, winner, loser, ws, ls)
 				}
-				require.Equal(t, change == nil, w.m.claim(d, v, &p, 1))
+				require.Equal(t, change == nil, w.m.rounds.close.claim(d, v, &p, 1))
 				require.Equal(t, change == nil, ls.closing, "from here on it counts for nothing")
-				w.m.closed = false
 			})
 		})
 	}
@@ -418,8 +417,8 @@ func TestStreamDuringTheLastPing(t *testing.T) {
 		var mu sync.Mutex // guards what follows
 		var winner, loser *fakeConn
 		pings := 0
-		probe := w.m.probe
-		w.m.probe = func(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
+		probe := w.m.paths.probe
+		w.m.paths.probe = func(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
 			mu.Lock()
 			if c == network.Conn(winner) && w.agreed(loser) && pings == 0 {
 				pings++
@@ -444,9 +443,9 @@ func TestStreamDuringTheLastPing(t *testing.T) {
 
 // agreed says whether the peer has answered that it has done with c.
 func (w *world) agreed(c *fakeConn) bool {
-	w.m.mu.Lock()
-	defer w.m.mu.Unlock()
-	d := w.m.peers[w.peer]
+	w.m.sched.mu.Lock()
+	defer w.m.sched.mu.Unlock()
+	d := w.m.sched.peers[w.peer]
 	if d == nil {
 		return false
 	}

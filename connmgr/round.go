@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"time"
 
@@ -24,43 +23,103 @@ import (
 // A round waits for nothing. What it starts asks for another round when it has an outcome,
 // and what is learnt is kept with the peer (peerState).
 
-// round runs one round for d, whose right to it the caller holds.
-func (m *Manager) runRound(d *peerState, forced bool) (*view, *plan, *batch) {
-	v := m.look(d.peer, d)
+// rounds runs rounds. Whoever acts for a round knows of nothing but what it acts on.
+type rounds struct {
+	cfg      *config
+	tasks    *tasks
+	sched    *scheduler
+	look     *looker
+	policies *policies
+	tells    *teller
+
+	// What is kept of a peer elsewhere, too.
+	usage *usage
+	young *young
+
+	// Who acts.
+	paths *pathAsker
+	steer *steering
+	asks  *asker
+	moves *migrations
+	close *closer
+}
+
+// run runs one round for d, whose right to it the caller holds.
+func (r *rounds) run(d *peerState, forced bool) (*view, *plan, *batch) {
+	v := r.look.look(d.peer, d)
 	v.facts.forced = forced
 	if v.mover == nil && len(v.conns) > 1 {
-		m.warnBare()
+		r.tells.bare()
 	}
-	gone := m.remember(d, v)
-	untold := m.tellByPeer(d, gone, v.facts.now)
-	p := decide(&m.cfg, m.ranked(d), &v.facts)
+	gone := r.remember(d, v)
+	lines, untold := d.movedByPeer(v.facts.now)
+	r.tells.byPeer(d.peer, append(gone, lines...))
+	p := decide(r.cfg, r.policies.of(d), &v.facts)
 	if errors.Is(p.err, errNoWinner) {
-		m.logPolicy(d, m.policy(), p.err)
+		r.tells.policyFailed(d, r.policies.policy(), p.err)
 	}
 	if !untold.IsZero() && !p.next.IsZero() {
 		p.next = earlier(p.next, untold)
 	}
-	m.apply(d, v, &p)
-	b := m.act(d, v, &p)
-	m.measure(d, v, &p)
-	m.tellPath(d, v, &p)
+	d.apply(v, &p)
+	b := r.act(d, v, &p)
+	r.tells.measure(d, v, &p, r.tasks.over())
+	r.tells.path(d, v, &p)
 	return v, &p, b
+}
+
+// runInPlace runs a round in a place.
+func (r *rounds) runInPlace(d *peerState) {
+	_, p, b := r.run(d, false)
+	r.sched.endRound(d, p.next)
+	inTime := true
+	if b != nil {
+		timer := time.NewTimer(placeTime)
+		select {
+		case <-b.done:
+		case <-r.tasks.ctx.Done():
+		case <-timer.C:
+			inTime = false
+		}
+		timer.Stop()
+	}
+	d.mu.Lock()
+	still := len(d.moving) > 0
+	d.mu.Unlock()
+	r.sched.leave(d, inTime, still)
+}
+
+// forget drops what is kept of a peer elsewhere: it has no entry any more. It must be called
+// with d's lock held.
+func (r *rounds) forget(d *peerState) {
+	for _, cs := range d.conns {
+		r.usage.drop(cs)
+	}
+	if len(d.conns) == 1 && d.winner == d.conns[0] && !d.winner.died {
+		r.young.watch(d.winner, time.Now())
+	}
+	r.steer.drop(d.peer)
 }
 
 // remember takes the connections of v into d. Where they are others than before, what stood
 // in the way of moving a stream may be gone. It returns those that the peer has closed.
-func (m *Manager) remember(d *peerState, v *view) (gone []byPeerLine) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+func (r *rounds) remember(d *peerState, v *view) (gone []byPeerLine) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	now := v.facts.now
-	changed, grown := len(v.conns) != len(d.conns), false
+	changed, grown := false, false
 	here := make(map[network.Stream]struct{})
 	conns := make([]*connState, len(v.conns))
-	for i, cv := range v.conns {
+	for i := range v.conns {
+		cv := &v.conns[i]
+		if cs := d.state(cv.conn); cs != nil && cs != cv.connState {
+			// The peer has asked about it since the look: what was said to it holds.
+			cv.connState, cv.facts.pledged = cs, now.Before(cs.pledged)
+		}
 		conns[i] = cv.connState
-		if !slices.Contains(d.conns, cv.connState) {
-			grown = true
-			m.usage.add(cv.connState)
+		if !cv.met {
+			cv.met, grown = true, true
+			r.usage.add(cv.connState)
 		}
 		for _, s := range cv.labelled {
 			here[s] = struct{}{}
@@ -69,8 +128,8 @@ func (m *Manager) remember(d *peerState, v *view) (gone []byPeerLine) {
 	for _, cs := range d.conns {
 		if !slices.Contains(conns, cs) {
 			changed = true
-			m.usage.drop(cs)
-			gone = append(gone, m.lost(d, cs, now)...)
+			r.usage.drop(cs)
+			gone = append(gone, r.lost(d, cs, now)...)
 		}
 	}
 	changed = changed || grown
@@ -81,7 +140,7 @@ func (m *Manager) remember(d *peerState, v *view) (gone []byPeerLine) {
 	}
 	if w := d.winner; w != nil && w.path.health == pathSilent && !w.died {
 		w.died = true
-		m.young.died(d.peer, w, now)
+		r.young.died(d.peer, w, now)
 	}
 	d.conns = conns
 	if d.named != nil && !slices.Contains(conns, d.named) {
@@ -111,16 +170,16 @@ func (m *Manager) remember(d *peerState, v *view) (gone []byPeerLine) {
 	d.takeover.forced = d.takeover.forced || v.facts.forced
 	d.manages = d.manages || v.facts.manages == yes
 	v.facts.takeover, v.facts.fresh = d.takeover, d.fresh
-	v.facts.deaths = m.young.of(d.peer, now)
+	v.facts.deaths = r.young.of(d.peer, now)
 	return gone
 }
 
 // lost notes that a connection is gone, and returns what there is to tell of it. It must be
-// called with mu held.
-func (m *Manager) lost(d *peerState, cs *connState, now time.Time) []byPeerLine {
+// called with d's lock held.
+func (r *rounds) lost(d *peerState, cs *connState, now time.Time) []byPeerLine {
 	agreed := now.Before(cs.pledged) && !cs.closing && cs.drained.After(cs.lastUse())
 	if cs == d.winner && !cs.closing && !cs.died && !agreed {
-		m.young.died(d.peer, cs, now)
+		r.young.died(d.peer, cs, now)
 	}
 	b := cs.byPeer
 	if cs.closing || !agreed && b.streams == b.told {
@@ -138,10 +197,11 @@ type byPeerLine struct {
 	closed  bool
 }
 
-// tellByPeer tells in the log what the peer has done. It returns when there is more to tell,
-// if nothing happens until then; zero: there is none.
-func (m *Manager) tellByPeer(d *peerState, lines []byPeerLine, now time.Time) (next time.Time) {
-	m.mu.Lock()
+// movedByPeer returns what is to be told of the streams that the peer has moved, and when
+// there is more to tell if nothing happens until then; zero: there is none.
+func (d *peerState) movedByPeer(now time.Time) (lines []byPeerLine, next time.Time) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for _, cs := range d.conns {
 		b := &cs.byPeer
 		switch at := b.last.Add(byPeerPause); {
@@ -155,28 +215,13 @@ func (m *Manager) tellByPeer(d *peerState, lines []byPeerLine, now time.Time) (n
 			b.told = b.streams
 		}
 	}
-	m.mu.Unlock()
-	for _, l := range lines {
-		if mt := m.cfg.metrics; mt != nil && l.closed {
-			mt.ConnectionPruned(ByPeer, "", 0)
-		}
-		if l.closed {
-			e := EvtConnectionPruned{Peer: d.peer, Conn: l.cs.info(), ByPeer: true}
-			if l.to != nil {
-				e.Kept = l.to.info()
-			}
-			m.totals.byPeer.Add(1)
-			m.events.emit(e)
-		}
-		m.logByPeer(d.peer, l)
-	}
-	return next
+	return lines, next
 }
 
 // apply takes what a plan says into d, so that the next one builds on it.
-func (m *Manager) apply(d *peerState, v *view, p *plan) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
+func (d *peerState) apply(v *view, p *plan) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	now := v.facts.now
 	d.better, d.since = p.better, p.since
 	if !p.settled.After(now) && !p.asks {
@@ -205,204 +250,59 @@ func (m *Manager) apply(d *peerState, v *view, p *plan) {
 }
 
 // act does what a plan says.
-func (m *Manager) act(d *peerState, v *view, p *plan) *batch {
+func (r *rounds) act(d *peerState, v *view, p *plan) *batch {
 	for _, i := range p.probe {
-		m.startProbe(d, v, i)
+		r.paths.ask(d, v.conns[i].connState, v.mover)
 	}
 	if p.steer {
-		m.steering.set(d.peer, v.conns[p.winner].connState)
+		r.steer.set(d.peer, v.conns[p.winner].connState)
 	} else {
-		m.steering.drop(d.peer)
+		r.steer.drop(d.peer)
 	}
 	if !p.decided {
 		return nil
 	}
 	winner := v.conns[p.winner].connState
-	if p.tell && m.begin() {
-		m.mu.Lock()
-		winner.told.phase = tellAsked
-		winner.requests++
-		m.mu.Unlock()
-		go m.tellKeep(d, winner)
+	if p.tell {
+		r.asks.keep(d, winner)
 	}
-	b := m.move(d, v, p)
+	b := r.moves.move(d, v, p)
 	if b != nil {
-		m.tookPart(d, p.role)
+		r.tookPart(d, p.role)
 	}
 	for i, verdict := range p.verdicts {
-		loser := v.conns[i].connState
-		switch verdict.fate {
+		switch loser := v.conns[i].connState; verdict.fate {
 		case fateAsk, fateConfirm:
-			if !m.begin() {
-				continue
-			}
-			m.mu.Lock()
-			loser.drain.ask(time.Now(), verdict.fate == fateConfirm)
-			loser.requests++
-			lease := loser.drain.lease
-			m.mu.Unlock()
-			go m.askDrain(d, loser, lease)
+			r.asks.drain(d, loser, verdict.fate == fateConfirm)
 		case fateCompare:
-			if !m.begin() {
-				continue
-			}
-			m.mu.Lock()
-			loser.same = sameAsked
-			loser.requests++
-			winner.requests++
-			m.mu.Unlock()
-			go m.compare(d, loser, winner)
+			r.asks.compare(d, loser, winner)
 		case fateClose:
-			m.close(d, v, p, i)
+			r.close.close(d, v, p, i)
 		}
 	}
 	return b
 }
 
-// startProbe asks a connection whether its path works: once it has answered, with more than
-// a packet until that has been answered, too, where it costs no relay's budget.
-func (m *Manager) startProbe(d *peerState, v *view, i int) {
-	if !m.begin() {
-		return
-	}
-	cs := v.conns[i].connState
-	m.mu.Lock()
-	full := cs.path.alive() && !cs.path.wide && !cs.base.Limited
-	cs.path.ask(time.Now())
-	cs.requests++
-	m.mu.Unlock()
-	go m.probePath(d, cs, v.mover, full)
-}
-
-// close closes a loser if it still may be: this is looked at once more, with the claim.
-func (m *Manager) close(d *peerState, v *view, p *plan, i int) {
-	loser, winner := v.conns[i].connState, v.conns[p.winner].connState
-	if !m.claim(d, v, p, i) || !m.begin() {
-		return
-	}
-	p.verdicts[i].why, p.verdicts[i].kept = "closed", ""
-	p.closed = append(p.closed, i)
-	go func() { // a transport may block in closing
-		defer m.wg.Done()
-		err := loser.conn.CloseWithError(network.ConnSupplanted)
-		m.mu.Lock()
-		moved, took := loser.moved+loser.byPeer.streams, loser.took
-		asked := loser.drain.since
-		m.mu.Unlock()
-		m.totals.closed.Add(1)
-		m.measurePruned(p.verdicts[i], asked)
-		m.events.emit(EvtConnectionPruned{Peer: d.peer, Conn: loser.info(), Kept: winner.info(), Decision: p.verdicts[i].decision})
-		m.logPruned(d.peer, winner.info(), loser.info(), p.verdicts[i].decision, moved, took, err)
-	}()
-}
-
-// claim says whether a loser can be closed at this moment: nothing is on it and nothing has
-// been since the plan, and the winner is there and not about to be closed by the peer. If
-// so, from here on the loser counts for nothing any more (D4).
-func (m *Manager) claim(d *peerState, v *view, p *plan, i int) bool {
-	loser, winner := v.conns[i].connState, v.conns[p.winner].connState
-	if !slices.Contains(openConns(m.watch.network(), d.peer), winner.conn) || loser.conn.IsClosed() {
-		return false
-	}
-	open := streamsOn(loser.conn, v.facts.manages == yes)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	now := time.Now()
-	switch {
-	case m.closed, winner.closing, now.Before(winner.pledged) && d.named != winner:
-		return false
-	case winner.path.health != pathAlive:
-		return false
-	case open.others > 0, loser.requests > 0, d.touching(loser) > 0, winner == loser:
-		return false
-	case loser.lastUse().After(v.facts.now), loser.drain.phase != v.facts.conns[i].drain.phase:
-		return false
-	}
-	loser.closing = true
-	return true
-}
-
 // tookPart notes that this side has moved streams. After a takeover, the controller gets
 // time again to show that it is there, and twice as much.
-func (m *Manager) tookPart(d *peerState, r role) {
-	m.mu.Lock()
+func (r *rounds) tookPart(d *peerState, by role) {
+	d.mu.Lock()
 	now := time.Now()
 	waited := now.Sub(d.progress)
-	if r.moves {
+	if by.moves {
 		d.progress = now
 	}
-	if r.over {
+	if by.over {
 		d.times++
 	}
-	m.mu.Unlock()
-	if r.over {
-		if mt := m.cfg.metrics; mt != nil {
-			mt.TookOver()
-		}
-		m.logTookOver(d.peer, waited)
+	d.mu.Unlock()
+	if by.over {
+		r.tells.tookOver(d.peer, waited)
 	}
 }
 
-// ranked is the policy for decide. It is a program's own code: where it panics, or does not
-// return for a second, that is this peer's ranking and nobody else's trouble.
-func (m *Manager) ranked(d *peerState) rank {
-	return func(candidates []policy.Candidate) (policy.Ranking, error) {
-		by := m.policy()
-		m.mu.Lock()
-		stuck := d != nil && d.stuck
-		m.mu.Unlock()
-		if stuck {
-			return policy.Ranking{}, errStuck
-		}
-		type outcome struct {
-			ranking policy.Ranking
-			err     error
-		}
-		came := make(chan outcome, 1)
-		go func() {
-			var out outcome
-			defer func() {
-				if r := recover(); r != nil {
-					out = outcome{err: fmt.Errorf("%w: %v", errPanic, r)}
-				}
-				came <- out
-			}()
-			out.ranking = by.Rank(slices.Clone(candidates))
-		}()
-		timer := time.NewTimer(policyWait)
-		defer timer.Stop()
-		select {
-		case out := <-came:
-			if out.err != nil {
-				m.logPolicy(d, by, out.err)
-			}
-			return out.ranking, out.err
-		case <-timer.C:
-		}
-		m.logPolicy(d, by, errStuck)
-		if d != nil && m.begin() {
-			m.mu.Lock()
-			d.stuck = true
-			m.mu.Unlock()
-			go func() {
-				defer m.wg.Done()
-				select {
-				case <-came:
-				case <-m.ctx.Done():
-				}
-				m.mu.Lock()
-				d.stuck = false
-				m.schedule(d, time.Now())
-				m.mu.Unlock()
-				m.wakeUp()
-			}()
-		}
-		return policy.Ranking{}, errStuck
-	}
-}
-
-// report is what a round did, for people. b may be nil.
-func (m *Manager) report(d *peerState, v *view, p *plan, b *batch) Report {
+// reportOf is what a round did, for people. b may be nil.
+func reportOf(d *peerState, v *view, p *plan, b *batch) Report {
 	r := Report{Peer: d.peer}
 	if p.winner >= 0 {
 		r.Winner = v.conns[p.winner].info()
@@ -410,8 +310,8 @@ func (m *Manager) report(d *peerState, v *view, p *plan, b *batch) Report {
 	if !p.decided && !p.left {
 		return r
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for i := range v.conns {
 		if i == p.winner {
 			continue

@@ -35,8 +35,8 @@ func TestStreamsMoveToTheWinnerAndTheLoserIsClosed(t *testing.T) {
 			"peer " + shortID(higher) + ": moved 14 streams from limited relay to quic direct (rule unlimited: true over false) in 100 ms",
 			"peer " + shortID(higher) + ": kept quic direct, dropped limited relay (rule unlimited: true over false), 14 streams moved in 100 ms",
 		}, w.messages())
-		require.Empty(t, w.m.peers, "a peer with one connection is forgotten")
-		require.Nil(t, w.m.steer(t.Context(), higher), "and its streams are not steered")
+		require.Empty(t, w.m.sched.peers, "a peer with one connection is forgotten")
+		require.Nil(t, w.m.steer.choose(t.Context(), higher), "and its streams are not steered")
 	})
 }
 
@@ -269,7 +269,7 @@ func TestLoserThatDiesDuringARound(t *testing.T) {
 		w.pass(time.Minute)
 		require.False(t, direct.IsClosed())
 		require.Len(t, w.mover.made(), 5)
-		require.Empty(t, w.m.peers)
+		require.Empty(t, w.m.sched.peers)
 	})
 }
 
@@ -475,28 +475,28 @@ func TestSteering(t *testing.T) {
 		allowed := network.WithAllowLimitedConn(t.Context(), "test")
 		relay := w.connectLimited()
 		relay.setPlain(1)
-		require.Nil(t, w.m.steer(allowed, higher), "one connection is the swarm's choice anyway")
+		require.Nil(t, w.m.steer.choose(allowed, higher), "one connection is the swarm's choice anyway")
 		second := w.connectLimited()
 		w.pass(2 * time.Second)
-		require.Nil(t, w.m.steer(t.Context(), higher), "limited connections keep their rule")
+		require.Nil(t, w.m.steer.choose(t.Context(), higher), "limited connections keep their rule")
 
 		relayed := w.net.connect(higher, relayAddr, false)
 		w.pass(2 * time.Second)
-		require.Equal(t, network.Conn(relayed), w.m.steer(t.Context(), higher))
-		require.Nil(t, w.m.steer(network.WithForceDirectDial(allowed, "test"), higher), "a relayed one is not direct")
-		require.Nil(t, w.m.steer(allowed, lower), "another peer")
+		require.Equal(t, network.Conn(relayed), w.m.steer.choose(t.Context(), higher))
+		require.Nil(t, w.m.steer.choose(network.WithForceDirectDial(allowed, "test"), higher), "a relayed one is not direct")
+		require.Nil(t, w.m.steer.choose(allowed, lower), "another peer")
 
 		direct := w.connect(quicAddr)
 		w.pass(2 * time.Second)
-		require.Equal(t, network.Conn(direct), w.m.steer(network.WithForceDirectDial(t.Context(), "test"), higher))
+		require.Equal(t, network.Conn(direct), w.m.steer.choose(network.WithForceDirectDial(t.Context(), "test"), higher))
 		direct.set(func() { direct.closed = true })
-		require.Nil(t, w.m.steer(allowed, higher), "a winner that is closed is not one")
+		require.Nil(t, w.m.steer.choose(allowed, higher), "a winner that is closed is not one")
 		direct.set(func() { direct.closed = false })
 		relay.Close()
 		second.Close()
 		relayed.Close()
 		w.pass(time.Second)
-		require.Nil(t, w.m.steer(allowed, higher))
+		require.Nil(t, w.m.steer.choose(allowed, higher))
 	})
 }
 
@@ -513,7 +513,7 @@ func TestNothingIsSteeredToALimitedConnection(t *testing.T) {
 				direct.set(func() { direct.plain, direct.silent = 1, true })
 				for range 600 {
 					w.pass(100 * time.Millisecond)
-					require.NotEqual(t, network.Conn(relay), w.m.steer(allowed, higher))
+					require.NotEqual(t, network.Conn(relay), w.m.steer.choose(allowed, higher))
 				}
 				require.False(t, relay.IsClosed() || direct.IsClosed())
 			})

@@ -16,7 +16,7 @@ import (
 // What a policy may ask for and a connection does not tell by itself: round-trip times,
 // network interfaces.
 
-// pinged notes what a ping took. It must be called with mu held.
+// pinged notes what a ping took. It must be called with the peer's lock held.
 func (cs *connState) pinged(took time.Duration) {
 	took = max(took, 1)
 	cs.rttAt = time.Now()
@@ -42,8 +42,8 @@ func transportRTT(c network.Conn) time.Duration {
 }
 
 // measure fills in the round-trip times of v's candidates: of all, or of none, since a
-// policy cannot compare what it knows with what it does not. It must be called with mu
-// held; measured are those of the transports.
+// policy cannot compare what it knows with what it does not. It must be called with the
+// peer's lock held; measured are those of the transports.
 func (v *view) measure(measured []time.Duration) {
 	for i := range v.conns {
 		rtt := measured[i]

@@ -27,37 +27,42 @@ import (
 // takes.
 const maxIdentify = 8 << 10
 
-// compare finds out whether loser leads to the process that winner leads to. It must be
-// called with begin, and requests counted.
-func (m *Manager) compare(d *peerState, loser, winner *connState) {
-	defer m.wg.Done()
+// compare finds out whether loser leads to the process that winner leads to. It does not wait
+// for the answer.
+func (a *asker) compare(d *peerState, loser, winner *connState) {
+	d.mu.Lock()
+	loser.same = sameAsked
+	loser.requests++
+	winner.requests++
+	d.mu.Unlock()
 	type outcome struct {
 		id  *identifypb.Identify
 		err error
 	}
-	came := make(chan outcome, 1)
-	go func() {
-		id, err := identifyOn(m.ctx, winner.conn)
-		came <- outcome{id, err}
-	}()
-	there, err := identifyOn(m.ctx, loser.conn)
-	here := <-came
-	err = errors.Join(err, here.err)
-	same := sameNot
-	if err == nil && sameProcess(there, here.id) {
-		same = sameYes
-	}
-	m.mu.Lock()
-	if loser.same == sameAsked {
-		loser.same = same
-	}
-	loser.requests--
-	winner.requests--
-	m.schedule(d, time.Now())
-	m.mu.Unlock()
-	m.wakeUp()
-	m.log.Debug("compared the processes of two connections", zap.Stringer("peer", d.peer),
-		zap.Stringer("connection", loser.info()), zap.Bool("same", same == sameYes), zap.Error(err))
+	a.tasks.start(func() {
+		came := make(chan outcome, 1)
+		go func() {
+			id, err := identifyOn(a.tasks.ctx, winner.conn)
+			came <- outcome{id, err}
+		}()
+		there, err := identifyOn(a.tasks.ctx, loser.conn)
+		here := <-came
+		err = errors.Join(err, here.err)
+		same := sameNot
+		if err == nil && sameProcess(there, here.id) {
+			same = sameYes
+		}
+		d.mu.Lock()
+		if loser.same == sameAsked {
+			loser.same = same
+		}
+		loser.requests--
+		winner.requests--
+		d.mu.Unlock()
+		a.sched.schedule(d, time.Now())
+		a.tells.log.Debug("compared the processes of two connections", zap.Stringer("peer", d.peer),
+			zap.Stringer("connection", loser.info()), zap.Bool("same", same == sameYes), zap.Error(err))
+	})
 }
 
 // sameProcess says whether two messages of identify are of one process.

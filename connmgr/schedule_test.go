@@ -191,7 +191,7 @@ func TestFloorBetweenRounds(t *testing.T) {
 		before := policy.ranked()
 		for range 1000 { // a second of provocations of all kinds
 			time.Sleep(time.Millisecond)
-			w.m.identified(higher)
+			w.m.disp.identified(higher)
 			w.request(tcp, drainMessage(0))
 			w.request(quic, keepMessage())
 			w.connect(tcpAddr).Close()
@@ -243,9 +243,9 @@ func TestRoundsOfManyPeersAreBounded(t *testing.T) {
 		for i := range peers {
 			require.True(t, losers[i].pruned())
 		}
-		require.Empty(t, w.m.peers, "nothing is kept")
+		require.Empty(t, w.m.sched.peers, "nothing is kept")
 		require.Empty(t, w.due())
-		require.Empty(t, w.m.steering.winners)
+		require.Empty(t, w.m.steer.winners)
 		require.Empty(t, w.m.usage.of)
 	})
 }
@@ -304,9 +304,9 @@ func TestWhoWaitedStandsBehind(t *testing.T) {
 		end := make(chan struct{})
 		w.mover.setAnswer(func(*fakeStream) error { <-end; return nil })
 		state := func() (waited, places int) {
-			w.m.mu.Lock()
-			defer w.m.mu.Unlock()
-			return w.m.peers[higher].waited, w.m.places
+			w.m.sched.mu.Lock()
+			defer w.m.sched.mu.Unlock()
+			return w.m.sched.peers[higher].waited, w.m.sched.places
 		}
 		w.net.identify(higher) // so that all streams move
 		w.pass(fastSettle + minRoundGap)
@@ -323,12 +323,12 @@ func TestWhoWaitedStandsBehind(t *testing.T) {
 			rest := placeTime << min(waited, 5)
 			start := time.Now()
 			for time.Since(start) < rest-2*minRoundGap {
-				w.m.identified(higher)
+				w.m.disp.identified(higher)
 				w.pass(minRoundGap)
 			}
 			require.LessOrEqual(t, policy.ranked(), before+1, "%d: no more rounds than its rest allows", i)
 			for n := len(w.mover.made()); n < i+2; n = len(w.mover.made()) {
-				w.m.identified(higher)
+				w.m.disp.identified(higher)
 				w.pass(minRoundGap)
 			}
 			w.pass(placeTime)
@@ -352,7 +352,7 @@ func TestPeersWithOneConnectionCostNothing(t *testing.T) {
 			}
 		}
 		w.pass(time.Minute)
-		require.Empty(t, w.m.peers)
+		require.Empty(t, w.m.sched.peers)
 		require.Empty(t, w.mover.made())
 	})
 }
@@ -445,7 +445,7 @@ func TestClose(t *testing.T) {
 			w.pass(time.Hour)
 			require.Empty(t, w.mover.made())
 			require.Empty(t, w.m.watch.events)
-			require.Empty(t, w.m.peers)
+			require.Empty(t, w.m.sched.peers)
 		})
 	})
 }

@@ -230,10 +230,10 @@ type listed struct {
 // page are explained.
 func (m *Manager) status(q Query) Status {
 	now := time.Now()
-	s := Status{Time: now, Policy: m.policy().name(), Totals: m.totals.report(), Query: q, Pages: 1, Peers: []PeerShown{}}
+	s := Status{Time: now, Policy: m.policies.policy().name(), Totals: m.tells.totals.report(), Query: q, Pages: 1, Peers: []PeerShown{}}
 	n := m.watch.network()
 	if n == nil {
-		s.History = m.history.last(peersOnPage, "")
+		s.History = m.tells.history.last(peersOnPage, "")
 		return s
 	}
 	s.Self = n.LocalPeer().String()
@@ -291,7 +291,7 @@ func (m *Manager) status(q Query) Status {
 	for _, p := range found[from:min(len(found), from+peersOnPage)] {
 		s.Peers = append(s.Peers, m.show(p.id, now))
 	}
-	s.History = m.history.last(peersOnPage, q.Text)
+	s.History = m.tells.history.last(peersOnPage, q.Text)
 	return s
 }
 

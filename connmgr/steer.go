@@ -51,12 +51,12 @@ func (st *steering) get(p peer.ID) *connState {
 	return st.winners[p]
 }
 
-// steer is the migrate.ConnSelector of a wrapped host: the winner while there are
+// choose is the migrate.ConnSelector of a wrapped host: the winner while there are
 // duplicates and it is open, else nil, which is the swarm's own choice. What the
 // caller's context rules out, a limited connection or a relayed one, is left to the
 // swarm too.
-func (m *Manager) steer(ctx context.Context, p peer.ID) network.Conn {
-	winner := m.steering.get(p)
+func (st *steering) choose(ctx context.Context, p peer.ID) network.Conn {
+	winner := st.get(p)
 	if winner == nil || winner.conn.IsClosed() {
 		return nil
 	}

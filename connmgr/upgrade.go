@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/libp2p/go-libp2p/core/connmgr"
 	coreevent "github.com/libp2p/go-libp2p/core/event"
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
@@ -223,29 +224,45 @@ func isRelayed(a ma.Multiaddr) bool {
 	return false
 }
 
-// admitUpgrade makes an entry of a peer that is reached only over relays. Without a host
-// nobody can be asked.
-func (m *Manager) admitUpgrade(p peer.ID, conns []network.Conn) {
-	m.mu.Lock()
-	can := m.host != nil && m.cfg.upgrades
-	m.mu.Unlock()
-	if can {
-		m.upgrades.track(p, conns, time.Now())
+// upgrader asks peers for a direct connection.
+type upgrader struct {
+	cfg   *config
+	tasks *tasks
+	sched *scheduler
+	home  *home
+	looks *looker
+	tells *teller
+	of    *upgrades
+	punch puncher
+}
+
+// admit makes an entry of a peer that is reached only over relays. Without a host nobody can
+// be asked.
+func (up *upgrader) admit(p peer.ID, conns []network.Conn) {
+	if up.cfg.upgrades && up.home.host() != nil {
+		up.of.track(p, conns, time.Now())
 	}
 }
 
-// upgradeChanged is told that addresses or reachability have changed: of p, or if that is
-// empty, of this host.
-func (m *Manager) upgradeChanged(p peer.ID) {
-	if m.upgrades.changed(p, time.Now()) {
-		m.wakeUp()
+// changed is told that addresses or reachability have changed: of p, or if that is empty, of
+// this host.
+func (up *upgrader) changed(p peer.ID) {
+	if up.of.changed(p, time.Now()) {
+		up.sched.wakeUp()
+	}
+}
+
+// told is told what identify has told of a peer.
+func (up *upgrader) told(e coreevent.EvtPeerIdentificationCompleted, seed maphash.Seed) {
+	if up.of.told(e, seed, time.Now()) {
+		up.sched.wakeUp()
 	}
 }
 
 // startSweep looks at the peers that are due. If there are none yet, it returns in how long
 // there are.
-func (m *Manager) startSweep() (time.Duration, bool) {
-	u := &m.upgrades
+func (up *upgrader) startSweep() (time.Duration, bool) {
+	u := up.of
 	if u.count.Load() == 0 {
 		return 0, false
 	}
@@ -259,17 +276,15 @@ func (m *Manager) startSweep() (time.Duration, bool) {
 		return 0, false // the end of a sweep or of an attempt wakes the dispatcher
 	case wait > 0:
 		return wait, true
-	case m.begin():
-		go m.sweepUpgrades()
 	}
+	up.tasks.start(up.sweep)
 	return 0, false
 }
 
-// sweepUpgrades looks at the peers that are due, those first that have been for longest, and
+// sweep looks at the peers that are due, those first that have been for longest, and
 // starts attempts.
-func (m *Manager) sweepUpgrades() {
-	defer m.wg.Done()
-	u := &m.upgrades
+func (up *upgrader) sweep() {
+	u := up.of
 	type due struct {
 		p peer.ID
 		e *upgrading
@@ -289,11 +304,11 @@ func (m *Manager) sweepUpgrades() {
 		u.mu.RLock() // who comes later has to wait longer, also where a place becomes free meanwhile
 		full := u.running >= upgradesAtOnce
 		u.mu.RUnlock()
-		if full || m.ctx.Err() != nil {
+		if full || up.tasks.ctx.Err() != nil {
 			break
 		}
-		if m.lookForUpgrade(d.p, d.e) && m.begin() {
-			go m.attemptUpgrade(d.p, d.e)
+		if up.look(d.p, d.e) {
+			up.tasks.start(func() { up.attempt(d.p, d.e) })
 		}
 	}
 	u.mu.Lock()
@@ -308,29 +323,26 @@ func (m *Manager) sweepUpgrades() {
 		u.sweep = later(u.sweep, now.Add(sweepGap))
 	}
 	u.mu.Unlock()
-	m.wakeUp()
+	up.sched.wakeUp()
 }
 
-// lookForUpgrade looks at one peer. It says whether an attempt is due that there is a place
+// look looks at one peer. It says whether an attempt is due that there is a place
 // for, which it then has.
-func (m *Manager) lookForUpgrade(p peer.ID, e *upgrading) (start bool) {
-	m.mu.Lock()
-	d := m.peers[p]
-	m.mu.Unlock()
-	v := m.look(p, d)
-	up := upgradeOf(&m.cfg, &v.facts)
-	if up.busy {
+func (up *upgrader) look(p peer.ID, e *upgrading) (start bool) {
+	v := up.looks.look(p, up.sched.known(p))
+	next := upgradeOf(up.cfg, &v.facts)
+	if next.busy {
 		e.used.Store(v.facts.now.UnixNano())
 	}
-	u := &m.upgrades
+	u := up.of
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	switch {
 	case u.peers[p] != e:
-	case !up.asks:
+	case !next.asks:
 		u.drop(p)
-	case !up.due:
-		e.look = up.look
+	case !next.due:
+		e.look = next.look
 	case u.running < upgradesAtOnce: // else it stays due
 		u.running++
 		if e.changed.After(e.started) {
@@ -342,16 +354,12 @@ func (m *Manager) lookForUpgrade(p peer.ID, e *upgrading) (start bool) {
 	return start
 }
 
-// attemptUpgrade asks for a direct connection to p.
-func (m *Manager) attemptUpgrade(p peer.ID, e *upgrading) {
-	defer m.wg.Done()
-	m.mu.Lock()
-	h := m.host
-	m.mu.Unlock()
-	ctx, cancel := context.WithTimeout(m.ctx, upgradeTimeout)
-	err := m.punch(ctx, h, p)
+// attempt asks for a direct connection to p.
+func (up *upgrader) attempt(p peer.ID, e *upgrading) {
+	ctx, cancel := context.WithTimeout(up.tasks.ctx, upgradeTimeout)
+	err := up.punch(ctx, up.home.host(), p)
 	cancel()
-	u := &m.upgrades
+	u := up.of
 	now := time.Now()
 	u.mu.Lock()
 	u.running--
@@ -365,19 +373,19 @@ func (m *Manager) attemptUpgrade(p peer.ID, e *upgrading) {
 	e.look = time.Time{}
 	u.due(e, now)
 	u.mu.Unlock()
-	if m.ctx.Err() == nil {
-		m.logUpgrade(p, attempts, took, err)
+	if up.tasks.ctx.Err() == nil {
+		up.tells.upgrade(p, attempts, took, err)
 	}
-	m.wakeUp()
+	up.sched.wakeUp()
 }
 
 // wantedFor says why a peer that nothing uses at this moment is wanted all the same; empty:
 // it is not, as far as the inner connection manager knows.
-func (m *Manager) wantedFor(p peer.ID) string {
-	if m.inner.IsProtected(p, "") {
+func wantedFor(inner connmgr.ConnManager, p peer.ID) string {
+	if inner.IsProtected(p, "") {
 		return "it is protected"
 	}
-	if info := m.inner.GetTagInfo(p); info != nil && info.Value > 0 {
+	if info := inner.GetTagInfo(p); info != nil && info.Value > 0 {
 		return "it is tagged"
 	}
 	return ""

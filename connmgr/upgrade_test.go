@@ -40,7 +40,7 @@ var errNoHole = errors.New("no hole")
 // punches has the manager's attempts made by a fake.
 func (w *world) punches() *fakePunch {
 	f := &fakePunch{takes: 15 * time.Second, times: make(map[peer.ID][]time.Time)}
-	w.m.punch = f.again
+	w.m.upgrades.punch = f.again
 	return f
 }
 
@@ -122,7 +122,7 @@ func TestUpgradeIsAskedForAgain(t *testing.T) {
 		require.Equal(t, 1, direct.count(), "the stream has moved")
 		w.pass(time.Hour)
 		require.Len(t, f.since(higher, start), len(times), "and no attempt follows")
-		require.Zero(t, w.m.upgrades.count.Load(), "nothing is kept of a peer with a direct connection")
+		require.Zero(t, w.m.upgrades.of.count.Load(), "nothing is kept of a peer with a direct connection")
 		require.Empty(t, w.m.Explain(higher).Upgrade)
 		require.Contains(t, strings.Join(w.messages(), "\n"), fmt.Sprintf("got a direct connection in attempt %d", len(times)))
 	})
@@ -157,7 +157,7 @@ func TestUpgradeOfIdlePeers(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
 				w := newWorld(t, higher)
 				f := w.punches()
-				w.m.inner = &test.inner
+				w.setInner(&test.inner)
 				start := time.Now()
 				relay := w.relayedIn()
 				w.pass(time.Millisecond) // in which it is noticed
@@ -251,7 +251,7 @@ func TestUpgradeIsNotProvoked(t *testing.T) {
 		w.relayedIn().open(1)
 		w.pass(time.Minute)
 		for range 600 {
-			w.m.upgradeChanged(higher)
+			w.m.upgrades.changed(higher)
 			w.pass(100 * time.Millisecond)
 		}
 		times := f.since(higher, start)
@@ -291,15 +291,15 @@ func TestUpgradesAreBounded(t *testing.T) {
 			conns = append(conns, w.net.connectFrom(network.DirInbound, p, relayAddr, true))
 		}
 		w.pass(time.Second)
-		require.EqualValues(t, maxUpgrades, w.m.upgrades.count.Load())
+		require.EqualValues(t, maxUpgrades, w.m.upgrades.of.count.Load())
 		for _, c := range conns {
 			c.Close()
 		}
 		w.pass(time.Second)
-		require.Zero(t, w.m.upgrades.count.Load())
+		require.Zero(t, w.m.upgrades.of.count.Load())
 		w.relayedIn()
 		w.pass(time.Second)
-		require.EqualValues(t, 1, w.m.upgrades.count.Load())
+		require.EqualValues(t, 1, w.m.upgrades.of.count.Load())
 	})
 }
 
@@ -330,7 +330,7 @@ func TestUpgradeOfWhatThereIs(t *testing.T) {
 		w.relayedIn().setPlain(1)
 		w.pass(time.Hour)
 		require.Empty(t, f.since(higher, start), "a bare manager has nobody to ask with")
-		require.Zero(t, w.m.upgrades.count.Load())
+		require.Zero(t, w.m.upgrades.of.count.Load())
 		h := &fakeHost{net: w.net, cm: w.m, handlers: make(map[protocol.ID]network.StreamHandler)}
 		require.NoError(t, w.m.adopt(h))
 		w.m.attach(h, newFakeMover())
@@ -347,7 +347,7 @@ func TestWithoutUpgrades(t *testing.T) {
 		w.relayedIn().open(1)
 		w.pass(time.Hour)
 		require.Empty(t, f.since(higher, start))
-		require.Zero(t, w.m.upgrades.count.Load())
+		require.Zero(t, w.m.upgrades.of.count.Load())
 		require.Equal(t, "no direct connection, and none is asked for", w.m.Explain(higher).Upgrade)
 	})
 	for _, opt := range []Option{WithUpgrades(0, time.Minute), WithUpgrades(time.Minute, time.Second), WithUpgrades(time.Second, 25*time.Hour)} {

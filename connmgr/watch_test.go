@@ -43,7 +43,7 @@ func TestCallbacksDoNotAllocate(t *testing.T) {
 			decorated := testing.AllocsPerRun(1000, comeAndGo(m.Notifee(), net, c))
 			require.Equal(t, bare, decorated, "allocations over inner's")
 			require.Empty(t, m.watch.events)
-			require.False(t, m.awake.Load(), "no goroutine is started for peers without duplicates")
+			require.False(t, m.sched.awake.Load(), "no goroutine is started for peers without duplicates")
 		})
 	}
 }
@@ -70,9 +70,9 @@ func TestNothingIsKeptForPeersWithOneConnection(t *testing.T) {
 	after := heapObjects()
 	runtime.KeepAlive(conns)
 	require.InDelta(t, before, after, 500, "objects on the heap with 50,000 peers")
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	require.Empty(t, m.peers)
+	m.sched.mu.Lock()
+	defer m.sched.mu.Unlock()
+	require.Empty(t, m.sched.peers)
 }
 
 func heapObjects() int {
@@ -168,7 +168,7 @@ func BenchmarkDuplicates(b *testing.B) {
 				for _, c := range conns {
 					m.watch.Connected(net, c)
 				}
-				for m.steering.count.Load() < int32(peers) {
+				for m.steer.count.Load() < int32(peers) {
 					runtime.Gosched()
 				}
 				b.StopTimer()

@@ -73,12 +73,12 @@ func TestDeathsAreBounded(t *testing.T) {
 func TestOnlyConnectionThatDiesYoung(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher)
-		deaths := func() int { return w.m.young.of(higher, time.Now())[udpKind] }
+		deaths := func() int { return w.m.rounds.young.of(higher, time.Now())[udpKind] }
 		meet := func(after time.Duration) {
 			relay, direct := w.connectLimited(), w.connect(quicAddr)
 			w.pass(10 * time.Second)
 			require.True(t, relay.pruned())
-			require.Empty(t, w.m.peers)
+			require.Empty(t, w.m.sched.peers)
 			w.pass(after)
 			direct.Close()
 			w.pass(time.Millisecond)
@@ -100,11 +100,11 @@ func TestSupplantedWhileYoung(t *testing.T) {
 		relay, tcp := w.connectLimited(), w.connect(tcpAddr)
 		w.pass(4 * time.Second)
 		require.True(t, relay.pruned())
-		require.Empty(t, w.m.peers, "only one is left")
+		require.Empty(t, w.m.sched.peers, "only one is left")
 		w.connect(quicAddr)
 		w.pass(10 * time.Second)
 		require.True(t, tcp.pruned())
-		require.Empty(t, w.m.young.of(higher, time.Now()))
+		require.Empty(t, w.m.rounds.young.of(higher, time.Now()))
 	})
 }
 
@@ -118,10 +118,10 @@ func TestFollowerTellsWhatThePeerDoes(t *testing.T) {
 		direct.setPlain(1)
 		w.pass(defaultSettleDelay)
 		for _, s := range streams {
-			w.m.migrated(migrate.Event{Peer: lower, Kind: migrate.Started, From: relay, To: direct, Time: time.Now()})
+			w.m.moves.migrated(migrate.Event{Peer: lower, Kind: migrate.Started, From: relay, To: direct, Time: time.Now()})
 			w.pass(50 * time.Millisecond)
 			s.moveTo(direct)
-			w.m.migrated(migrate.Event{Peer: lower, Kind: migrate.Finished, From: relay, To: direct, Time: time.Now()})
+			w.m.moves.migrated(migrate.Event{Peer: lower, Kind: migrate.Finished, From: relay, To: direct, Time: time.Now()})
 		}
 		require.Empty(t, w.messages(), "not one by one")
 		w.pass(byPeerPause + 2*minRoundGap)

@@ -3,51 +3,91 @@ package connmgr
 import (
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/internal/sampled"
+	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
 
-// Each decision is logged where it takes effect: as a sentence for people, with the
-// same in fields for machines. Sentences are made only if somebody reads them.
+// teller says what is done, each time where it takes effect: in the log, as events of the
+// host's bus, to the metrics and for the status page. In the log it is a sentence for people,
+// with the same in fields for machines. Sentences are made only if somebody reads them.
+type teller struct {
+	log     *zap.Logger   // what the history gets, too
+	metrics MetricsTracer // nil: nothing is measured
+	events  emitter
+	totals  totals
+	history history
 
-func (m *Manager) warnBare() {
-	m.bareOnce.Do(func() {
-		m.log.Warn("connection manager without a host: it can only close connections that carry no stream; call Wrap right after libp2p.New")
+	bareOnce sync.Once
+	silences sampled.Lines // which lines about peers are logged; see sampled
+	refusals sampled.Lines
+}
+
+func newTeller(cfg *config) *teller {
+	t := &teller{metrics: cfg.metrics, events: emitter{log: cfg.log}}
+	t.log = t.history.beside(cfg.log)
+	t.totals.since = time.Now()
+	t.silences.Every, t.refusals.Every = sampleEvery, sampleEvery
+	return t
+}
+
+// migrated is told of each step of each migration.
+func (t *teller) migrated(e migrate.Event) {
+	t.totals.migrated(e)
+	t.measureMigration(e)
+	t.emitMigrated(e)
+}
+
+// answered tells what came of a request to lose a connection.
+func (t *teller) answered(p peer.ID, loser ConnInfo, phase drainPhase, err error) {
+	if t.metrics != nil {
+		t.metrics.DrainAnswered(phase.outcome())
+	}
+	if err != nil {
+		t.log.Debug("drain: no answer", zap.Stringer("peer", p), zap.Stringer("connection", loser), zap.Error(err))
+	}
+}
+
+// bare says that there is no host.
+func (t *teller) bare() {
+	t.bareOnce.Do(func() {
+		t.log.Warn("connection manager without a host: it can only close connections that carry no stream; call Wrap right after libp2p.New")
 	})
 }
 
-// logPolicy is for a policy that does not do what it should: said once for each policy.
-func (m *Manager) logPolicy(d *peerState, by *ranker, err error) {
+// policyFailed is for a policy that does not do what it should: said once for each policy.
+func (t *teller) policyFailed(d *peerState, by *ranker, err error) {
 	if d == nil || !by.blamed.CompareAndSwap(false, true) {
 		return
 	}
-	m.log.Error("policy failed; nothing is done about peers that it fails for. Mend it, or set another one with SetPolicy",
+	t.log.Error("policy failed; nothing is done about peers that it fails for. Mend it, or set another one with SetPolicy",
 		zap.Stringer("peer", d.peer), zap.String("policy", by.name()), zap.Error(err))
 }
 
-func (m *Manager) logSilent(p peer.ID, c ConnInfo, waited time.Duration) {
-	m.logSampled(&m.silences, p, func() (string, []zap.Field) {
+func (t *teller) silent(p peer.ID, c ConnInfo, waited time.Duration) {
+	t.sampled(&t.silences, p, func() (string, []zap.Field) {
 		return fmt.Sprintf("%s does not answer", c.Kind), []zap.Field{zap.Stringer("connection", c), zap.Duration("waited", waited)}
 	})
 }
 
-// logRefused is said for a reason that the peer has not given for the connection before.
-func (m *Manager) logRefused(p peer.ID, loser ConnInfo, reason string) {
-	m.logSampled(&m.refusals, p, func() (string, []zap.Field) {
+// refused is said for a reason that the peer has not given for the connection before.
+func (t *teller) refused(p peer.ID, loser ConnInfo, reason string) {
+	t.sampled(&t.refusals, p, func() (string, []zap.Field) {
 		return fmt.Sprintf("kept %s, the peer refused to let it go: %q", loser.Kind, reason),
 			[]zap.Field{zap.Stringer("connection", loser), zap.String("reason", reason)}
 	})
 }
 
-// logSampled logs what a peer can have logged at a rate of its choice: one line in
+// sampled logs what a peer can have logged at a rate of its choice: one line in
 // sampleEvery, which says how many were left out before it.
-func (m *Manager) logSampled(of *sampled.Lines, p peer.ID, line func() (string, []zap.Field)) {
-	ce := m.log.Check(zap.InfoLevel, "")
+func (t *teller) sampled(of *sampled.Lines, p peer.ID, line func() (string, []zap.Field)) {
+	ce := t.log.Check(zap.InfoLevel, "")
 	if ce == nil {
 		return
 	}
@@ -64,21 +104,24 @@ func (m *Manager) logSampled(of *sampled.Lines, p peer.ID, line func() (string, 
 	ce.Write(fields...)
 }
 
-func (m *Manager) logTookOver(p peer.ID, waited time.Duration) {
-	if ce := m.log.Check(zap.InfoLevel, ""); ce != nil {
+func (t *teller) tookOver(p peer.ID, waited time.Duration) {
+	if t.metrics != nil {
+		t.metrics.TookOver()
+	}
+	if ce := t.log.Check(zap.InfoLevel, ""); ce != nil {
 		ce.Message = fmt.Sprintf("peer %s: took over, nothing had happened for %s", shortID(p), inWords(waited))
 		ce.Write(zap.Stringer("peer", p), zap.Duration("waited", waited))
 	}
 }
 
-// logUpgrade tells of an attempt to get a direct connection. That it has failed, as most do
+// upgrade tells of an attempt to get a direct connection. That it has failed, as most do
 // where it cannot be, is nobody's business but of those who look for the reason.
-func (m *Manager) logUpgrade(p peer.ID, attempts int, took time.Duration, err error) {
+func (t *teller) upgrade(p peer.ID, attempts int, took time.Duration, err error) {
 	level := zap.InfoLevel
 	if err != nil {
 		level = zap.DebugLevel
 	}
-	ce := m.log.Check(level, "")
+	ce := t.log.Check(level, "")
 	if ce == nil {
 		return
 	}
@@ -91,13 +134,13 @@ func (m *Manager) logUpgrade(p peer.ID, attempts int, took time.Duration, err er
 	ce.Write(fields...)
 }
 
-// logMoved tells what a batch has moved from each loser, and what it could not.
-func (m *Manager) logMoved(p peer.ID, winner ConnInfo, losers []Loser, err error) {
+// moved tells what a batch has moved from each loser, and what it could not.
+func (t *teller) moved(p peer.ID, winner ConnInfo, losers []Loser, err error) {
 	for _, l := range losers {
 		if l.Moved+l.Failed+l.Moving == 0 {
 			continue
 		}
-		ce := m.log.Check(zap.InfoLevel, "")
+		ce := t.log.Check(zap.InfoLevel, "")
 		if ce == nil {
 			return
 		}
@@ -118,10 +161,26 @@ func (m *Manager) logMoved(p peer.ID, winner ConnInfo, losers []Loser, err error
 	}
 }
 
-// logByPeer tells what the peer, which decides, has done: moved streams, closed a
-// connection, or both.
-func (m *Manager) logByPeer(p peer.ID, l byPeerLine) {
-	ce := m.log.Check(zap.InfoLevel, "")
+// byPeer tells what the peer, which decides, has done: moved streams, closed connections.
+func (t *teller) byPeer(p peer.ID, lines []byPeerLine) {
+	for _, l := range lines {
+		if l.closed {
+			if t.metrics != nil {
+				t.metrics.ConnectionPruned(ByPeer, "", 0)
+			}
+			e := EvtConnectionPruned{Peer: p, Conn: l.cs.info(), ByPeer: true}
+			if l.to != nil {
+				e.Kept = l.to.info()
+			}
+			t.totals.byPeer.Add(1)
+			t.events.emit(e)
+		}
+		t.logByPeer(p, l)
+	}
+}
+
+func (t *teller) logByPeer(p peer.ID, l byPeerLine) {
+	ce := t.log.Check(zap.InfoLevel, "")
 	if ce == nil {
 		return
 	}
@@ -144,20 +203,33 @@ func (m *Manager) logByPeer(p peer.ID, l byPeerLine) {
 	ce.Write(fieldsOf(p, to, from, policy.Decision{}, l.streams, l.took)...)
 }
 
-// logPruned tells of a loser that is gone: the line that sums up what was done about
-// it.
-func (m *Manager) logPruned(p peer.ID, winner, loser ConnInfo, d policy.Decision, moved int, took time.Duration, err error) {
-	ce := m.log.Check(zap.InfoLevel, "")
+// pruned is a loser that this side has closed.
+type pruned struct {
+	peer       peer.ID
+	kept, conn ConnInfo
+	verdict    verdict
+	asked      time.Time // when the peer was asked to lose it; zero: it was not
+	moved      int       // streams that have moved from it
+	took       time.Duration
+	err        error // of closing it
+}
+
+// pruned tells of a loser that is gone. The line sums up what was done about it.
+func (t *teller) pruned(pr pruned) {
+	t.totals.closed.Add(1)
+	t.measurePruned(pr.verdict, pr.asked)
+	t.events.emit(EvtConnectionPruned{Peer: pr.peer, Conn: pr.conn, Kept: pr.kept, Decision: pr.verdict.decision})
+	ce := t.log.Check(zap.InfoLevel, "")
 	if ce == nil {
 		return
 	}
-	ce.Message = fmt.Sprintf("peer %s: kept %s, dropped %s%s, %s moved", shortID(p), winner.Kind, loser.Kind, because(d), streams(moved))
-	if moved > 0 {
-		ce.Message += " in " + inWords(took)
+	ce.Message = fmt.Sprintf("peer %s: kept %s, dropped %s%s, %s moved", shortID(pr.peer), pr.kept.Kind, pr.conn.Kind, because(pr.verdict.decision), streams(pr.moved))
+	if pr.moved > 0 {
+		ce.Message += " in " + inWords(pr.took)
 	}
-	fields := fieldsOf(p, winner, loser, d, moved, took)
-	if err != nil { // it is closed all the same
-		fields = append(fields, zap.Error(err))
+	fields := fieldsOf(pr.peer, pr.kept, pr.conn, pr.verdict.decision, pr.moved, pr.took)
+	if pr.err != nil { // it is closed all the same
+		fields = append(fields, zap.Error(pr.err))
 	}
 	ce.Write(fields...)
 }
