@@ -24,7 +24,7 @@ const maxUnpaid = 16
 // debts are the streams of a host that have moved and are unpaid.
 type debts struct {
 	mu   sync.Mutex           // guards of; held while unpaid streams are counted; before Stream.mu
-	of   map[peer.ID]struct{} // peers of which streams may be unpaid that have migrated
+	of   map[peer.ID]struct{} // peers with streams that have migrated and may be unpaid
 	some atomic.Bool          // of is not empty; to be read without mu
 }
 
@@ -78,8 +78,8 @@ func (x *exchange) moveScope(u network.Stream) {
 }
 
 // payLate charges streams that wait for a place under the limit of their protocol, now
-// that an old stream is gone. Whose that was does not matter: a place that becomes free
-// may go to a stream that begins to migrate, and the next one is for who has waited.
+// that an old stream is gone. It does not matter whose that was: its place may go to a stream
+// that begins to migrate, and the next free place then goes to one that has waited.
 func (x *exchange) payLate() {
 	x.s.host.oweIfUnpaid(x.s)
 	x.s.host.payOwed()
@@ -130,7 +130,7 @@ func (h *Host) payAll(p peer.ID) bool {
 }
 
 // pay charges the stream to its protocol, if it is not charged yet and there is room. It
-// says false where there is none.
+// returns false if there is no room.
 func (s *Stream) pay() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -9,11 +9,13 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 )
 
-// What only peers need that have the draft alone, without the verified handover: the proof
-// that an ack has arrived (S3), and ends of the old stream that cannot be told apart (S5).
+// What is needed only with peers that have the draft alone, without the verified handover:
+// the proof that an ack has arrived (S3), and ends of the old stream that may be the
+// application's or the migration's (S5).
 
 var (
-	// errNoProof is why a draft-only peer is denied whom nobody listens to (S3).
+	// errNoProof is why a draft-only peer is denied where the application has closed its
+	// reading (S3).
 	errNoProof = errors.New("without a final size there is no proof of the ack once reading is closed, or has failed")
 
 	errUnproven     = errors.New("the new connection is closed, and nothing shows that the ack has arrived")
@@ -115,8 +117,8 @@ type draftReading struct {
 	ownEnd    bool // the application has ended its writing
 }
 
-// moved is what is left of it when the half has switched: it was the old stream's end that
-// proves something, or could not be told.
+// moved is what is left of it when the half has switched: the rest was about the end of
+// the old stream.
 func (d draftReading) moved() draftReading { return draftReading{ownEnd: d.ownEnd} }
 
 // judge is what an EOF is worth outside of an exchange (S5).

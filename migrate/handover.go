@@ -71,7 +71,7 @@ type handover struct {
 	pumping bool // next is read ahead
 }
 
-// pumped is what a pump does not read for.
+// pumped is why a pump does not read.
 type pumped uint8
 
 const (
@@ -294,9 +294,9 @@ func (h *receiveHalf) pump(ho *handover, src *source, lacks *pumped, bound int) 
 }
 
 // quiet is how long an old stream that owes bytes has brought none (M4). That alone is no
-// stall: on a slow path what was written for other streams may come first, all of it. So
-// these are looked at, too: soon, for most handovers end sooner, and when the time has
-// passed.
+// stall: on a slow path, all that was written to other streams may come first. So the other
+// streams are looked at, too: once early (most handovers have ended by then), and again when
+// the time has passed.
 type quiet struct {
 	since  time.Time // the last byte of the stream, or when one became due
 	alive  time.Time // when its path was last seen to be alive
@@ -317,8 +317,8 @@ func (q *quiet) due(limit time.Duration) time.Time {
 	return latest(q.alive.Add(limit), q.looked.Add(soon)) // limit may be shorter than it was
 }
 
-// over says whether to wait no longer, where the other streams were looked at just now, and
-// have last been seen to bring something at the time others.
+// over says whether to give up. others is the result of a look at the other streams just
+// now: when they last brought something.
 func (q *quiet) over(others time.Time, limit time.Duration) bool {
 	first := q.looked.IsZero()
 	q.looked = time.Now()
@@ -333,7 +333,8 @@ func latest(a, b time.Time) time.Time {
 	return b
 }
 
-// flows are the connections that exchanges look at which take long. Safe for concurrent use.
+// flows are the connections that exchanges look at when they take long. Safe for concurrent
+// use.
 type flows struct {
 	mu sync.Mutex // guards all below
 	of map[network.Conn]*flow
@@ -347,8 +348,8 @@ type flow struct {
 	last  map[*receiveHalf]arrived
 	looks int
 
-	// When a stream was last seen to have brought something since the look before, and
-	// which; and when one was that is another than that.
+	// alive is the last look at which a stream had brought something since the look before,
+	// and by is that stream. aliveToo is the last such look for any other stream.
 	alive, aliveToo time.Time
 	by              *receiveHalf
 }
@@ -383,8 +384,8 @@ func (fs *flows) leave(c network.Conn) {
 	}
 }
 
-// look looks at the streams that are on c, of all that there are with the peer, and returns
-// when any but own were last seen to have brought something, or all that they had to.
+// look looks at those of all, the peer's streams, that are on c. It returns when one of them
+// other than own was last found to have brought something, or to have moved on from c.
 func (f *flow) look(c network.Conn, own *receiveHalf, all []*Stream) time.Time {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -19,9 +19,9 @@ import (
 	"github.com/go-portage/portage/internal/sampled"
 )
 
-// Host is a host whose streams can migrate. It is the wrapped host in everything but
-// NewStream and what it adds, and has each method that go-libp2p's hosts have beside those
-// of host.Host. Safe for concurrent use.
+// Host is a host whose streams can migrate. It behaves as the wrapped host except for
+// NewStream and the methods that it adds, and also has the methods that go-libp2p's hosts
+// have beyond host.Host. Safe for concurrent use.
 type Host struct {
 	host.Host
 	cfg    config

@@ -17,9 +17,9 @@ import (
 // What the other end of a connection speaks
 //
 // The peerstore knows protocols by peer, and that is not enough. Hosts that share a key,
-// and so a peer ID, need not run the same program, and whichever was identified last has
-// the word. And NewStream adds what it has negotiated, so that a peer that identify knows
-// nothing of seems to be known. So what identify has told on each connection is kept here,
+// and so a peer ID, need not run the same program, and the one identified last overwrites
+// the others. And NewStream adds what it has negotiated, so that a peer of which identify
+// knows nothing seems to be known. So what identify has told on each connection is kept here,
 // for the few protocols that matter.
 
 // maxWatched is how many protocols a told can tell of.

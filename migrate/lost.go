@@ -6,9 +6,9 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 )
 
-// What is kept of streams that have come to nothing, although their application has not
-// closed them: nothing. A handler that returns when its Read has failed is common, and
-// with a plain stream costs nothing once the connection is gone.
+// Nothing is kept of a stream that has failed, even if its application has not closed it. A
+// handler that returns when its Read has failed is common, and with a plain stream costs
+// nothing once the connection is gone.
 
 // maxOrphans is how many streams of a host are kept whose connection is gone, of which the
 // application has not heard. The other end may not know either, and move them; its

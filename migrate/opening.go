@@ -22,7 +22,7 @@ import (
 // a plain host. Else the one named is tried, then the others, each for as long as a
 // stream takes that opens at once; and only if none does, the swarm chooses, and waits.
 
-// A stream opens at once if it has within ticks times tick. Opening needs nothing of the
+// A stream opens at once if that takes no longer than ticks times tick. Opening needs nothing of the
 // peer, unless the credit that it has given is used up (256 streams on QUIC, 256 that it
 // has not acknowledged on yamux) or so much is being sent that not even the opening can be
 // queued: then it takes a round trip, or for ever. Together this is less than most round
@@ -104,9 +104,9 @@ func (h *Host) openNamed(ctx context.Context, p peer.ID, named network.Conn) net
 	return nil
 }
 
-// noWorse returns those of the choices, the best first, that do as well as the first. A
-// limited connection is none beside an unlimited one. Nor is a relayed one beside a direct
-// one that is merely busy: there the stream waits, as a plain host's. QUIC keeps a stream
+// noWorse returns those of the choices, the best first, that do as well as the first. Beside
+// an unlimited connection a limited one does not, and beside a direct one that is merely busy
+// a relayed one does not: there the stream waits, as a plain host's. QUIC keeps a stream
 // waiting only where the other end's credit is used up, which may be for ever.
 func noWorse(choices []choice) []choice {
 	credit := true // what is direct waits for nothing but credit
@@ -147,7 +147,7 @@ func first(a, b bool) int {
 	}
 }
 
-// late counts the attempts to open a stream on a connection that nobody waits for any
+// late counts, for each connection, the attempts to open a stream that nobody waits for any
 // more. As long as there is one, no other is made: it would wait behind that.
 type late struct {
 	mu    sync.Mutex // guards conns

@@ -75,7 +75,7 @@ func (c *scope) SetService(service string) error {
 }
 
 // adopt makes own, which is attached to the protocol, the scope for good. Where own refuses
-// a part it changes nothing. What counted until then does so still.
+// a part it changes nothing: what was counted until then still is.
 func (c *scope) adopt(own network.StreamManagementScope) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()

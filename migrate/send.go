@@ -58,7 +58,7 @@ type sendHalf struct {
 	closed   bool // CloseWrite or Close was called
 	closing  bool // Close was, but the opening has to be sent first
 	held     bool // an exchange is under way that may save a Write which cur fails
-	kept     bool // and one was, since its connection is gone
+	kept     bool // a Write that cur has failed, its connection being gone, is kept for that exchange
 	lost     bool // the application was told that cur's connection is gone, with err
 }
 

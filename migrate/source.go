@@ -52,8 +52,8 @@ func (src *source) note(seen int) {
 }
 
 // readFrom is a Read of s that leaves an EOF which comes along with data for the next
-// Read. A true one comes again; yamux's is none, but says that its session is down and
-// the other end cannot be told of the room that the Read has made: more may be there.
+// Read. A true EOF comes again. One with data from yamux is not the other end's: its session
+// is down, so that it cannot tell of the room that the Read has made, and more may be there.
 func readFrom(s network.Stream, p []byte) (int, error) {
 	n, err := s.Read(p)
 	if n > 0 && err == io.EOF {

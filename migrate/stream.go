@@ -31,7 +31,7 @@ type Stream struct {
 	migrations uint32
 	scope      *scope    // nil as long as nobody has asked for it and no exchange needs it
 	ex         *exchange // the migration under way, or nil
-	waiting    []*waiter // the peer's, which come when it has ended, before any of ours
+	waiting    []*waiter // the peer's exchanges that begin when ex has ended, before any of ours
 	id         string    // set before the first migration
 	label      uint64
 	counted    chan struct{} // closed when the accepting goroutine may return; nil: it may, see serve.go
