@@ -28,6 +28,7 @@ type exchange struct {
 
 	silence silence
 	started time.Time // when Started was told of, where anybody is; see trace
+	before  uint64    // bytes that old had brought when the exchange began to hold back its end
 }
 
 // phase is how far an exchange has come. Its transitions are begin, attach, yield, commit
@@ -193,7 +194,7 @@ func (x *exchange) end(how ending) {
 // exchange began, so that the stream has to stay where it failed and the other end is told;
 // or where the application has reset it, which did not reach the new stream (S7).
 func (x *exchange) hold() bool {
-	x.s.recv.hold()
+	x.before = x.s.recv.hold()
 	x.s.send.hold(x.verified)
 	return !x.s.told()
 }
@@ -265,6 +266,9 @@ func (x *exchange) switchReceiving(next *source, g goal) error {
 func (x *exchange) memory() memory {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
+	if seen := x.s.host.cfg.buffered; len(seen) > 0 {
+		return watchedMemory{x.s.scopeLocked(), seen}
+	}
 	return x.s.scopeLocked()
 }
 
@@ -321,6 +325,9 @@ func (x *exchange) trace(kind EventKind, err error) {
 		x.started = e.Time
 	} else if !x.started.IsZero() {
 		e.Took = e.Time.Sub(x.started)
+	}
+	if kind == ReceiveSwitched || kind == Finished {
+		e.Drained = s.recv.brought(x.oldSource) - x.before
 	}
 	to := zap.Skip()
 	if u := x.next(); u != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -257,6 +258,18 @@ func (st *steps) stop(t testing.TB, s *Stream, kind EventKind) (reached <-chan s
 func (st *steps) await(t testing.TB, s *Stream, kind EventKind) {
 	t.Helper()
 	WaitFor(t, fmt.Sprintf("the step %q", kind), func() bool { return st.took(s, kind) > 0 })
+}
+
+// event returns what was told of the step when s took it last.
+func (st *steps) event(s *Stream, kind EventKind) Event {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	for _, e := range slices.Backward(st.seen) {
+		if e.Stream == s && e.Kind == kind {
+			return e
+		}
+	}
+	return Event{}
 }
 
 // took says how often s has taken the step.

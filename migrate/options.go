@@ -25,6 +25,7 @@ type config struct {
 	tracer      func(Event)
 	observers   []func(network.Conn, protocol.ID, network.Direction)
 	violated    []func(peer.ID)
+	buffered    []func(int)
 	verified    bool          // RequireVerifiedHandover
 	negotiates  bool          // negotiation was given
 	negotiation time.Duration // else the wrapped host's
@@ -158,6 +159,21 @@ func WithViolationObserver(violated func(p peer.ID)) Option {
 			return errors.New("WithViolationObserver: nil; leave the option out to observe nothing")
 		}
 		c.violated = append(c.violated, violated)
+		return nil
+	}
+}
+
+// WithBufferObserver has changed called each time that handovers reserve so many more bytes
+// of memory for what they read in place of an application that does not, or, if negative,
+// give so many back. It is called concurrently, maybe with a lock held that a Read or Write
+// needs, and must not block. The option may be given several times, and all are called.
+// Default: none.
+func WithBufferObserver(changed func(more int)) Option {
+	return func(c *config) error {
+		if changed == nil {
+			return errors.New("WithBufferObserver: nil; leave the option out to observe nothing")
+		}
+		c.buffered = append(c.buffered, changed)
 		return nil
 	}
 }

@@ -225,13 +225,21 @@ func (h *receiveHalf) end(err error) error {
 }
 
 // hold keeps back how cur ends, until release or handover. An exchange that follows right
-// upon another finds it kept back already.
-func (h *receiveHalf) hold() {
+// upon another finds it kept back already. It returns how many bytes cur has brought.
+func (h *receiveHalf) hold() uint64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state == receiveOpen {
 		h.state = receiveHeld
 	}
+	return h.cur.count
+}
+
+// brought is how many bytes a source has brought.
+func (h *receiveHalf) brought(src *source) uint64 {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return src.count
 }
 
 // release ends hold without a migration: an end that was kept back is the

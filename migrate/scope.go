@@ -154,6 +154,32 @@ type memory interface {
 	ReleaseMemory(size int)
 }
 
+// watchedMemory tells how much of a memory is reserved.
+type watchedMemory struct {
+	memory
+	changed []func(more int)
+}
+
+func (o watchedMemory) ReserveMemory(size int, prio uint8) error {
+	if err := o.memory.ReserveMemory(size, prio); err != nil {
+		return err
+	}
+	for _, changed := range o.changed {
+		changed(size)
+	}
+	return nil
+}
+
+func (o watchedMemory) ReleaseMemory(size int) {
+	o.memory.ReleaseMemory(size)
+	if size == 0 {
+		return
+	}
+	for _, changed := range o.changed {
+		changed(-size)
+	}
+}
+
 // span is memory that is released together. It lives in the scope of a logical
 // stream, not in that of an underlying one, which it may outlive. A nil span refuses
 // nothing and counts nothing.

@@ -64,4 +64,7 @@ type Event struct {
 	// Took is the time since Started. It is 0 for Started itself, and where a migration
 	// failed before that.
 	Took time.Duration
+	// Drained is how many bytes of the application's came over the old connection since the
+	// migration began. It is 0 but for ReceiveSwitched and Finished.
+	Drained uint64
 }

@@ -1,6 +1,8 @@
 package migrate
 
 import (
+	"io"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -31,4 +33,31 @@ func TestEventsTellHowLongItTook(t *testing.T) {
 		j.steps.mu.Unlock()
 		require.NoError(t, s.Close())
 	}
+}
+
+// TestEventsTellWhatWasDrained: what an application has not read when its stream moves comes
+// over the old connection all the same, and waits in memory until it is read.
+func TestEventsTellWhatWasDrained(t *testing.T) {
+	var buffered, most atomic.Int64
+	j := newJourney(t, path{first: TCP, second: QUIC}, WithBufferObserver(func(more int) {
+		if now := buffered.Add(int64(more)); now > most.Load() {
+			most.Store(now)
+		}
+	}))
+	s := j.start(t)
+	unread := make([]byte, 100<<10)
+	_, err := s[0].Write(unread)
+	require.NoError(t, err)
+	require.NoError(t, j.move(t, 0, s))
+	for side, want := range []uint64{0, uint64(len(unread))} {
+		j.steps.await(t, s[side], Finished)
+		require.Equal(t, want, j.steps.event(s[side], Finished).Drained, "at the %s", endName(side))
+	}
+	require.GreaterOrEqual(t, most.Load(), int64(len(unread)))
+	require.Equal(t, int64(len(unread)), buffered.Load())
+	_, err = io.ReadFull(s[1], unread)
+	require.NoError(t, err)
+	require.Zero(t, buffered.Load(), "all that was reserved has been given back")
+	require.NoError(t, s[0].Close())
+	require.NoError(t, s[1].Close())
 }
