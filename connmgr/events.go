@@ -61,9 +61,70 @@ type EvtConnectionPruned struct {
 	Decision policy.Decision
 }
 
+// EvtConnectionStays is emitted on the host's event bus when a connection that is not the one
+// to keep has been there for 10 s for one reason: once, until there is another reason.
+type EvtConnectionStays struct {
+	Peer peer.ID
+	Conn ConnInfo
+	// Kept is the connection to keep; its ID is empty where nothing is decided.
+	Kept ConnInfo
+	// Reason is why, and Why the same in words, as [Manager.Explain] has it.
+	Reason Reason
+	Why    string
+	// Until is when it is over by itself; zero if nobody knows.
+	Until time.Time
+}
+
+// UpgradeState is how far an attempt to get a direct connection has come.
+type UpgradeState string
+
+// The states.
+const (
+	UpgradeStarted UpgradeState = "started"
+	UpgradeFailed  UpgradeState = "failed"
+	UpgradeDirect  UpgradeState = "direct" // there is a direct connection
+)
+
+// EvtUpgrade is emitted on the host's event bus when a direct connection is asked for to a
+// peer that is reached only over relays, and when that has succeeded or failed. Attempts of
+// go-libp2p's own are not among them.
+type EvtUpgrade struct {
+	Peer  peer.ID
+	State UpgradeState
+	// Attempt counts from 1, as long as the peer is reached only over relays.
+	Attempt int
+	// Took is how long the attempt took, and Err why it failed. Why says what is done next,
+	// in words, as [Explanation.Upgrade] does.
+	Took time.Duration
+	Err  error
+	Why  string
+	// Next is when a direct connection is asked for next; zero: it is not, as things are.
+	Next time.Time
+}
+
 // maxEvents is how many events may wait for subscribers that do not read: those of some
 // hundred peers that move at once. More are dropped, and that is logged.
 const maxEvents = 4096
+
+// kindsOfEvents are the events, in the order of emitter.of.
+var kindsOfEvents = [...]any{
+	new(EvtStreamMigrated), new(EvtPathChanged), new(EvtConnectionPruned), new(EvtConnectionStays), new(EvtUpgrade),
+}
+
+func kindOfEvent(ev any) int {
+	switch ev.(type) {
+	case EvtStreamMigrated:
+		return 0
+	case EvtPathChanged:
+		return 1
+	case EvtConnectionPruned:
+		return 2
+	case EvtConnectionStays:
+		return 3
+	default:
+		return 4
+	}
+}
 
 // emitter emits on the host's event bus. That blocks while a subscriber has not read what it
 // was told before, and nothing of the manager may wait for that. So one goroutine emits, and
@@ -72,7 +133,7 @@ type emitter struct {
 	log *zap.Logger
 
 	mu      sync.Mutex // a leaf
-	of      [3]coreevent.Emitter
+	of      [len(kindsOfEvents)]coreevent.Emitter
 	open    bool
 	queue   []any
 	running bool
@@ -81,8 +142,8 @@ type emitter struct {
 
 // start opens the emitters.
 func (e *emitter) start(bus coreevent.Bus) error {
-	var of [3]coreevent.Emitter
-	for i, kind := range []any{new(EvtStreamMigrated), new(EvtPathChanged), new(EvtConnectionPruned)} {
+	var of [len(kindsOfEvents)]coreevent.Emitter
+	for i, kind := range kindsOfEvents {
 		em, err := bus.Emitter(kind)
 		if err != nil {
 			for _, opened := range of[:i] {
@@ -159,14 +220,7 @@ func (e *emitter) run() {
 		if lost > 0 {
 			e.log.Warn("events dropped, since a subscriber of the event bus does not read", zap.Int("events", lost))
 		}
-		i := 0
-		switch ev.(type) {
-		case EvtPathChanged:
-			i = 1
-		case EvtConnectionPruned:
-			i = 2
-		}
-		_ = e.of[i].Emit(ev)
+		_ = e.of[kindOfEvent(ev)].Emit(ev)
 	}
 }
 

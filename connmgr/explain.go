@@ -40,8 +40,9 @@ type ExplainedConn struct {
 	Decision policy.Decision
 	// RuledOut says why the connection was not ranked at all; empty if it was.
 	RuledOut string
-	// State is what becomes of the connection, in words.
-	State string
+	// Reason is why the connection is still there, and State what becomes of it, in words.
+	Reason Reason
+	State  string
 	// Until is when what State waits for is over by itself; zero if nobody knows.
 	Until time.Time
 	// Path is what is known of the path: "alive", "silent" or "unknown". It is unknown as
@@ -109,7 +110,7 @@ func (m *Manager) explain(p peer.ID) (Explanation, *view) {
 		cv, verdict := &v.conns[i], plan.verdicts[i]
 		e.Conns = append(e.Conns, ExplainedConn{
 			Conn: cv.info(), Candidate: cv.facts.candidate, Winner: i == plan.winner,
-			Decision: verdict.decision, RuledOut: verdict.out, State: verdict.why, Until: verdict.until,
+			Decision: verdict.decision, RuledOut: verdict.out, Reason: verdict.reason, State: verdict.why, Until: verdict.until,
 			Path: cv.facts.path.health.String(),
 		})
 	}

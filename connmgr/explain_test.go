@@ -22,7 +22,7 @@ func TestExplain(t *testing.T) {
 				return "peer " + higher.String() + ": consolidating; this side decides: it has the lower peer ID\n" +
 					"  1. quic direct " + quicAddr + " (conn-3), 1 stream (1 labelled, 0 pinned): kept\n" +
 					"  2. tcp direct " + tcpAddr + " (conn-2), 0 streams (0 labelled, 0 pinned), rule transport: quic over tcp: " + tcp + "\n" +
-					"  3. limited relay " + relayAddr + " (conn-1), 2 streams (0 labelled, 2 pinned), rule unlimited: true over false: kept until 2 streams that cannot move have ended"
+					"  3. limited relay " + relayAddr + " (conn-1), 2 streams (0 labelled, 2 pinned), rule unlimited: true over false: kept until 2 streams that cannot move (2 of /test/plain/1.0.0) have ended"
 			}
 			w.pass(1500 * time.Millisecond)
 			require.Equal(t, explained("quiet for 1.5 s of 2 s, then closed"), w.m.Explain(higher).String())

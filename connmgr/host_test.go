@@ -166,7 +166,7 @@ func TestBareManagerOnRealHosts(t *testing.T) {
 	waitFor(t, "the stream on the loser to be waited for", func() bool {
 		e := m.Explain(b.ID())
 		return len(e.Conns) == 2 && e.Conns[0].Conn.Kind == "quic direct" &&
-			e.Conns[1].State == "kept until 1 stream that cannot move have ended"
+			e.Conns[1].Reason == ReasonPinned
 	})
 	requireEcho(t, onQUIC)
 	requireEcho(t, onTCP)

@@ -27,6 +27,7 @@ type connView struct {
 	facts    *connFacts // in view.facts
 	labelled []network.Stream
 	denied   []network.Stream // of them: the peer denies to move them
+	pinned   []pinnedBy       // the streams that cannot move, by what they speak; most come first
 }
 
 func openConns(n network.Network, p peer.ID) []network.Conn {
@@ -97,7 +98,9 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 		if f.migrates {
 			cv.labelled = v.mover.Streams(c)
 		}
-		open[i] = streamsOn(c, f.manages == yes)
+		if open[i] = streamsOn(c, f.manages == yes); len(conns) > 1 && open[i].others > len(cv.labelled) {
+			cv.pinned = cv.unlabelledOn(f.manages == yes)
+		}
 		cf.candidate.Labelled = len(cv.labelled)
 		if use.RTT {
 			rtts[i] = transportRTT(c)
@@ -112,6 +115,16 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 		cf.room = cv.room()
 	}
 
+	l.lookAtKept(d, v, open, carried, rtts)
+	for i := range v.conns {
+		v.conns[i].pin()
+	}
+	return v
+}
+
+// lookAtKept fills in what is kept of the peer and its connections.
+func (l *looker) lookAtKept(d *peerState, v *view, open []streamCount, carried []traffic, rtts []time.Duration) {
+	f := &v.facts
 	if d != nil {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -119,7 +132,7 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 	for i := range v.conns {
 		v.lookAt(d, i, open[i], carried[i])
 	}
-	if use.RTT {
+	if l.policies.policy().use.RTT {
 		f.measuring = slices.ContainsFunc(v.conns, func(cv connView) bool {
 			return cv.path.asking && cv.rtt == 0 && cv.path.tries == 0 && !cv.path.gaveUp(f.now, l.cfg.probeTime)
 		})
@@ -133,8 +146,9 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 			f.winner = d.winner.base.ID
 		}
 	}
-	f.deaths = l.young.of(p, f.now)
-	return v
+	if len(v.conns) > 0 {
+		f.deaths = l.young.of(v.conns[0].conn.RemotePeer(), f.now)
+	}
 }
 
 // lookAt fills in what is kept of a connection. It must be called with d's lock held, if d is
@@ -199,6 +213,16 @@ func (v *view) lookAt(d *peerState, i int, open streamCount, carried traffic) {
 		}
 	}
 	cf.candidate.Pinned = max(cf.candidate.Pinned, 0)
+}
+
+// pin names what cannot move. No lock must be held: streams are asked.
+func (cv *connView) pin() {
+	if cv.facts.candidate.Pinned == 0 {
+		cv.pinned = nil
+		return
+	}
+	cv.pinned = pin(cv.pinned, cv.denied)
+	cv.facts.pinned = pinnedInWords(cv.pinned)
 }
 
 // streamCount counts the streams on a connection.

@@ -168,7 +168,7 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	}
 	opts := []migrate.Option{migrate.WithConnSelector(m.steer.choose), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.moves.migrated), migrate.WithLogger(m.tells.log)}
 	if mt := m.cfg.metrics; mt != nil {
-		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }))
+		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }), migrate.WithBufferObserver(mt.Buffered))
 	}
 	wrapped, err := migrate.Wrap(h, append(opts, m.cfg.migrateOptions...)...)
 	if err != nil {

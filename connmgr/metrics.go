@@ -52,6 +52,16 @@ const (
 	DrainVoid    = "void"    // the answer does not matter any more
 )
 
+// What UpgradeFinished says of an attempt to get a direct connection.
+const (
+	UpgradedDirect     = "direct"      // there is one
+	UpgradeNoHole      = "no hole"     // none came
+	UpgradeUnsupported = "unsupported" // the peer does not punch holes
+	UpgradeImpossible  = "impossible"  // this host does not punch holes, or has no public address that it knows
+	UpgradeGone        = "gone"        // the relayed connection is gone
+	UpgradeEnded       = "ended"       // the manager was closed
+)
+
 // Who has closed a connection.
 const (
 	ByThisSide = "this side"
@@ -83,8 +93,12 @@ type MetricsTracer interface {
 	RoundFinished(outcome string)
 	// MigrationFinished is called when a migration is over that either end has begun. took
 	// is 0 where it has failed before the peer was asked. to is nil where there was no
-	// stream to move to.
-	MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration)
+	// stream to move to. drained is how many bytes came over the old connection since it
+	// began, where it has succeeded.
+	MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration, drained uint64)
+	// Buffered is called when handovers hold so many more bytes for applications that do not
+	// read, or, if negative, fewer.
+	Buffered(more int)
 	// DrainAnswered is called when the peer was asked whether it has done with a connection.
 	DrainAnswered(answer string)
 	// ConnectionPruned is called when a connection was closed that carried nothing any more.
@@ -95,6 +109,10 @@ type MetricsTracer interface {
 	TookOver()
 	// Violation is called when a peer broke the stream-migration protocol.
 	Violation()
+	// UpgradeStarted is called when a direct connection is asked for to a peer that has none,
+	// and UpgradeFinished when that is over.
+	UpgradeStarted()
+	UpgradeFinished(outcome string)
 }
 
 // WithMetricsTracer has tracer told what the manager does. Default: with [Enable] one of
@@ -156,6 +174,22 @@ var (
 		Help:    "From the beginning of a migration that succeeded until its old stream was done with",
 		Buckets: prometheus.ExponentialBuckets(0.001, 2, 18),
 	}, []string{"role"})
+	drainedBytes = prometheus.NewCounter(prometheus.CounterOpts{
+		Namespace: metricNamespace, Name: "drained_bytes_total",
+		Help: "Bytes that came over the old connection between the beginning of a migration that succeeded and the switch to the new one",
+	})
+	bufferedBytes = prometheus.NewGauge(prometheus.GaugeOpts{
+		Namespace: metricNamespace, Name: "buffered_bytes",
+		Help: "Memory that handovers hold for applications that do not read",
+	})
+	upgradesInProgress = prometheus.NewGauge(prometheus.GaugeOpts{
+		Namespace: metricNamespace, Name: "upgrades_in_progress",
+		Help: "Attempts under way to get a direct connection to a peer that has none",
+	})
+	upgradesTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: metricNamespace, Name: "upgrade_attempts_total",
+		Help: "Attempts to get a direct connection to a peer that has none, by outcome",
+	}, []string{"outcome"})
 	drainAnswersTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: metricNamespace, Name: "drain_answers_total",
 		Help: "Answers of peers to the question whether they have done with a connection",
@@ -186,6 +220,7 @@ var (
 		peersWithDuplicates, surplusConnections, paths, pinnedStreams, pinnedByProtocol, waitingStreams,
 		migrationsInProgress, drainsInProgress, roundsTotal, migrationsTotal, migrationSeconds,
 		drainAnswersTotal, drainSeconds, prunesTotal, savedTotal, takeoversTotal, violationsTotal,
+		drainedBytes, bufferedBytes, upgradesInProgress, upgradesTotal,
 	}
 )
 
@@ -265,6 +300,7 @@ var (
 	}
 	roundOutcomes     = []string{RoundAlone, RoundWaiting, RoundLeft, RoundUndecided, RoundDecided, RoundMoved, RoundPruned}
 	migrationOutcomes = []string{MigrationMoved, MigrationDenied, MigrationLater, MigrationReset}
+	upgradeOutcomes   = []string{UpgradedDirect, UpgradeNoHole, UpgradeUnsupported, UpgradeImpossible, UpgradeGone, UpgradeEnded}
 	drainAnswers      = []string{DrainDrained, DrainBusy, DrainRefused, DrainFailed, DrainVoid}
 )
 
@@ -317,6 +353,9 @@ func NewMetricsTracer(opts ...MetricsTracerOption) MetricsTracer {
 	for _, answer := range drainAnswers {
 		drainAnswersTotal.WithLabelValues(answer)
 	}
+	for _, outcome := range upgradeOutcomes {
+		upgradesTotal.WithLabelValues(outcome)
+	}
 	for _, rule := range knownRules {
 		prunesTotal.WithLabelValues(ruleLabel.value(rule))
 	}
@@ -365,7 +404,7 @@ func (*metricsTracer) PinnedStreams(id protocol.ID, more int) {
 
 func (*metricsTracer) RoundFinished(outcome string) { increase(roundsTotal, outcome) }
 
-func (*metricsTracer) MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration) {
+func (*metricsTracer) MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration, drained uint64) {
 	increase(migrationsTotal, outcome, connLabel(from), connLabel(to))
 	if outcome != MigrationMoved {
 		return
@@ -378,6 +417,7 @@ func (*metricsTracer) MigrationFinished(outcome string, initiator bool, from, to
 	}
 	*tags = append(*tags, role)
 	migrationSeconds.WithLabelValues(*tags...).Observe(took.Seconds())
+	drainedBytes.Add(float64(drained))
 }
 
 func (*metricsTracer) DrainAnswered(answer string) { increase(drainAnswersTotal, answer) }
@@ -399,6 +439,15 @@ func (*metricsTracer) ConnectionPruned(by, rule string, waited time.Duration) {
 func (*metricsTracer) TookOver() { takeoversTotal.Inc() }
 
 func (*metricsTracer) Violation() { violationsTotal.Inc() }
+
+func (*metricsTracer) Buffered(more int) { bufferedBytes.Add(float64(more)) }
+
+func (*metricsTracer) UpgradeStarted() { upgradesInProgress.Inc() }
+
+func (*metricsTracer) UpgradeFinished(outcome string) {
+	upgradesInProgress.Dec()
+	increase(upgradesTotal, outcome)
+}
 
 // measure tells the metrics what a round has found and done. over: it is the last one, so
 // that nothing is left to measure.
@@ -483,36 +532,13 @@ func (v *view) measured(p *plan) (PeerMetrics, map[protocol.ID]int) {
 			if pinned == nil {
 				pinned = make(map[protocol.ID]int)
 			}
-			v.conns[i].pinnedBy(pinned, v.facts.manages == yes)
+			for _, by := range v.conns[i].pinned {
+				pinned[by.id] += by.count
+			}
 		}
 	}
 	pm.Moving = moving / 2 // each touches two
 	return pm, pinned
-}
-
-// maxListed is how many streams of a connection are looked at for what they speak.
-const maxListed = 1 << 10
-
-// pinnedBy adds to count the streams on a connection that cannot move, by what they speak:
-// those without a label, and those that the peer has denied to move.
-func (cv *connView) pinnedBy(count map[protocol.ID]int, managed bool) {
-	here := make(map[protocol.ID]int)
-	all := cv.conn.GetStreams()
-	for _, s := range all[:min(len(all), maxListed)] {
-		if id := s.Protocol(); !ownProtocol(id, managed) {
-			here[id]++
-		}
-	}
-	for _, s := range cv.labelled {
-		if !slices.Contains(cv.denied, s) {
-			here[s.Protocol()]--
-		}
-	}
-	for id, n := range here {
-		if n > 0 {
-			count[id] += n
-		}
-	}
 }
 
 // outcome is what came of a plan.
@@ -560,7 +586,7 @@ func (t *teller) measureMigration(e migrate.Event) {
 		return
 	}
 	if outcome, over := outcomeOf(e); over {
-		mt.MigrationFinished(outcome, e.Initiator, e.From, e.To, e.Took)
+		mt.MigrationFinished(outcome, e.Initiator, e.From, e.To, e.Took, e.Drained)
 	}
 }
 

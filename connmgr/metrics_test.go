@@ -29,6 +29,7 @@ type tally struct {
 	counts   map[string]int
 	waited   []time.Duration
 	finished []string
+	buffered int
 }
 
 func newTally() *tally {
@@ -69,9 +70,13 @@ func (t *tally) DrainAnswered(answer string)  { t.count("drain " + answer) }
 func (t *tally) TookOver()                    { t.count("took over") }
 func (t *tally) Violation()                   { t.count("violation") }
 
-func (t *tally) MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration) {
+func (t *tally) UpgradeStarted()                { t.count("upgrade started") }
+func (t *tally) UpgradeFinished(outcome string) { t.count("upgrade " + outcome) }
+func (t *tally) Buffered(more int)              { t.do(func() { t.buffered += more }) }
+
+func (t *tally) MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration, drained uint64) {
 	t.do(func() {
-		t.finished = append(t.finished, fmt.Sprintf("%s %v %s to %s in %v", outcome, initiator, connLabel(from), connLabel(to), took))
+		t.finished = append(t.finished, fmt.Sprintf("%s %v %s to %s in %v, drained %d", outcome, initiator, connLabel(from), connLabel(to), took, drained))
 	})
 }
 
@@ -164,7 +169,7 @@ func TestMetricsOfMigrations(t *testing.T) {
 	for _, e := range []migrate.Event{
 		{Kind: migrate.Started, From: relay, To: quic},
 		{Kind: migrate.Acked, From: relay, To: quic},
-		{Kind: migrate.Finished, From: relay, To: quic, Initiator: true, Took: time.Second},
+		{Kind: migrate.Finished, From: relay, To: quic, Initiator: true, Took: time.Second, Drained: 1000},
 		{Kind: migrate.Denied, From: quic, To: relay},
 		{Kind: migrate.Failed, From: quic, Err: fmt.Errorf("no room: %w", migrate.ErrTryLater)},
 		{Kind: migrate.Failed, From: relay, To: quic, Err: network.ErrReset},
@@ -172,10 +177,10 @@ func TestMetricsOfMigrations(t *testing.T) {
 		m.moves.migrated(e)
 	}
 	require.Equal(t, []string{
-		"moved true limited relay to quic-v1 in 1s",
-		"denied false quic-v1 to limited relay in 0s",
-		"later false quic-v1 to unknown in 0s",
-		"reset false limited relay to quic-v1 in 0s",
+		"moved true limited relay to quic-v1 in 1s, drained 1000",
+		"denied false quic-v1 to limited relay in 0s, drained 0",
+		"later false quic-v1 to unknown in 0s, drained 0",
+		"reset false limited relay to quic-v1 in 0s, drained 0",
 	}, mt.finished)
 }
 
@@ -261,12 +266,14 @@ func TestMetricsDoNotAllocate(t *testing.T) {
 		"PinnedStreams": func() { mt.PinnedStreams("/test/plain/1.0.0", 1); mt.PinnedStreams("/test/plain/1.0.0", -1) },
 		"RoundFinished": func() { mt.RoundFinished(one(roundOutcomes)) },
 		"MigrationFinished": func() {
-			mt.MigrationFinished(one(migrationOutcomes), true, conns[rand.IntN(4)], conns[rand.IntN(4)], time.Second)
+			mt.MigrationFinished(one(migrationOutcomes), true, conns[rand.IntN(4)], conns[rand.IntN(4)], time.Second, 1000)
 		},
 		"DrainAnswered":    func() { mt.DrainAnswered(one(drainAnswers)) },
 		"ConnectionPruned": func() { mt.ConnectionPruned(ByThisSide, one(knownRules), time.Second) },
 		"TookOver":         mt.TookOver,
 		"Violation":        mt.Violation,
+		"Buffered":         func() { mt.Buffered(1000); mt.Buffered(-1000) },
+		"Upgrade":          func() { mt.UpgradeStarted(); mt.UpgradeFinished(one(upgradeOutcomes)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			for range 1000 {

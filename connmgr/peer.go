@@ -95,6 +95,7 @@ type connState struct {
 	serves   bool   // the other end has answered a request
 	lacks    bool   // it has not served the last one, whatever the peer advertises
 	same     sameness
+	stays    stay
 
 	requests int // streams of this manager's own that are on it
 }

@@ -1,7 +1,6 @@
 package connmgr
 
 import (
-	"cmp"
 	"fmt"
 	"slices"
 	"time"
@@ -93,6 +92,7 @@ type connFacts struct {
 	serves    bool      // its other end has answered a manager's request
 	lacks     bool      // its other end serves none, whatever the peer advertises
 	same      sameness  // whether a plain peer's process is the winner's
+	pinned    string    // what the streams on it speak that cannot move, in words; empty: not known
 }
 
 func (c *connFacts) id() string      { return c.candidate.ID }
@@ -131,7 +131,8 @@ const (
 // verdict is what becomes of one connection, and why.
 type verdict struct {
 	fate     fate
-	why      string          // in words, for people
+	reason   Reason          // why, for programs
+	why      string          // and in words, for people
 	until    time.Time       // when what is waited for is over by itself; zero: nobody knows
 	decision policy.Decision // the rule by which it lost; the zero value where it was not ranked
 	out      string          // why it was not ranked; empty: it was
@@ -212,14 +213,14 @@ func (pl *planner) decide() {
 	pl.role = pl.roleOf()
 	if f.exempt != "" {
 		pl.state, pl.err = f.exempt, ErrExempt
-		pl.all(verdict{why: "kept: " + f.exempt, kept: f.exempt})
+		pl.all(verdict{reason: ReasonExempt, why: "kept: " + f.exempt, kept: f.exempt})
 		return
 	}
 	pl.askPaths()
 	if split {
 		pl.left = true
 		pl.state = "its connections lead to different processes that share its key, so that all are kept"
-		pl.all(verdict{why: "kept: the peer's connections lead to different processes", kept: "the peer's connections lead to different processes"})
+		pl.all(verdict{reason: ReasonOtherProcess, why: "kept: the peer's connections lead to different processes", kept: "the peer's connections lead to different processes"})
 		return
 	}
 	if !pl.elect() {
@@ -230,7 +231,7 @@ func (pl *planner) decide() {
 	pl.steer = w.path.alive() && (w.unlimited() || !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.unlimited() && !c.closing }))
 	pl.tell = pl.role.moves && f.wrapped && pl.manages == yes && w.told.due(f.now)
 	pl.room = w.room
-	pl.verdicts[pl.winner] = verdict{why: "kept"}
+	pl.verdicts[pl.winner] = verdict{reason: ReasonKept, why: "kept"}
 	for i := range f.conns {
 		if i != pl.winner {
 			pl.verdicts[i] = pl.judge(&f.conns[i], w)
@@ -244,7 +245,7 @@ func (pl *planner) alone() {
 	c := &pl.f.conns[0]
 	pl.winner = 0
 	pl.state = "one connection, nothing to do"
-	v := verdict{why: "the only one"}
+	v := verdict{reason: ReasonOnly, why: "the only one"}
 	if c.limited() {
 		pl.state = "one connection, through a relay that limits it"
 		v.why = "the only one; the relay cuts it when its limit is reached, and streams on it end then unless a direct connection comes before"
@@ -439,20 +440,26 @@ func (pl *planner) proving(c *connFacts) bool {
 }
 
 // ruledOut says why c is not ranked; empty if it is.
-func (pl *planner) ruledOut(c *connFacts) string {
+func (pl *planner) ruledOut(c *connFacts) (string, Reason) {
 	switch {
 	case c.closing:
-		return "it is being closed"
+		return "it is being closed", ReasonClosing
 	case c.pledged && !c.named:
-		return "the peer wants to close it"
+		return "the peer wants to close it", ReasonPeerCloses
 	case c.path.health == pathSilent:
-		return "it does not answer"
+		return "it does not answer", ReasonSilent
 	case c.limited() && c.ending(pl.f.now) && slices.ContainsFunc(pl.f.conns, func(o connFacts) bool {
 		return o.id() != c.id() && !o.closing && o.path.health != pathSilent && !(o.limited() && o.ending(pl.f.now))
 	}):
-		return "its relay is about to cut it"
+		return "its relay is about to cut it", ReasonEnding
 	}
-	return ""
+	return "", ReasonUndecided
+}
+
+// ranks says whether c is ranked.
+func (pl *planner) ranks(c *connFacts) bool {
+	out, _ := pl.ruledOut(c)
+	return out == ""
 }
 
 // elect finds the winner, and says whether there is one that can be acted on.
@@ -465,7 +472,7 @@ func (pl *planner) elect() bool {
 		c := &f.conns[i]
 		limited = limited && (c.limited() || c.closing)
 		v := &pl.verdicts[i]
-		if v.out = pl.ruledOut(c); v.out == "" {
+		if v.out, v.reason = pl.ruledOut(c); v.out == "" {
 			candidates = append(candidates, c.candidate)
 			v.why = "not decided on"
 		} else {
@@ -476,7 +483,7 @@ func (pl *planner) elect() bool {
 		for i := range f.conns {
 			if c := &f.conns[i]; c.pledged && !c.closing && c.path.health != pathSilent {
 				candidates = append(candidates, c.candidate)
-				pl.verdicts[i].out, pl.verdicts[i].why = "", "not decided on"
+				pl.verdicts[i].out, pl.verdicts[i].why, pl.verdicts[i].reason = "", "not decided on", ReasonUndecided
 			}
 		}
 	}
@@ -523,6 +530,7 @@ func (pl *planner) elect() bool {
 		for i := range f.conns {
 			c := &f.conns[i]
 			pl.verdicts[i].why, pl.verdicts[i].kept = "kept: its relay limits it, as the others", "its relay limits it, as the others"
+			pl.verdicts[i].reason = ReasonLimited
 			if !c.ends.IsZero() {
 				pl.look(c.ends.Add(-endingSoon))
 			}
@@ -658,7 +666,7 @@ func (pl *planner) proved(order []*connFacts) []*connFacts {
 
 func (pl *planner) out(c *connFacts, why string) {
 	v := &pl.verdicts[pl.index(c.id())]
-	v.out, v.why = why, why
+	v.out, v.why, v.reason = why, why, ReasonProving
 }
 
 // proves returns when c, of a kind of which deaths winners have died young, has lived for
@@ -746,46 +754,54 @@ func (pl *planner) judge(l, w *connFacts) verdict {
 	f := pl.f
 	v := pl.verdicts[pl.index(l.id())]
 	v.why = v.out
-	keep := func(why string) verdict {
-		v.fate, v.why, v.kept = fateKeep, "kept: "+why, why
+	keep := func(r Reason, why string) verdict {
+		v.fate, v.reason, v.why, v.kept = fateKeep, r, "kept: "+why, why
+		return v
+	}
+	better := func(why string) verdict { // it would win, but for what it was ruled out by
+		out, reason := v.out, v.reason
+		if keep(ReasonBetter, why); out != "" {
+			v.reason, v.why = reason, out+"; "+v.why
+		}
 		return v
 	}
 	switch {
 	case l.closing:
-		v.fate, v.why = fateKeep, "it is being closed"
+		v.fate, v.reason, v.why = fateKeep, ReasonClosing, "it is being closed"
 		return v
 	case l.exempt != "":
-		return keep(l.exempt)
+		return keep(ReasonExempt, l.exempt)
 	case l.unlimited() && w.limited():
-		return keep("it is unlimited, and the winner is not")
+		return better("it is unlimited, and the winner is not")
 	case l.limited() && w.limited() && !l.ending(f.now):
-		return keep("its relay limits it, as the winner")
+		return keep(ReasonLimited, "its relay limits it, as the winner")
 	}
 	v.move = pl.moves(l, w)
 	if at := pl.movesAt(l, w); at.After(f.now) && l.own+l.theirs > 0 {
 		pl.look(at)
 	}
 	if l.limited() && w.limited() {
-		v.fate, v.why = fateWait, "its relay is about to cut it"
+		v.fate, v.reason, v.why = fateWait, ReasonEnding, "its relay is about to cut it"
 		return v
 	}
 	if l.unlimited() && w.candidate.Relayed && !l.candidate.Relayed {
-		return keep("it is direct, and the winner is not")
+		return better("it is direct, and the winner is not")
 	}
 	v.fate = fateWait
 	if l.pledged && !l.quiet.IsZero() {
 		pl.look(f.now.Add(pl.gap(pl.cfg.quietTime))) // the peer is going to ask since when
 	}
 	if movable := l.own + l.theirs + l.retries; movable > 0 && pl.role.moves {
-		v.why = streams(movable) + " to move"
+		v.reason, v.why = ReasonMoving, streams(movable)+" to move"
 		if l.retries > 0 && l.own+l.theirs == 0 {
-			v.until = l.retryAt
+			v.reason, v.until = ReasonBackingOff, l.retryAt
 			v.why = fmt.Sprintf("%s failed to move, next attempt in %s", streams(l.retries), inWords(l.retryAt.Sub(f.now)))
 		}
 		if at := pl.movesAt(l, w); at.After(f.now) {
-			v.until = at
+			v.reason, v.until = ReasonProving, at
 			v.why += " when the winner has proved itself, in " + inWords(at.Sub(f.now))
 		} else if v.move != moveNone && pl.room == 0 {
+			v.reason = ReasonNoRoom
 			v.why += " when the winner has room for more"
 		}
 		if l.retries > 0 {
@@ -793,31 +809,57 @@ func (pl *planner) judge(l, w *connFacts) verdict {
 		}
 	}
 	if !pl.role.prunes {
-		v.why = cmp.Or(v.why, pl.busyWith(l), "the peer decides")
+		if v.why == "" {
+			if v.reason, v.why = pl.busyWith(l); v.why == "" {
+				v.reason, v.why = ReasonPeerDecides, "the peer decides"
+			}
+		}
 		if left := l.own + l.theirs; left > 0 && l.moving == 0 && pl.manages == yes {
-			v.why = streams(left) + " to move, once the peer says where to"
+			v.reason, v.why = ReasonPeerDecides, streams(left)+" to move, once the peer says where to"
 		}
 		return v
 	}
-	why := v.why
+	reason, why := v.reason, v.why
 	v = pl.mayGo(v, l, w)
 	if v.kept == "" && why != "" {
-		v.why = why // what it carries matters more than what was asked
+		v.reason, v.why = reason, why // what it carries matters more than what was asked
 	}
 	return v
 }
 
 // busyWith says what l carries; empty: nothing.
-func (pl *planner) busyWith(l *connFacts) string {
-	switch n := l.candidate.Streams; {
+func (pl *planner) busyWith(l *connFacts) (Reason, string) {
+	switch {
 	case l.moving > 0:
-		return streams(l.moving) + " moving"
-	case n > 0:
-		return "kept until " + streams(n) + " that cannot move have ended"
+		return ReasonMoving, streams(l.moving) + " moving"
+	case l.candidate.Pinned > 0:
+		return ReasonPinned, "kept until " + pl.pinnedOn(l) + " ended"
+	case l.candidate.Streams > 0:
+		return ReasonMoving, streams(l.candidate.Streams) + " to move"
 	case l.quiet.IsZero():
-		return "no stream"
+		return ReasonQuiet, "no stream"
 	}
-	return ""
+	return "", ""
+}
+
+// pinnedOn names the streams that keep l open.
+func (pl *planner) pinnedOn(l *connFacts) string {
+	text := streams(l.candidate.Pinned) + " that cannot move"
+	if l.pinned != "" {
+		text += " (" + l.pinned + ")"
+	}
+	switch {
+	case !pl.f.wrapped:
+		text += ", since this host is not wrapped,"
+	case !pl.f.migrates && pl.f.manages != unknown:
+		text += ", since the peer does not migrate streams,"
+	case !pl.f.migrates:
+		text += ", since the peer has not been identified,"
+	}
+	if l.candidate.Pinned == 1 {
+		return text + " has"
+	}
+	return text + " have"
 }
 
 // moves says which streams leave l for w now. Each end moves those that it opened: it has
@@ -875,17 +917,18 @@ func (pl *planner) onlyUnlimited(w *connFacts) bool {
 //	not known                 it stays
 func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 	f := pl.f
-	quietFor := "no stream yet"
-	if busy := pl.busyWith(l); busy != "" {
-		quietFor = busy
-	} else {
-		quietFor = "quiet for " + inWords(f.now.Sub(l.quiet))
+	reason, quietFor := pl.busyWith(l)
+	if quietFor == "" {
+		reason, quietFor = ReasonQuiet, "quiet for "+inWords(f.now.Sub(l.quiet))
 	}
 	if pl.cfg.standby && l.unlimited() && l == pl.standby(w) {
-		v.fate, v.why, v.kept = fateKeep, "kept: it stands by", "it stands by"
+		v.fate, v.reason, v.why, v.kept = fateKeep, ReasonStandby, "kept: it stands by", "it stands by"
 		return v
 	}
 	if pl.manages == unknown {
+		if v.reason = reason; reason == ReasonQuiet {
+			v.reason = ReasonUnidentified
+		}
 		v.why = quietFor + "; the peer has not been identified, so that it stays"
 		return v
 	}
@@ -907,14 +950,16 @@ func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 		v.until = ready
 	}
 	proven := !f.now.Before(pl.provenAt(l, w)) && !w.path.at.Before(pl.provenAt(l, w))
-	v.why = quietFor
+	v.reason, v.why = reason, quietFor
 	switch {
 	case l.candidate.Streams > 0 || l.quiet.IsZero() || l.moving > 0:
 	case !isQuiet:
 		v.why += " of " + inWords(quiet) + ", then closed"
 	case !proven && f.now.Before(pl.provenAt(l, w)):
+		v.reason = ReasonProving
 		v.why += "; closed when the winner has proved itself, in " + inWords(pl.provenAt(l, w).Sub(f.now))
 	case !proven:
+		v.reason = ReasonProving
 		v.why += "; the winner is asked once more"
 		pl.probeWinner(w)
 		isQuiet = false
@@ -923,7 +968,7 @@ func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 	}
 	isQuiet = isQuiet && proven
 	if w.pledged && !w.named || w.closing {
-		v.why = "the peer may close the winner"
+		v.reason, v.why = ReasonPeerCloses, "the peer may close the winner"
 		return v
 	}
 	if !asks {
@@ -941,7 +986,7 @@ func (pl *planner) provenAt(l, w *connFacts) time.Time {
 	}
 	for i := range f.conns {
 		c := &f.conns[i]
-		if c.id() != l.id() && c.id() != w.id() && c.unlimited() && pl.ruledOut(c) == "" {
+		if c.id() != l.id() && c.id() != w.id() && c.unlimited() && pl.ranks(c) {
 			return time.Time{}
 		}
 	}
@@ -951,7 +996,7 @@ func (pl *planner) provenAt(l, w *connFacts) time.Time {
 // standby returns the connection that is kept beside w: the best other unlimited one.
 func (pl *planner) standby(w *connFacts) *connFacts {
 	for _, c := range pl.ranking.Order {
-		if o := pl.find(c.ID); o != nil && o.id() != w.id() && o.unlimited() && pl.ruledOut(o) == "" {
+		if o := pl.find(c.ID); o != nil && o.id() != w.id() && o.unlimited() && pl.ranks(o) {
 			return o
 		}
 	}
@@ -979,14 +1024,14 @@ func (pl *planner) idle(v verdict, l, w *connFacts, isQuiet bool) verdict {
 	if f.wrapped {
 		switch l.same {
 		case sameUnknown:
-			v.fate, v.why = fateCompare, v.why+": asking whether it leads to the same process"
+			v.fate, v.reason, v.why = fateCompare, ReasonOtherProcess, v.why+": asking whether it leads to the same process"
 			return v
 		case sameAsked:
-			v.fate, v.why = fateWait, v.why+": asking whether it leads to the same process"
+			v.fate, v.reason, v.why = fateWait, ReasonOtherProcess, v.why+": asking whether it leads to the same process"
 			return v
 		case sameNot:
 			why := "it is not known to lead to the same process as the winner"
-			v.fate, v.why, v.kept = fateKeep, "kept: "+why, why
+			v.fate, v.reason, v.why, v.kept = fateKeep, ReasonOtherProcess, "kept: "+why, why
 			return v
 		}
 	}
@@ -1003,20 +1048,27 @@ func (pl *planner) drain(v verdict, l, w *connFacts, isQuiet bool) verdict {
 	f := pl.f
 	d := l.drain
 	renew := !d.at.IsZero() && !f.now.Before(d.at.Add(d.lease/3))
+	waits := func(r Reason) { // unless what it carries is in the way, too
+		if v.reason == ReasonQuiet {
+			v.reason = r
+		}
+	}
 	switch d.phase {
 	case drainOff:
 		v.fate = fateAsk
 	case drainAsked:
+		waits(ReasonDraining)
 		v.why += ", waiting for the peer's answer"
 	case drainRefused:
 		if f.now.Before(d.until) {
 			pl.look(d.until)
 			why := fmt.Sprintf("the peer refused: %q", d.reason)
-			v.fate, v.why, v.kept, v.until = fateKeep, "kept: "+why, why, d.until
+			v.fate, v.reason, v.why, v.kept, v.until = fateKeep, ReasonRefused, "kept: "+why, why, d.until
 			return v
 		}
 		v.fate = fateAsk
 	case drainFailed:
+		waits(ReasonNoAnswer)
 		v.why += fmt.Sprintf("; the peer did not answer, it is asked again in %s", inWords(d.until.Sub(f.now)))
 		if !f.now.Before(d.until) {
 			v.fate = fateAsk
@@ -1024,6 +1076,7 @@ func (pl *planner) drain(v verdict, l, w *connFacts, isQuiet bool) verdict {
 			pl.look(d.until)
 		}
 	case drainBusy:
+		waits(ReasonDraining)
 		v.why += fmt.Sprintf(", the peer has not done with it (asked for %s)", inWords(f.now.Sub(d.since)))
 		switch {
 		case renew, isQuiet && !f.now.Before(d.until):

@@ -65,6 +65,7 @@ func (r *rounds) run(d *peerState, forced bool) (*view, *plan, *batch) {
 	b := r.act(d, v, &p)
 	r.tells.measure(d, v, &p, r.tasks.over())
 	r.tells.path(d, v, &p)
+	r.tells.stay(d, v, &p)
 	return v, &p, b
 }
 

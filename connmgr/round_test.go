@@ -141,7 +141,7 @@ func TestDeniedStreamIsPinned(t *testing.T) {
 		require.Len(t, w.mover.callTimes(streams[0], time.Now()), 1, "a denied stream is not tried again")
 		require.Equal(t, 1, direct.count(), "the other one moves")
 		require.False(t, relay.IsClosed(), "the connection stays for the denied one")
-		require.Contains(t, w.m.Explain(higher).String(), "kept until 1 stream that cannot move have ended")
+		require.Contains(t, w.m.Explain(higher).String(), "kept until 1 stream that cannot move (1 of /test/labelled/1.0.0, denied by the peer) has ended")
 		require.Equal(t, 1, w.m.Explain(higher).Conns[1].Candidate.Pinned, "as the policy is told")
 
 		w.connect(tcpAddr)

@@ -167,11 +167,14 @@ type Counts struct {
 
 // PeerShown is a peer on the status page: its explanation, as [Manager.Explain] gives it.
 type PeerShown struct {
-	Peer       string      `json:"peer"`
-	State      string      `json:"state"`
-	Controller bool        `json:"this_side_decides"`
-	Reason     string      `json:"reason,omitempty"`
-	Conns      []ConnShown `json:"connections"`
+	Peer       string `json:"peer"`
+	State      string `json:"state"`
+	Controller bool   `json:"this_side_decides"`
+	Reason     string `json:"reason,omitempty"`
+	// Upgrade says what is done about a direct connection where there is none.
+	Upgrade     string      `json:"upgrade,omitempty"`
+	NextUpgrade *time.Time  `json:"next_upgrade,omitempty"`
+	Conns       []ConnShown `json:"connections"`
 }
 
 // ConnShown is a connection on the status page.
@@ -180,6 +183,7 @@ type ConnShown struct {
 	Kind     string        `json:"kind"`
 	Address  string        `json:"address"`
 	Winner   bool          `json:"kept"`
+	Reason   Reason        `json:"reason"`
 	State    string        `json:"state"`
 	Until    *time.Time    `json:"until,omitempty"`
 	Rule     string        `json:"rule,omitempty"`
@@ -298,10 +302,13 @@ func (m *Manager) status(q Query) Status {
 // show explains a peer.
 func (m *Manager) show(p peer.ID, now time.Time) PeerShown {
 	e, v := m.explain(p)
-	shown := PeerShown{Peer: p.String(), State: e.State, Controller: e.Controller, Reason: e.Reason}
+	shown := PeerShown{Peer: p.String(), State: e.State, Controller: e.Controller, Reason: e.Reason, Upgrade: e.Upgrade}
+	if !e.NextUpgrade.IsZero() {
+		shown.NextUpgrade = &e.NextUpgrade
+	}
 	for _, c := range e.Conns {
 		cs := ConnShown{
-			ID: c.Conn.ID, Kind: c.Conn.Kind, Winner: c.Winner, State: c.State, RuledOut: c.RuledOut, Path: c.Path,
+			ID: c.Conn.ID, Kind: c.Conn.Kind, Winner: c.Winner, Reason: c.Reason, State: c.State, RuledOut: c.RuledOut, Path: c.Path,
 			Streams: c.Candidate.Streams, Labelled: c.Candidate.Labelled, Pinned: c.Candidate.Pinned, Age: inWords(c.Candidate.Age),
 		}
 		if c.Conn.Remote != nil {

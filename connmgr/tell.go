@@ -1,6 +1,7 @@
 package connmgr
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -9,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"go.uber.org/zap"
 
+	"github.com/go-portage/portage/internal/punch"
 	"github.com/go-portage/portage/internal/sampled"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
@@ -27,13 +29,14 @@ type teller struct {
 	bareOnce sync.Once
 	silences sampled.Lines // which lines about peers are logged; see sampled
 	refusals sampled.Lines
+	stays    sampled.Lines
 }
 
 func newTeller(cfg *config) *teller {
 	t := &teller{metrics: cfg.metrics, events: emitter{log: cfg.log}}
 	t.log = t.history.beside(cfg.log)
 	t.totals.since = time.Now()
-	t.silences.Every, t.refusals.Every = sampleEvery, sampleEvery
+	t.silences.Every, t.refusals.Every, t.stays.Every = sampleEvery, sampleEvery, sampleEvery
 	return t
 }
 
@@ -114,22 +117,66 @@ func (t *teller) tookOver(p peer.ID, waited time.Duration) {
 	}
 }
 
+// upgradeStarted tells that a direct connection is asked for.
+func (t *teller) upgradeStarted(p peer.ID, attempt int) {
+	if t.metrics != nil {
+		t.metrics.UpgradeStarted()
+	}
+	t.events.emit(EvtUpgrade{Peer: p, State: UpgradeStarted, Attempt: attempt})
+}
+
+// upgradeEnded tells what came of it. closed: the manager is, which has ended it.
+func (t *teller) upgradeEnded(e EvtUpgrade, closed bool) {
+	if t.metrics != nil {
+		t.metrics.UpgradeFinished(upgradeOutcome(e.Err, closed))
+	}
+	if closed {
+		return
+	}
+	t.events.emit(e)
+	t.upgrade(e)
+}
+
+// upgradeOutcome is what came of an attempt.
+func upgradeOutcome(err error, closed bool) string {
+	switch {
+	case err == nil:
+		return UpgradedDirect
+	case closed:
+		return UpgradeEnded
+	case errors.Is(err, punch.ErrUnsupported):
+		return UpgradeUnsupported
+	case errors.Is(err, punch.ErrNotOurs):
+		return UpgradeGone
+	case errors.Is(err, punch.ErrOff), errors.Is(err, punch.ErrNoAddress):
+		return UpgradeImpossible
+	default:
+		return UpgradeNoHole
+	}
+}
+
 // upgrade tells of an attempt to get a direct connection. That it has failed, as most do
 // where it cannot be, is nobody's business but of those who look for the reason.
-func (t *teller) upgrade(p peer.ID, attempts int, took time.Duration, err error) {
+func (t *teller) upgrade(e EvtUpgrade) {
 	level := zap.InfoLevel
-	if err != nil {
+	if e.Err != nil {
 		level = zap.DebugLevel
 	}
 	ce := t.log.Check(level, "")
 	if ce == nil {
 		return
 	}
-	ce.Message = fmt.Sprintf("peer %s: got a direct connection in attempt %d", shortID(p), attempts)
-	fields := []zap.Field{zap.Stringer("peer", p), zap.Int("attempt", attempts), zap.Duration("took", took)}
-	if err != nil {
-		ce.Message = fmt.Sprintf("peer %s: no direct connection in attempt %d: %s", shortID(p), attempts, briefly(err))
-		fields = append(fields, zap.Error(err))
+	fields := []zap.Field{zap.Stringer("peer", e.Peer), zap.Int("attempt", e.Attempt), zap.Duration("took", e.Took)}
+	switch {
+	case e.Err == nil:
+		ce.Message = fmt.Sprintf("peer %s: got a direct connection in attempt %d", shortID(e.Peer), e.Attempt)
+	case e.Why == "": // it has got one all the same, or is gone
+		ce.Message = fmt.Sprintf("peer %s: attempt %d to get a direct connection has failed: %s", shortID(e.Peer), e.Attempt, briefly(e.Err))
+	default:
+		ce.Message = fmt.Sprintf("peer %s: %s", shortID(e.Peer), e.Why)
+	}
+	if e.Err != nil {
+		fields = append(fields, zap.Error(e.Err), zap.Time("next", e.Next))
 	}
 	ce.Write(fields...)
 }

@@ -356,10 +356,14 @@ func (up *upgrader) look(p peer.ID, e *upgrading) (start bool) {
 
 // attempt asks for a direct connection to p.
 func (up *upgrader) attempt(p peer.ID, e *upgrading) {
+	u := up.of
+	u.mu.RLock()
+	attempt := e.attempts + 1
+	u.mu.RUnlock()
+	up.tells.upgradeStarted(p, attempt)
 	ctx, cancel := context.WithTimeout(up.tasks.ctx, upgradeTimeout)
 	err := up.punch(ctx, up.home.host(), p)
 	cancel()
-	u := up.of
 	now := time.Now()
 	u.mu.Lock()
 	u.running--
@@ -368,15 +372,24 @@ func (up *upgrader) attempt(p peer.ID, e *upgrading) {
 	if e.failures++; err == nil {
 		e.failures = 0
 	}
-	e.attempts++
-	attempts, took := e.attempts, now.Sub(e.started)
+	e.attempts = attempt
+	took := now.Sub(e.started)
 	e.look = time.Time{}
 	u.due(e, now)
 	u.mu.Unlock()
-	if up.tasks.ctx.Err() == nil {
-		up.tells.upgrade(p, attempts, took, err)
-	}
+	up.ended(p, attempt, took, err)
 	up.sched.wakeUp()
+}
+
+// ended tells what came of an attempt, and what is done next.
+func (up *upgrader) ended(p peer.ID, attempt int, took time.Duration, err error) {
+	e := EvtUpgrade{Peer: p, State: UpgradeDirect, Attempt: attempt, Took: took, Err: err}
+	closed := up.tasks.ctx.Err() != nil
+	if err != nil && !closed {
+		next := upgradeOf(up.cfg, &up.looks.look(p, up.sched.known(p)).facts)
+		e.State, e.Why, e.Next = UpgradeFailed, next.why, next.at
+	}
+	up.tells.upgradeEnded(e, closed)
 }
 
 // wantedFor says why a peer that nothing uses at this moment is wanted all the same; empty:
