@@ -115,6 +115,30 @@ func TestEnable(t *testing.T) {
 	requireMovable(t, a, b.ID())
 }
 
+// What cannot be pinged is asked in another way which connections work: of two that serve no
+// ping the better connection stays, and their streams move there.
+func TestEnableWithoutPing(t *testing.T) {
+	both := []hosttest.Transport{hosttest.TCP, hosttest.QUIC}
+	opts := []libp2p.Option{libp2p.Ping(false), connmgr.Enable(connmgr.WithProof(100 * time.Millisecond))}
+	a, b := hosttest.New(t, both, opts...), hosttest.New(t, both, opts...)
+	b.SetStreamHandler(echoID, echo)
+	older := hosttest.Dial(t, a, b, hosttest.TCP)
+	s, err := a.NewStream(t.Context(), b.ID(), echoID)
+	require.NoError(t, err)
+	_, err = s.Write([]byte("over TCP"))
+	require.NoError(t, err)
+	require.Equal(t, older, s.Conn())
+	require.NoError(t, hosttest.NewDoubler(t, a.Host).Dial(t.Context(), b.ID(), b.Addr(t, hosttest.QUIC)))
+	hosttest.WaitFor(t, "the older connection to be closed", func() bool {
+		return older.IsClosed() && len(b.Network().ConnsToPeer(a.ID())) == 1
+	})
+	require.Equal(t, hosttest.Transport(hosttest.QUIC), hosttest.Of(s.Conn().RemoteMultiaddr()))
+	require.NoError(t, s.CloseWrite())
+	got, err := io.ReadAll(s)
+	require.NoError(t, err)
+	require.Equal(t, "over TCP", string(got))
+}
+
 func TestEnableAmongOtherOptions(t *testing.T) {
 	private := libp2p.PrivateNetwork([]byte("0123456789abcdef0123456789abcdef"))
 	tcpOnly := libp2p.ListenAddrStrings("/ip4/127.0.0.1/tcp/0")

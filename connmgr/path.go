@@ -3,13 +3,17 @@ package connmgr
 import (
 	"cmp"
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
+	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
+	multistream "github.com/multiformats/go-multistream"
 	"github.com/quic-go/quic-go"
 )
 
@@ -141,22 +145,31 @@ func trafficOn(mv mover, c network.Conn) traffic {
 // packet, since there are paths that only swallow large ones.
 type prober func(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error)
 
-// probe asks with a ping, limited connection or not. A peer that does not serve ping
-// answers, too.
+// probe asks with a ping, limited connection or not. That a peer does not serve ping is an
+// answer, too.
 func probe(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
 	start := time.Now()
+	took, err := pingOn(ctx, c, full, put)
+	if !isNotSupported(err) {
+		return took, err
+	}
+	took, err = time.Since(start), nil
+	if full {
+		err = refusalsOn(ctx, c)
+	}
+	return took, err
+}
+
+func pingOn(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
 	s, err := openOn(ctx, c, ping.ID, put)
-	switch {
-	case isNotSupported(err):
-		return time.Since(start), nil
-	case err != nil:
+	if err != nil {
 		return 0, err
 	}
 	defer s.Reset()
 	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
-	start = time.Now()
+	start := time.Now()
 	size := ping.PingSize
 	if full {
 		size = fullProbe
@@ -178,6 +191,38 @@ func probe(ctx context.Context, c network.Conn, full bool, put func()) (time.Dur
 	_, err = io.ReadFull(s, buf[ping.PingSize:])
 	return took, orDone(ctx, err)
 }
+
+// refusalsOn asks a peer that does not serve ping a question that is larger than a packet:
+// it proposes ping so often that this takes several, and each proposal is refused. The
+// refusals are small. Whether the path carries what is large in the other direction, too,
+// the peer asks for itself.
+func refusalsOn(ctx context.Context, c network.Conn) error {
+	const proposals = 256 // 4.5 KiB
+	s, err := openOn(ctx, c, ping.ID, nil)
+	if err != nil {
+		return err
+	}
+	defer s.Reset()
+	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
+	raw := s.(*ownStream).Stream
+	var question []byte
+	for _, token := range append([]protocol.ID{multistreamID}, slices.Repeat([]protocol.ID{ping.ID}, proposals)...) {
+		question = binary.AppendUvarint(question, uint64(len(token)+1))
+		question = append(append(question, token...), '\n')
+	}
+	if _, err := raw.Write(question); err != nil {
+		return orDone(ctx, err)
+	}
+	for range 1 + proposals {
+		if _, err := multistream.ReadNextToken[protocol.ID](raw); err != nil {
+			return orDone(ctx, err)
+		}
+	}
+	return nil
+}
+
+// multistreamID is what either end of a stream begins its negotiation with.
+const multistreamID = "/multistream/1.0.0"
 
 // orDone returns ctx's error in place of what its end made of a stream.
 func orDone(ctx context.Context, err error) error {
