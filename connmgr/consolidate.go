@@ -116,9 +116,10 @@ func (r Report) String() string {
 // until the peer gets another connection.
 //
 // A peer with one connection is no error, and the report then has no losers. With none
-// the error is network.ErrNoConn, for an exempt one [ErrExempt]. When ctx is done, Consolidate returns its error and
-// what has been done by then; migrations under way are not interrupted. After Close the
-// error is [ErrClosed], and before the manager has met a network [ErrNoNetwork].
+// the error is network.ErrNoConn, for an exempt one [ErrExempt]. When ctx is done, Consolidate
+// returns its error and what has been done by then; migrations under way are not interrupted.
+// After Close the error is [ErrClosed], and before the manager has met a network
+// [ErrNoNetwork].
 func (m *Manager) Consolidate(ctx context.Context, p peer.ID) (Report, error) {
 	report, err := m.rounds.consolidate(ctx, p)
 	if err != nil {

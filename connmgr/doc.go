@@ -36,8 +36,7 @@
 // heard of it, and every interval ([WithInterval]) while it has two connections or more.
 //
 // Where all connections of a peer are relayed, and it is used or wanted, the manager asks for a
-// direct one again and again ([WithUpgrades]); go-libp2p tries when the first one comes, and
-// then no more.
+// direct one from time to time ([WithUpgrades]); go-libp2p tries only when the first one comes.
 //
 // The file plan.go has every rule by which a connection lives or dies. What it decides is
 // what [Manager.Explain], [Report] and the log say.
@@ -60,7 +59,7 @@
 //
 // # When a connection is closed
 //
-// Nobody knows alone that a connection carries nothing: a stream that was closed here may
+// Neither end knows alone that a connection carries nothing: a stream that was closed here may
 // be unread at the other end, and closing the connection destroys what it carried. So the
 // peer is asked, over [DrainID], on the connection itself. It opens nothing more there, and
 // says when it has had no stream there for a quiet time ([WithQuietTime]). When there has
@@ -78,9 +77,10 @@
 //
 // # Who decides
 //
-// Two peers that decide apart could move streams to and fro for ever, or each close the
-// connection that the other one keeps. So the peer with the lower ID decides for both, and
-// tells the other one which connection it keeps. That one follows: it moves the streams that
-// it opened itself. It takes over when nothing has happened for a while ([WithTakeover]), or
-// at once when the other one does not advertise [DrainID]. Both ends log what happened.
+// Two peers that each decide for themselves could move streams to and fro for ever, or each
+// close the connection that the other one keeps. So the peer with the lower ID decides for
+// both, and tells the other one which connection it keeps. That one follows: it moves the
+// streams that it opened itself. It takes over when nothing has happened for a while
+// ([WithTakeover]), or at once when the other one does not advertise [DrainID]. Both ends log
+// what happened.
 package connmgr

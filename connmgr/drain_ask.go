@@ -190,7 +190,7 @@ func (t telling) due(now time.Time) bool {
 	return t.phase == tellOff || (t.phase == tellRefused || t.phase == tellFailed) && !now.Before(t.until)
 }
 
-// over says whether it is not waited for any more that the peer moves its streams.
+// over says whether this side no longer waits for the peer to move its streams.
 func (t telling) over(now time.Time) bool {
 	return t.phase == tellRefused || t.phase == tellFailed || t.phase == tellKept && !now.Before(t.until)
 }
@@ -248,8 +248,8 @@ func writeDrain(w io.Writer, m *pb.DrainMessage) error {
 	return err
 }
 
-// readDrain reads a message. What is none is errNotDrain; an error of the stream is
-// returned as it is.
+// readDrain reads a message. If what comes is not one the error is errNotDrain; an error of
+// the stream is returned unchanged.
 func readDrain(from io.Reader) (*pb.DrainMessage, error) {
 	r := bufio.NewReaderSize(from, 64)
 	if _, err := r.Peek(1); err != nil {

@@ -60,8 +60,8 @@ var (
 //
 // The host closes the manager and the inner one, also where libp2p.New fails.
 //
-// It is measured as go-libp2p's own parts are, where libp2p.PrometheusRegisterer says, unless
-// libp2p.DisableMetrics says not to. [WithMetricsTracer] has another one measure.
+// Its metrics are registered as go-libp2p's own are, with libp2p.PrometheusRegisterer, unless
+// libp2p.DisableMetrics is given. [WithMetricsTracer] sets another tracer.
 //
 // What libp2p.New returns is a routed host, also without libp2p.Routing. It differs from
 // a basic one in that Connect does not take over the addresses of a peer that is connected,
@@ -92,8 +92,8 @@ func Enable(opts ...Option) libp2p.Option {
 	}
 }
 
-// findsNothing is the routing of a host that has none. That nothing was found is no error
-// of it, so that the host's own is returned: it has no addresses, or they do not answer.
+// findsNothing is the routing of a host that has none. It finds nothing and reports no error,
+// so that the host's own error is returned: that it has no addresses, or that they do not answer.
 type findsNothing struct{}
 
 func (findsNothing) FindPeer(_ context.Context, p peer.ID) (peer.AddrInfo, error) {
@@ -115,11 +115,10 @@ type enabling struct {
 	once sync.Once // release
 }
 
-// decorateQUIC makes the manager. It leaves QUIC as it is, and is there for its place in
-// the order of things: the swarm is built on QUIC and the basic host on the swarm, so that
-// the manager is there for the basic host, which is made with node.ConnManager, and is made
-// only when all options have been applied. What is appended to lc here is undone last, also
-// if the swarm cannot listen.
+// decorateQUIC makes the manager. It leaves QUIC as it is, and decorates it only to run at the
+// right time: when all options have been applied, and before the swarm, which is built on QUIC,
+// and the basic host, which is built on the swarm with node.ConnManager. What is appended to lc
+// here is undone last, also if the swarm cannot listen.
 func (e *enabling) decorateQUIC(quic *quicreuse.ConnManager, lc fx.Lifecycle) (*quicreuse.ConnManager, error) {
 	e.quic = quic
 	inner := e.node.ConnManager

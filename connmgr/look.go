@@ -228,17 +228,17 @@ func (cv *connView) pin() {
 // streamCount counts the streams on a connection.
 type streamCount struct {
 	others  int // that are not the managers' own, as far as their protocol tells
-	unnamed int // of them: have none yet
+	unnamed int // of them: have no protocol yet
 	pings   int // of them: to a peer that runs no manager, so that they may be the application's
 }
 
-// without returns how many are left without so many of this manager's own.
+// without returns how many streams are left when this manager's own requests are subtracted.
 func (n streamCount) without(requests int) int {
 	return n.others - min(requests, n.unnamed+n.pings)
 }
 
 // streamsOn counts the streams on c. Requests and pings between two managers are not
-// counted, of whichever of them.
+// counted, whichever of the two sent them.
 func streamsOn(c network.Conn, managed bool) streamCount {
 	var n streamCount
 	if n.others = c.Stat().NumStreams; n.others == 0 || n.others > fewStreams {

@@ -78,7 +78,7 @@ type PeerMetrics struct {
 	Pinned                 int // streams that cannot move and that keep a connection open
 	Waiting                int // streams that failed to move and are going to be tried again
 	Moving                 int // migrations that this side has begun
-	Draining               int // connections that the peer was asked to have done with
+	Draining               int // connections that the peer was asked to let go of
 }
 
 // MetricsTracer is told what a [Manager] does. Its methods are called concurrently and must
@@ -89,7 +89,7 @@ type MetricsTracer interface {
 	// PinnedStreams is called when a peer has so many more pinned streams of a protocol,
 	// or, if negative, fewer.
 	PinnedStreams(id protocol.ID, more int)
-	// RoundFinished is called when it has been looked at a peer and done what could be.
+	// RoundFinished is called when a round has looked at a peer and has done what it could.
 	RoundFinished(outcome string)
 	// MigrationFinished is called when a migration is over that either end has begun. took
 	// is 0 where it has failed before the peer was asked. to is nil where there was no
@@ -105,7 +105,7 @@ type MetricsTracer interface {
 	// rule is the one by which it lost; empty: it was not ranked, or the peer has decided.
 	// waited is the time since the peer was asked first; 0: it was not.
 	ConnectionPruned(by, rule string, waited time.Duration)
-	// TookOver is called when this side has moved streams in the stead of the peer.
+	// TookOver is called when this side has moved streams that the peer should have moved.
 	TookOver()
 	// Violation is called when a peer broke the stream-migration protocol.
 	Violation()

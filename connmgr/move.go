@@ -16,11 +16,11 @@ import (
 
 // Moving
 //
-// The streams of a round move at once, each in a goroutine of its own, and nobody holds a
-// place for them. Streams that something was in the way of, which passes with the others,
-// are tried once more when these have finished; what fails then waits (WithRetry). There is
-// one deadline for all of them: after it the batch is told as it is, and what is left goes
-// on.
+// The streams of a round move at once, each in a goroutine of its own, and the round does not
+// wait for them. A stream that found something in its way which may pass with the others, such
+// as a resource limit, is tried once more when these have finished; what fails then waits
+// (WithRetry). There is one deadline for all of them: then the batch is reported as it stands,
+// and what is left goes on.
 
 // batch is the migrations that one round has started. Guarded by the lock of the peer, but
 // for the first four.

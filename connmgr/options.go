@@ -42,9 +42,8 @@ const (
 	// 2,000 looks a second, of a few microseconds each.
 	defaultInterval = 5 * time.Second
 
-	// In a quiet time one looks more often, so that streams that the manager is not told of,
-	// since they are opened with the plain host, do not go unseen: five times, and at least
-	// every second.
+	// How often to look in a quiet time: five times, and at least every second. Streams that are
+	// opened with the plain host are seen only by looking.
 	quietLooks  = 5
 	maxQuietGap = time.Second
 
@@ -59,7 +58,7 @@ const (
 	// round trip, and at most 40 rounds a second for a peer that provokes them.
 	minRoundGap = 25 * time.Millisecond
 
-	// How long a batch of migrations is waited for before it is told as it is. Those whose
+	// After how long a batch of migrations is reported even if it is not complete. Those whose
 	// reader does not read go on.
 	moveWait = 10 * time.Second
 
@@ -80,8 +79,8 @@ const (
 	// connection is kept. It begins as soon as it has been told.
 	theirsAfter = 3 * time.Second
 
-	// A peer that is asked for the so many-th time when it will have done with a connection
-	// is in no hurry, whatever it answers: from then on it is asked at each interval.
+	// A peer that has been asked this often to let go of a connection is in no hurry, whatever it
+	// answers: from then on it is asked once an interval.
 	busyAsks = 8
 
 	// Of what a peer can have logged at a rate of its choice there is one line in this time.
@@ -94,7 +93,7 @@ const (
 	quicStreams = 256
 	headroom    = 32
 
-	// Where there are more streams than this, none of the managers' own matter.
+	// Where there are more streams than this, those of the managers make no difference.
 	fewStreams = 16
 
 	// Ten seconds are enough for the controller's own delay, its first attempt, the attempts
@@ -128,12 +127,12 @@ const (
 	// are time for a retransmission in either direction.
 	defaultProbeTime = 3 * time.Second
 
-	// Before streams leave a connection that works, the winner has to have worked this long
-	// ago: it is asked once more where its answer is older.
+	// Before streams leave a connection that works, the winner's last answer must not be older
+	// than this; else it is asked once more.
 	freshFor = 250 * time.Millisecond
 
-	// A late answer is waited for for twice the time; then a connection that did not answer is
-	// asked again, and after so many times less and less often, up to this: transports notice
+	// A late answer has twice the time. Then a connection that did not answer is asked again,
+	// and after so many times less and less often, up to this: transports notice
 	// by then that a path is dead.
 	lateFactor = 2
 	oftenTries = 6

@@ -72,7 +72,7 @@ var (
 	sorts = []string{"connections", "streams", "oldest", "peer"}
 )
 
-// queryOf is what is asked for; what is none of the choices is the first of them.
+// queryOf is what is asked for. A value that is not one of the choices counts as the first.
 func queryOf(form url.Values) Query {
 	q := Query{Show: form.Get("show"), Sort: form.Get("sort"), Text: form.Get("q")}
 	if !slices.Contains(shows, q.Show) {

@@ -429,7 +429,7 @@ func (pl *planner) narrow(c *connFacts) bool {
 	return c.path.alive() && !c.path.wide && c.unlimited() && !pl.oldest(c)
 }
 
-// proving says whether it is looked at whether c lives for long enough.
+// proving says whether c has yet to show that it lives for long enough.
 func (pl *planner) proving(c *connFacts) bool {
 	f := pl.f
 	deaths := f.deaths[kindOf(c.candidate)]
@@ -560,9 +560,9 @@ func (pl *planner) check(r policy.Ranking, given []policy.Candidate) error {
 	return nil
 }
 
-// present returns the order in which to consider connections: as ranked, with the one that
-// the peer names first for a follower, and with the winner so far first while a better one
-// has to stay better for a while.
+// present returns the order in which to consider connections: as ranked, except that a
+// follower considers first the one that the peer has named, and that the winner so far comes
+// first until a better one has stayed better for a while.
 func (pl *planner) present(order []*connFacts) []*connFacts {
 	f := pl.f
 	first := func(c *connFacts) []*connFacts {
@@ -669,8 +669,8 @@ func (pl *planner) out(c *connFacts, why string) {
 	v.out, v.why, v.reason = why, why, ReasonProving
 }
 
-// proves returns when c, of a kind of which deaths winners have died young, has lived for
-// long enough to win over another unlimited connection.
+// proves returns when c has lived for long enough to win over another unlimited connection,
+// and how many winners of its kind have died young.
 func (pl *planner) proves(c *connFacts, order []*connFacts) (time.Time, int) {
 	deaths := pl.f.deaths[kindOf(c.candidate)]
 	if deaths == 0 || pl.f.forced || !slices.ContainsFunc(order, func(o *connFacts) bool { return o != c && o.unlimited() }) {
@@ -686,8 +686,8 @@ func (pl *planner) choose(c *connFacts, ranking policy.Ranking) {
 	if top, _ := ranking.Winner(); top.ID == c.id() {
 		return
 	}
-	// The decisions of this ranking are over the one that was passed over; where the ranking
-	// in force has this winner, its decisions still tell the truth.
+	// The decisions of this ranking name the connection that was passed over as the winner.
+	// Those of the ranking in force still hold if they name c.
 	if top, _ := f.ranking.Winner(); top.ID == c.id() {
 		pl.ranking = f.ranking
 	}
@@ -704,8 +704,8 @@ func (pl *planner) choose(c *connFacts, ranking policy.Ranking) {
 
 // steerMeanwhile says where new streams go while nothing can be decided: to the winner so far,
 // or else to another connection that has answered since the last one came. The newest one is
-// none as long as it has only carried what is small. A relayed one is none beside a direct one
-// that may work: the swarm would not choose it either.
+// not one of them as long as it has only carried what is small; nor is a relayed one beside a
+// direct one that may work: the swarm would not choose it either.
 func (pl *planner) steerMeanwhile(order []*connFacts, newest time.Time) {
 	f := pl.f
 	good := func(c *connFacts) bool {
@@ -888,7 +888,7 @@ func (pl *planner) moves(l, w *connFacts) moves {
 		}
 		return moveOwn
 	case w.named, l.limited() && w.unlimited() && pl.onlyUnlimited(w):
-		return moveOwn // nobody can think otherwise
+		return moveOwn // there is no other choice
 	}
 	return moveNone
 }
@@ -937,9 +937,9 @@ func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 	if !asks {
 		quiet = pl.cfg.plainQuietTime
 		if pl.role.over {
-			// That the controller has not closed it may mean that it has something to read
-			// there. And if both closed a connection at the same moment, each another one,
-			// none would be left: its turn has to be over.
+			// The controller may not have closed it because it has something to read there. And
+			// if both closed a connection at the same moment, each a different one, none would
+			// be left. So the controller's turn has to be over.
 			quiet += pl.cfg.takeover
 		}
 	}
@@ -1015,7 +1015,7 @@ func (pl *planner) probeWinner(w *connFacts) {
 	}
 }
 
-// idle is the way of a connection to a peer that cannot be asked.
+// idle says what becomes of a loser to a peer that cannot be asked.
 func (pl *planner) idle(v verdict, l, w *connFacts, isQuiet bool) verdict {
 	f := pl.f
 	if !isQuiet {
@@ -1043,7 +1043,7 @@ func (pl *planner) idle(v verdict, l, w *connFacts, isQuiet bool) verdict {
 	return v
 }
 
-// drain is the way of a connection to a peer that is asked.
+// drain says what becomes of a loser to a peer that is asked.
 func (pl *planner) drain(v verdict, l, w *connFacts, isQuiet bool) verdict {
 	f := pl.f
 	d := l.drain

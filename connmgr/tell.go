@@ -156,7 +156,7 @@ func upgradeOutcome(err error, closed bool) string {
 }
 
 // upgrade tells of an attempt to get a direct connection. That it has failed, as most do
-// where it cannot be, is nobody's business but of those who look for the reason.
+// where it cannot be, matters only to those who look for the reason.
 func (t *teller) upgrade(e EvtUpgrade) {
 	level := zap.InfoLevel
 	if e.Err != nil {
