@@ -8,9 +8,9 @@ import (
 
 // CheckRule returns an error if, among candidates, rule breaks what [Rule] or
 // [Scored] demands of it. The error says what it breaks, and by which candidates.
-// It is for the tests of a rule of one's own, best in a fuzz test that draws the
-// candidates at random, with many of equal, extreme and missing values: an order
-// that is none usually shows where one value is missing, or where three lie
+// It is for the tests of a rule of your own, best in a fuzz test that draws the
+// candidates at random, with many of equal, extreme and missing values: a rule that
+// is no order usually shows it where one value is missing, or where three lie
 // close together.
 //
 // It compares each three candidates, so 100 take a million comparisons.

@@ -39,7 +39,7 @@ func WithUse(use Use) FuncOption {
 // order of its input, its decisions may be wrong, and the winner may change
 // with nothing else having changed. [CheckRule] tests for that.
 //
-// [ScoreFunc] is the same with nothing to get wrong, and fits into [Weighted].
+// A [ScoreFunc] cannot be wrong in this way, and fits into [Weighted].
 //
 // The name must be one word of lower-case letters, digits, "-" and "_" that
 // begins with a letter, and none that a text of this package uses for a rule or

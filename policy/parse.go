@@ -340,8 +340,8 @@ var vocabulary = map[string]parseRule{
 	"never":  matching(Never),
 }
 
-// isReserved returns whether name has a meaning in a text or a decision without
-// rules of one's own.
+// isReserved returns whether name has a meaning in a text or a decision by itself,
+// without rules that a program adds.
 func isReserved(name string) bool {
 	_, isRule := vocabulary[name]
 	return isRule || slices.Contains([]string{defaultWord, chainWord, weightedWord, byID{}.Name()}, name)

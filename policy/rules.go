@@ -228,7 +228,7 @@ func Prefer(match Match, more ...Match) Scored {
 // matches holds is worse. It scores 0, any other 100. In text it is
 // never(cidr 10.0.0.0/8).
 //
-// It leaves none out, since a peer may have no other connection: as the first
+// It rules nothing out, since a peer may have no other connection: as the first
 // rule of a chain it makes such a connection the last choice.
 func Never(match Match, more ...Match) Scored {
 	return matchRule("never", 0, append([]Match{match}, more...))
