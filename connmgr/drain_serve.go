@@ -256,7 +256,7 @@ func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.Drai
 	cs.pledged = now.Add(lease)
 	// The next round steers by the policy; until then, anywhere but there.
 	if winner := ds.steer.get(p); winner == cs {
-		ds.steer.set(p, append(rest, ours...)[0])
+		ds.steer.set(p, steered{winner: append(rest, ours...)[0]})
 	}
 	if open.without(cs.requests) > 0 || d.touching(cs) > 0 {
 		cs.quiet = time.Time{}

@@ -85,10 +85,12 @@ func Enable(opts ...Option) libp2p.Option {
 		if cfg.Routing == nil {
 			cfg.Routing = func(host.Host) (routing.PeerRouting, error) { return findsNothing{}, nil }
 		}
-		return cfg.Apply(libp2p.WithFxOption(
-			fx.Decorate(e.decorateQUIC, e.decorateSwarm, e.decorateHost),
-			fx.ErrorHook(e),
-		))
+		parts := []fx.Option{fx.Decorate(e.decorateQUIC, e.decorateSwarm, e.decorateHost), fx.ErrorHook(e)}
+		if e.cfg.detours {
+			e.cfg.asides = new(asides)
+			parts = append(parts, e.cfg.asides.decorate())
+		}
+		return cfg.Apply(libp2p.WithFxOption(parts...))
 	}
 }
 

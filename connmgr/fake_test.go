@@ -780,6 +780,8 @@ func (f *fakeMover) Traffic(c network.Conn) traffic {
 	return fc.moved
 }
 
+func (f *fakeMover) TrafficOfAll(map[network.Conn]*migrate.Traffic) {}
+
 var errFakeReset = errors.New("reset by a fake")
 
 func (f *fakeMover) Migrate(ctx context.Context, s network.Stream, to network.Conn) error {

@@ -34,7 +34,7 @@ func openConns(n network.Network, p peer.ID) []network.Conn {
 	if n == nil {
 		return nil
 	}
-	return slices.DeleteFunc(n.ConnsToPeer(p), network.Conn.IsClosed)
+	return slices.DeleteFunc(n.ConnsToPeer(p), isClosed)
 }
 
 // looker finds the facts of a peer.
@@ -46,6 +46,7 @@ type looker struct {
 	policies   *policies
 	exempt     exemptions
 	upgrades   *upgrades
+	detours    *detours
 	young      *young
 	interfaces interfaces
 }
@@ -113,6 +114,7 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 		}
 		carried[i] = trafficOn(v.mover, c)
 		cf.room = cv.room()
+		cf.waits, cf.detour = l.detours.of(c)
 	}
 
 	l.lookAtKept(d, v, open, carried, rtts)

@@ -59,6 +59,7 @@ type Manager struct {
 	paths    *pathAsker   // whether paths work
 	serves   *drainServer // the peers' requests
 	upgrades *upgrader    // a direct connection where there is none
+	detours  *detourer    // another one where the only one does not answer
 	tells    *teller      // the log, events, metrics, totals
 
 	closeOnce sync.Once
@@ -105,7 +106,7 @@ func configure(opts []Option) (config, error) {
 func newManager(inner connmgr.ConnManager, own config) *Manager {
 	cfg := &own
 	t := newTasks()
-	home, usage, young, steer, up := new(home), new(usage), new(young), new(steering), new(upgrades)
+	home, usage, young, steer, up, waits := new(home), new(usage), new(young), new(steering), new(upgrades), new(detours)
 	exempt := exemptions{inner, cfg.exempt}
 	instance := rand.Uint64() | 1
 	tells := newTeller(cfg)
@@ -117,12 +118,16 @@ func newManager(inner connmgr.ConnManager, own config) *Manager {
 		}
 	})
 	policies := newPolicies(cfg.policy, t, sched, tells)
-	looks := &looker{cfg: cfg, network: watch.network, home: home, inner: inner, policies: policies, exempt: exempt, upgrades: up, young: young}
+	looks := &looker{cfg: cfg, network: watch.network, home: home, inner: inner, policies: policies, exempt: exempt, upgrades: up, detours: waits, young: young}
 	paths := &pathAsker{cfg: cfg, tasks: t, sched: sched, tells: tells, probe: probe, greet: hello(instance)}
 	moves := &migrations{cfg: cfg, tasks: t, sched: sched, tells: tells, usage: usage}
+	if cfg.asides == nil {
+		cfg.asides = new(asides)
+	}
+	detours := &detourer{cfg: cfg, tasks: t, sched: sched, network: watch.network, home: home, tells: tells, of: waits, asides: cfg.asides}
 	rounds := &rounds{
 		cfg: cfg, tasks: t, sched: sched, look: looks, policies: policies, tells: tells, usage: usage, young: young,
-		paths: paths, steer: steer, moves: moves,
+		paths: paths, steer: steer, moves: moves, detours: detours,
 		asks:  &asker{cfg: cfg, tasks: t, sched: sched, tells: tells},
 		close: &closer{tasks: t, network: watch.network, tells: tells},
 	}
@@ -131,7 +136,7 @@ func newManager(inner connmgr.ConnManager, own config) *Manager {
 	sched.loop, sched.forget = disp.loop, rounds.forget
 	return &Manager{
 		inner: inner, cfg: cfg, home: home, tasks: t, watch: watch, sched: sched, disp: disp, looks: looks, policies: policies,
-		rounds: rounds, steer: steer, usage: usage, moves: moves, paths: paths, upgrades: upgrader, tells: tells,
+		rounds: rounds, steer: steer, usage: usage, moves: moves, paths: paths, upgrades: upgrader, detours: detours, tells: tells,
 		serves: &drainServer{cfg: cfg, tasks: t, sched: sched, network: watch.network, exempt: exempt, usage: usage, steer: steer, log: tells.log, instance: instance},
 	}
 }
@@ -166,7 +171,10 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 		m.home.disown()
 		return nil, fmt.Errorf("wrap: %w", err)
 	}
-	opts := []migrate.Option{migrate.WithConnSelector(m.steer.choose), migrate.WithStreamObserver(m.began), migrate.WithTracer(m.moves.migrated), migrate.WithLogger(m.tells.log)}
+	opts := []migrate.Option{
+		migrate.WithConnSelector(m.steer.choose), migrate.WithSilent(m.steer.silent), migrate.WithStreamObserver(m.began),
+		migrate.WithTracer(m.moves.migrated), migrate.WithLogger(m.tells.log),
+	}
 	if mt := m.cfg.metrics; mt != nil {
 		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }), migrate.WithBufferObserver(mt.Buffered))
 	}
@@ -240,6 +248,7 @@ func (m *Manager) attach(h host.Host, mv mover) {
 
 // began is told of each stream that a wrapped host opens or gets.
 func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
+	m.detours.began()
 	if m.usage.count.Load() == 0 && m.upgrades.of.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
 		return
 	}

@@ -295,6 +295,8 @@ type mover interface {
 	Migrate(ctx context.Context, s network.Stream, to network.Conn) error
 	// Traffic returns what the labelled streams on c have carried.
 	Traffic(c network.Conn) traffic
+	// TrafficOfAll puts what all labelled streams have carried into all.
+	TrafficOfAll(all map[network.Conn]*migrate.Traffic)
 }
 
 var _ mover = hostMover{}
@@ -312,5 +314,9 @@ func (h hostMover) Streams(c network.Conn) []network.Stream {
 
 func (h hostMover) Traffic(c network.Conn) traffic {
 	t := h.Host.Traffic(c)
-	return traffic{received: t.Received, sent: t.Sent, blocked: t.Blocked, of: t.Of}
+	return trafficOf(&t)
+}
+
+func trafficOf(t *migrate.Traffic) traffic {
+	return traffic{received: t.Received, sent: t.Sent, blocked: t.Blocked, freed: t.Freed, of: t.Of}
 }

@@ -131,6 +131,9 @@ const (
 	// than this; else it is asked once more.
 	freshFor = 250 * time.Millisecond
 
+	// How often it is looked at what a connection carries while its answer is awaited.
+	probeLooks = 12
+
 	// A late answer has twice the time. Then a connection that did not answer is asked again,
 	// and after so many times less and less often, up to this: transports notice
 	// by then that a path is dead.
@@ -198,6 +201,28 @@ const (
 	// each. Of more, chance decides.
 	maxUpgrades = 4096
 
+	// How often it is looked at what the streams have carried, and how long nothing may come
+	// where something is to be expected before the connection is asked, as long as it answers:
+	// longer than most servers think. A peer that has nothing to say is asked after up to eight
+	// times as long.
+	detourLook    = time.Second
+	detourWait    = 2 * time.Second
+	maxDetourWait = 8 * detourWait
+
+	// What has come for so many looks in a row is a transfer, of which more is expected.
+	flowingLooks = 3
+
+	// How many looks there are without a labelled stream before there are no more.
+	detourIdle = 30
+
+	// How long the end with the higher peer ID leaves the dialling to the other one, how often
+	// a peer is dialled beside a connection, how long after each other, and for how long. The
+	// transport gives the connection up soon after the last.
+	detourSecond  = 1500 * time.Millisecond
+	detourTries   = 3
+	detourPause   = 10 * time.Second
+	detourTimeout = 15 * time.Second
+
 	// How long a policy may take to rank before it counts as one that does not return.
 	policyWait = time.Second
 
@@ -232,6 +257,8 @@ type config struct {
 	upgradeFirst   time.Duration
 	upgradeBusy    time.Duration
 	upgradeIdle    time.Duration
+	detours        bool
+	asides         *asides // nil: the manager makes its own
 	exempt         []Exemption
 	migrateOptions []migrate.Option
 	metrics        MetricsTracer // nil: nobody measures
@@ -252,6 +279,7 @@ func defaultConfig() config {
 		maxRetry:       defaultMaxRetry,
 		probeTime:      defaultProbeTime,
 		upgrades:       true,
+		detours:        true,
 		upgradeFirst:   defaultUpgradeFirst,
 		upgradeBusy:    defaultUpgradeBusy,
 		upgradeIdle:    defaultUpgradeIdle,
@@ -441,6 +469,18 @@ func WithUpgrades(busy, idle time.Duration) Option {
 func WithoutUpgrades() Option {
 	return func(c *config) error {
 		c.upgrades = false
+		return nil
+	}
+}
+
+// WithoutDetours has nothing done about a peer whose only connection brings nothing although
+// streams wait on it. By default it is asked after 2 s whether it works, and where it does
+// not answer within 3 s more, the peer is dialled again beside it, three times at most. The
+// connection stays, since it may only be interrupted. It needs [Enable], or
+// [Manager.Detours] beside [Manager.Wrap].
+func WithoutDetours() Option {
+	return func(c *config) error {
+		c.detours = false
 		return nil
 	}
 }

@@ -62,6 +62,7 @@ type path struct {
 	at     time.Time // alive: when what was answered was asked
 	since  time.Time // alive: from when on every question was answered
 	asked  time.Time // last; zero: never
+	lost   time.Time // when it was asked first of the questions in a row without an answer
 	wide   bool      // it has carried what is larger than a packet
 	denied int       // how often in a row it was asked to, and has not
 	asking bool      // the answer is awaited
@@ -73,7 +74,14 @@ func (p path) alive() bool { return p.health == pathAlive }
 // gaveUp says whether the question has been out for so long that its outcome is known.
 func (p path) gaveUp(now time.Time, wait time.Duration) bool { return !now.Before(p.asked.Add(wait)) }
 
-func (p *path) ask(now time.Time) { p.asked, p.asking = now, true }
+func (p *path) ask(now time.Time) {
+	if p.asked, p.asking = now, true; p.tries == 0 {
+		p.lost = now
+	}
+}
+
+// goneAt is when p has been silent for so long that a stream had better be anywhere else.
+func (p path) goneAt(wait time.Duration) time.Time { return p.lost.Add(2 * wait) }
 
 // hear notes evidence that the path worked at some time.
 func (p *path) hear(at time.Time) {
@@ -116,16 +124,17 @@ type traffic struct {
 	packets  uint64 // received: all, on QUIC
 	received uint64 // by labelled streams, in bytes
 	sent     uint64 // of labelled streams, in bytes that the transport has taken
-	blocked  bool   // a Write of a labelled stream waits for the transport
+	blocked  bool   // a Write of a labelled stream waits for room
+	freed    uint64 // Writes that have waited for room, and got it
 	of       uint64 // which streams these are: a checksum
 }
 
 // heard says whether what came between two looks shows that the path works: anything that
-// was received, or that a Write went on that had been blocked, since only the other end
-// makes room. What another stream has sent meanwhile shows nothing.
+// was received, or that a Write went on that had waited for room, since only the other end
+// makes it. What else was sent meanwhile shows nothing: buffers took it.
 func (before traffic) heard(after traffic) bool {
 	return after.packets > before.packets || after.received > before.received ||
-		before.blocked && after.of == before.of && after.sent > before.sent
+		after.of == before.of && after.freed > before.freed
 }
 
 func trafficOn(mv mover, c network.Conn) traffic {
@@ -133,11 +142,17 @@ func trafficOn(mv mover, c network.Conn) traffic {
 	if mv != nil {
 		t = mv.Traffic(c)
 	}
-	var q *quic.Conn
-	if c.As(&q) {
-		t.packets = q.ConnectionStats().PacketsReceived
-	}
+	t.packets = packetsOn(c)
 	return t
+}
+
+// packetsOn returns how many packets have been received on c; 0 where only QUIC knows.
+func packetsOn(c network.Conn) uint64 {
+	var q *quic.Conn
+	if !c.As(&q) {
+		return 0
+	}
+	return q.ConnectionStats().PacketsReceived
 }
 
 // prober asks whether a connection works, and returns how long the answer took. It calls
@@ -249,11 +264,11 @@ type pathAsker struct {
 }
 
 // ask asks a connection of d whether its path works: once it has answered, with more than a
-// packet until that has been answered, too, where it costs no relay's budget. It does not
-// wait for the answer.
-func (pa *pathAsker) ask(d *peerState, cs *connState, mv mover) {
+// packet until that has been answered, too, where it costs no relay's budget and there is
+// another one. It does not wait for the answer.
+func (pa *pathAsker) ask(d *peerState, cs *connState, mv mover, others bool) {
 	d.mu.Lock()
-	full := cs.path.alive() && !cs.path.wide && !cs.base.Limited
+	full := cs.path.alive() && !cs.path.wide && !cs.base.Limited && others
 	greets := pa.greet != nil && d.manages && !cs.greeted && !cs.lacks
 	cs.greeted = cs.greeted || greets
 	cs.path.ask(time.Now())
@@ -288,7 +303,7 @@ func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets b
 	// note is called once in time, and once more for an answer that is late.
 	note := func(out *outcome, late bool) {
 		heard := out != nil && answered(out.err) || before.heard(trafficOn(mv, cs.conn))
-		closed := cs.conn.IsClosed()
+		closed := isClosed(cs.conn)
 		d.mu.Lock()
 		was := cs.path.health
 		if out != nil && greets {
@@ -323,12 +338,19 @@ func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets b
 	}
 	timer := time.NewTimer(pa.cfg.probeTime)
 	defer timer.Stop()
-	select {
-	case out := <-came:
-		note(&out, false)
-		return
-	case <-timer.C:
-		note(nil, false)
+	look := time.NewTicker(pa.cfg.probeTime / probeLooks)
+	defer look.Stop()
+	for waits := true; waits; {
+		select {
+		case out := <-came:
+			note(&out, false)
+			return
+		case <-look.C:
+			trafficOn(mv, cs.conn) // it takes two looks to see that a Write waits, and a third that it goes on
+		case <-timer.C:
+			note(nil, false)
+			waits = false
+		}
 	}
 	out := <-came
 	note(&out, true)

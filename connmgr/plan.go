@@ -93,6 +93,8 @@ type connFacts struct {
 	lacks     bool      // its other end serves none, whatever the peer advertises
 	same      sameness  // whether a plain peer's process is the winner's
 	pinned    string    // what the streams on it speak that cannot move, in words; empty: not known
+	waits     time.Time // since when streams wait and nothing comes; zero: it is not to be asked
+	detour    detourFacts
 }
 
 func (c *connFacts) id() string      { return c.candidate.ID }
@@ -168,6 +170,8 @@ type plan struct {
 	room     int       // streams that may move to the winner now; negative: no limit is known
 	verdicts []verdict // of facts.conns
 	upgrade  upgrade
+	cleared  bool      // the only connection has come to work, or is left alone
+	detour   bool      // the peer is dialled beside its only connection
 	closed   []int     // that were closed, once the plan has been acted on
 	next     time.Time // when to look again if nothing is heard; zero: never
 }
@@ -203,6 +207,9 @@ func (pl *planner) decide() {
 		return
 	case 1:
 		pl.alone()
+		if c := &f.conns[0]; !c.waits.IsZero() {
+			pl.inVain(c)
+		}
 		return
 	}
 	pl.look(f.now.Add(pl.cfg.interval))
@@ -228,7 +235,7 @@ func (pl *planner) decide() {
 	}
 	pl.decided = true
 	w := &f.conns[pl.winner]
-	pl.steer = w.path.alive() && (w.unlimited() || !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.unlimited() && !c.closing }))
+	pl.steer = w.path.alive() && (w.unlimited() || !slices.ContainsFunc(f.conns, pl.outranks))
 	pl.tell = pl.role.moves && f.wrapped && pl.manages == yes && w.told.due(f.now)
 	pl.room = w.room
 	pl.verdicts[pl.winner] = verdict{reason: ReasonKept, why: "kept"}
@@ -238,6 +245,21 @@ func (pl *planner) decide() {
 		}
 	}
 	pl.state = pl.inWords()
+}
+
+// outranks says whether new streams are not steered to a limited connection because of c: it
+// is unlimited. Where it has been silent for long, those that can move back from a limited
+// one are.
+func (pl *planner) outranks(c connFacts) bool {
+	if c.limited() || c.closing {
+		return false
+	}
+	if pl.f.migrates && c.path.health == pathSilent {
+		gone := c.path.goneAt(pl.cfg.probeTime)
+		pl.look(gone)
+		return gone.After(pl.f.now)
+	}
+	return true
 }
 
 // alone is a peer with one connection.

@@ -72,6 +72,11 @@ func anyFacts(r *rand.Rand) *facts {
 		c.serves, c.lacks = rarely(), rarely()
 		c.told = telling{phase: tellPhase(r.IntN(4)), until: someTime()}
 		c.same = sameness(r.IntN(4))
+		c.path.lost = someTime()
+		if r.IntN(2) == 0 {
+			c.waits = someTime()
+			c.detour = detourFacts{running: rarely(), tries: few(), at: someTime(), err: errSame}
+		}
 		if rarely() {
 			c.exempt = "it is exempt"
 		}

@@ -100,6 +100,9 @@ func drains(phase drainPhase, asked time.Duration) func(*connFacts) {
 }
 
 func told(t telling) func(*connFacts) { return func(c *connFacts) { c.told = t } }
+func lost(since time.Duration) func(*connFacts) {
+	return func(c *connFacts) { c.path.lost = ago(since) }
+}
 func same(s sameness) func(*connFacts) {
 	return func(c *connFacts) { c.same = s }
 }
@@ -313,7 +316,13 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
 		{name: "or has spent what it may carry", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.spent = true }), aConn("other", relayAddr, limited)),
 			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
-		{name: "nothing is steered to a limited one beside an unlimited one", facts: between(quicConn(silent), limitedConn(opened(time.Second))),
+		{name: "nothing is steered to a limited one beside an unlimited one", facts: between(quicConn(func(c *connFacts) { c.path = path{} }), limitedConn(opened(time.Second))),
+			want: want{winner: "-", steer: isNotSo}},
+		{name: "where the unlimited one does not answer, streams that can move back are", facts: between(quicConn(silent, lost(2*defaultProbeTime)), limitedConn(opened(time.Second))),
+			want: want{steer: isSo, winner: "limited", moves: map[string]moves{"quic": moveNone}}},
+		{name: "but not at once", facts: between(quicConn(silent, lost(2*defaultProbeTime-time.Second)), limitedConn(opened(time.Second))),
+			want: want{steer: isNotSo, winner: "limited", next: time.Second}},
+		{name: "and others are not", facts: between(quicConn(silent, lost(time.Minute)), limitedConn(opened(time.Second))).with(plainPeer),
 			want: want{steer: isNotSo, winner: "limited"}},
 
 		{name: "an unlimited one that is being closed does not count for steering", facts: between(limitedConn(), quicConn(func(c *connFacts) { c.closing = true })),
@@ -522,9 +531,21 @@ func mustHold(t *testing.T, f *facts, p *plan) {
 		w := &f.conns[p.winner]
 		require.True(t, w.path.alive())
 		for i := range f.conns {
-			require.False(t, w.candidate.Limited && !f.conns[i].candidate.Limited && !f.conns[i].closing,
-				"no new stream is steered to a limited connection while an unlimited one is open")
+			c := &f.conns[i]
+			gone := f.migrates && c.path.health == pathSilent && !f.now.Before(c.path.goneAt(testConfig().probeTime))
+			require.False(t, w.candidate.Limited && c.unlimited() && !c.closing && !gone,
+				"no new stream is steered to a limited connection while an unlimited one is open that may work, or the stream could not come back")
 		}
+	}
+	if p.detour {
+		require.Len(t, f.conns, 1, "a peer is dialled beside its only connection")
+		c := &f.conns[0]
+		require.False(t, c.waits.IsZero(), "where streams wait")
+		require.Equal(t, pathSilent, c.path.health, "and it was asked, and does not answer")
+		require.False(t, c.path.asked.Before(c.waits), "since then")
+		require.Empty(t, c.exempt)
+		require.False(t, c.detour.running || c.detour.tries >= detourTries)
+		require.False(t, p.cleared)
 	}
 	if p.upgrade.due || !p.upgrade.at.IsZero() {
 		require.NotEmpty(t, p.upgrade.why)

@@ -42,6 +42,8 @@ type rounds struct {
 	asks  *asker
 	moves *migrations
 	close *closer
+
+	detours *detourer
 }
 
 // run runs one round for d, whose right to it the caller holds.
@@ -253,10 +255,13 @@ func (d *peerState) apply(v *view, p *plan) {
 // act does what a plan says.
 func (r *rounds) act(d *peerState, v *view, p *plan) *batch {
 	for _, i := range p.probe {
-		r.paths.ask(d, v.conns[i].connState, v.mover)
+		r.paths.ask(d, v.conns[i].connState, v.mover, len(v.conns) > 1)
+	}
+	if len(v.conns) == 1 {
+		r.detours.act(d, v.conns[0].conn, p)
 	}
 	if p.steer {
-		r.steer.set(d.peer, v.conns[p.winner].connState)
+		r.steer.set(d.peer, v.steered(p))
 	} else {
 		r.steer.drop(d.peer)
 	}
@@ -282,6 +287,17 @@ func (r *rounds) act(d *peerState, v *view, p *plan) *batch {
 		}
 	}
 	return b
+}
+
+// steered is where a plan sends new streams.
+func (v *view) steered(p *plan) steered {
+	to := steered{winner: v.conns[p.winner].connState}
+	for _, cv := range v.conns {
+		if cv.facts.path.health == pathSilent {
+			to.silent = append(to.silent, cv.conn)
+		}
+	}
+	return to
 }
 
 // tookPart notes that this side has moved streams. After a takeover, the controller gets

@@ -500,24 +500,42 @@ func TestSteering(t *testing.T) {
 	})
 }
 
-// New streams never go to a limited connection while there is one without a limit, whatever
-// the policy likes and whichever of them answers.
+// New streams do not go to a limited connection while there is one without a limit, whatever
+// the policy likes and whichever of them answers; but for those that can move back, where the
+// one without a limit does not answer.
 func TestNothingIsSteeredToALimitedConnection(t *testing.T) {
 	for name, opts := range map[string][]Option{"by default": nil, "liked": {WithPolicy(policy.Chain(notRule{policy.Unlimited()}))}} {
-		t.Run(name, func(t *testing.T) {
-			inVirtualTime(t, func(t *testing.T) {
-				w := newWorld(t, higher, opts...)
-				allowed := network.WithAllowLimitedConn(t.Context(), "test")
-				relay, direct := w.connectLimited(), w.connect(quicAddr)
-				relay.setPlain(1)
-				direct.set(func() { direct.plain, direct.silent = 1, true })
-				for range 600 {
-					w.pass(100 * time.Millisecond)
-					require.NotEqual(t, network.Conn(relay), w.m.steer.choose(allowed, higher))
-				}
-				require.False(t, relay.IsClosed() || direct.IsClosed())
-			})
-		})
+		for _, silent := range []bool{false, true} {
+			for _, migrates := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s, silent: %v, migrates: %v", name, silent, migrates), func(t *testing.T) {
+					inVirtualTime(t, func(t *testing.T) {
+						w := newWorld(t, higher, opts...)
+						w.mover.mu.Lock()
+						w.mover.supports = migrates
+						w.mover.mu.Unlock()
+						allowed := network.WithAllowLimitedConn(t.Context(), "test")
+						relay, direct := w.connectLimited(), w.connect(quicAddr)
+						relay.setPlain(1)
+						direct.set(func() { direct.plain, direct.silent = 1, silent })
+						start, since := time.Now(), time.Duration(0)
+						for range 600 {
+							w.pass(100 * time.Millisecond)
+							if w.m.steer.choose(allowed, higher) == network.Conn(relay) && since == 0 {
+								since = time.Since(start)
+							}
+						}
+						if silent && migrates {
+							require.GreaterOrEqual(t, since, 2*defaultProbeTime)
+							require.Less(t, since, 3*defaultProbeTime)
+							require.Nil(t, w.m.steer.choose(t.Context(), higher), "a stream that may not be on it")
+						} else {
+							require.Zero(t, since)
+						}
+						require.False(t, relay.IsClosed() || direct.IsClosed())
+					})
+				})
+			}
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package connmgr
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -15,16 +16,22 @@ import (
 type steering struct {
 	count   atomic.Int32 // of winners
 	mu      sync.RWMutex // a leaf
-	winners map[peer.ID]*connState
+	winners map[peer.ID]steered
 }
 
-func (st *steering) set(p peer.ID, winner *connState) {
+// steered is where the new streams of a peer go, and where they do not.
+type steered struct {
+	winner *connState
+	silent []network.Conn
+}
+
+func (st *steering) set(p peer.ID, to steered) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if st.winners == nil {
-		st.winners = make(map[peer.ID]*connState)
+		st.winners = make(map[peer.ID]steered)
 	}
-	st.winners[p] = winner
+	st.winners[p] = to
 	st.count.Store(int32(len(st.winners)))
 }
 
@@ -48,7 +55,17 @@ func (st *steering) get(p peer.ID) *connState {
 	}
 	st.mu.RLock()
 	defer st.mu.RUnlock()
-	return st.winners[p]
+	return st.winners[p].winner
+}
+
+// silent says whether c does not answer, and another connection of its peer does.
+func (st *steering) silent(c network.Conn) bool {
+	if st.count.Load() == 0 {
+		return false
+	}
+	st.mu.RLock()
+	defer st.mu.RUnlock()
+	return slices.Contains(st.winners[c.RemotePeer()].silent, c)
 }
 
 // choose is the migrate.ConnSelector of a wrapped host: the winner while there are

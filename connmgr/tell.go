@@ -208,6 +208,18 @@ func (t *teller) moved(p peer.ID, winner ConnInfo, losers []Loser, err error) {
 	}
 }
 
+// detour tells what came of dialling a peer beside a connection that does not answer.
+func (t *teller) detour(p peer.ID, c ConnInfo, err error) {
+	level, what := zap.InfoLevel, "another connection has come beside it"
+	if err != nil {
+		level, what = zap.DebugLevel, "and none has come beside it: "+briefly(err)
+	}
+	if ce := t.log.Check(level, ""); ce != nil {
+		ce.Message = fmt.Sprintf("peer %s: %s does not answer, %s", shortID(p), c.Kind, what)
+		ce.Write(zap.Stringer("peer", p), zap.Stringer("connection", c))
+	}
+}
+
 // byPeer tells what the peer, which decides, has done: moved streams, closed connections.
 func (t *teller) byPeer(p peer.ID, lines []byPeerLine) {
 	for _, l := range lines {

@@ -202,6 +202,32 @@ func (l *labels) any(p peer.ID) bool {
 	return pl != nil && len(pl.streams) > 0
 }
 
+// each calls f for each stream, without mu. One that comes, goes or moves meanwhile may be
+// left out.
+func (l *labels) each(f func(*Stream)) {
+	type entry struct {
+		label uint64
+		s     *Stream
+	}
+	l.mu.Lock()
+	n := 0
+	for _, pl := range l.peers {
+		n += len(pl.streams)
+	}
+	entries := make([]entry, 0, n)
+	for _, pl := range l.peers {
+		for label, s := range pl.streams {
+			entries = append(entries, entry{label, s})
+		}
+	}
+	l.mu.Unlock()
+	for _, e := range entries {
+		if e.s.Label() == e.label { // a stream that migrates is there twice
+			f(e.s)
+		}
+	}
+}
+
 // all returns the streams with p.
 func (l *labels) all(p peer.ID) []*Stream {
 	l.mu.Lock()

@@ -87,9 +87,14 @@ func (h *Host) openStream(ctx context.Context, p peer.ID, named network.Conn) (n
 // returns nil where that cannot be done, or the swarm has no other choice anyway.
 func (h *Host) openNamed(ctx context.Context, p peer.ID, named network.Conn) network.Stream {
 	conns := slices.DeleteFunc(h.Network().ConnsToPeer(p), func(c network.Conn) bool { return !usable(ctx, c) })
-	if len(conns) < 2 {
+	heard := conns
+	if h.cfg.silent != nil {
+		heard = slices.DeleteFunc(slices.Clone(conns), h.cfg.silent)
+	}
+	if len(conns) < 2 || len(heard) == 0 {
 		return nil
 	}
+	conns = heard
 	choices := make([]choice, len(conns))
 	for i, c := range conns {
 		stat := c.Stat()

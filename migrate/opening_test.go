@@ -49,14 +49,14 @@ func (s sceneNet) NewStream(context.Context, peer.ID) (network.Stream, error) {
 
 type sceneConn struct {
 	fakeConn
-	name                     string
-	limited, relayed, closed bool
-	quic                     bool // it keeps a stream waiting only for credit
-	streams                  int
-	failure                  error
-	full                     chan struct{} // a stream opens when it is closed; nil: at once
-	asked                    atomic.Int32
-	opened                   []*fakeStream
+	name                             string
+	limited, relayed, closed, silent bool
+	quic                             bool // it keeps a stream waiting only for credit
+	streams                          int
+	failure                          error
+	full                             chan struct{} // a stream opens when it is closed; nil: at once
+	asked                            atomic.Int32
+	opened                           []*fakeStream
 }
 
 func (c *sceneConn) As(target any) bool {
@@ -104,6 +104,7 @@ func TestWhereStreamsOpen(t *testing.T) {
 	overQUIC := func(c *sceneConn) *sceneConn { c.quic = true; return c }
 	isFull := func(c *sceneConn) *sceneConn { c.full = full; return c }
 	refuses := func(c *sceneConn) *sceneConn { c.failure = network.ErrResourceLimitExceeded; return c }
+	isSilent := func(c *sceneConn) *sceneConn { c.silent = true; return c }
 	isClosed := func(c *sceneConn) *sceneConn { c.closed = true; return c }
 	type ctx = context.Context
 	plain := func(c ctx) ctx { return c }
@@ -133,6 +134,10 @@ func TestWhereStreamsOpen(t *testing.T) {
 		"limited beside an unlimited one": {[]*sceneConn{limited(), relay()}, "limited", anyConn, "relay", 0},
 		"limited, the unlimited is full":  {[]*sceneConn{limited(), isFull(relay())}, "limited", anyConn, swarm, atOnce},
 		"limited, not allowed":            {[]*sceneConn{limited(), relay()}, "limited", plain, swarm, 0},
+		"limited, the other is silent":    {[]*sceneConn{limited(), isSilent(direct())}, "limited", anyConn, "limited", 0},
+		"limited is silent, too":          {[]*sceneConn{isSilent(limited()), isSilent(direct())}, "limited", anyConn, swarm, 0},
+		"limited, silent, not allowed":    {[]*sceneConn{limited(), isSilent(direct())}, "limited", plain, swarm, 0},
+		"full, another is silent":         {[]*sceneConn{isFull(direct()), isSilent(busier())}, "direct", plain, swarm, atOnce},
 		"relay, not allowed":              {[]*sceneConn{relay(), direct(), busier()}, "relay", directOnly, swarm, 0},
 	} {
 		bubble(t, name, func(t *testing.T) {
@@ -151,6 +156,7 @@ func TestWhereStreamsOpen(t *testing.T) {
 				}
 				return s.conns[i]
 			}
+			h.cfg.silent = func(c network.Conn) bool { return c.(*sceneConn).silent }
 			start := time.Now()
 			ctx := test.ctx(t.Context())
 			u, err := h.openStream(ctx, playerLow, h.named(ctx, playerLow))

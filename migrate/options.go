@@ -21,6 +21,7 @@ type Option func(*config) error
 type config struct {
 	log         *zap.Logger
 	selector    ConnSelector
+	silent      func(network.Conn) bool
 	acceptor    Acceptor
 	tracer      func(Event)
 	observers   []func(network.Conn, protocol.ID, network.Direction)
@@ -51,7 +52,7 @@ func defaults() config {
 //
 // nil, a connection that is closed, or one that ctx does not allow (a limited or relayed
 // one) leaves the choice to the host's swarm. A limited connection is not used while an
-// unlimited one is open. Where the stream cannot be opened at once on the connection
+// unlimited one is open, unless that is silent (WithSilent). Where the stream cannot be opened at once on the connection
 // named, because of a limit of either end's or because it is about to close, it is opened
 // on another that ctx allows; and if that is not possible at once on any, NewStream waits
 // where the plain host would.
@@ -69,6 +70,20 @@ func WithConnSelector(selector ConnSelector) Option {
 				"leave one out (a connection manager sets its own)")
 		}
 		c.selector = selector
+		return nil
+	}
+}
+
+// WithSilent says of which connections nothing is heard although there should be something.
+// Beside one that the selector names, streams are opened there only where no other connection
+// that the context allows takes them; so a limited one is used that is named beside an
+// unlimited one of these. It is called as the selector, and must not block. Default: none is.
+func WithSilent(silent func(network.Conn) bool) Option {
+	return func(c *config) error {
+		if silent == nil {
+			return errors.New("WithSilent: nil; leave the option out if none is")
+		}
+		c.silent = silent
 		return nil
 	}
 }

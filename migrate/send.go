@@ -60,6 +60,8 @@ type sendHalf struct {
 	held     bool // an exchange is under way that may save a Write which cur fails
 	kept     bool // a Write that cur has failed, its connection being gone, is kept for that exchange
 	lost     bool // the application was told that cur's connection is gone, with err
+
+	seen sendLook // by Traffic
 }
 
 func (h *sendHalf) write(p []byte) (int, error) {
@@ -302,6 +304,7 @@ func (h *sendHalf) resume(next network.Stream) (closed bool, err error) {
 		return false, h.err
 	}
 	h.state, h.cur, h.written, h.held, h.kept = sendOpen, next, 0, false, false
+	h.seen = sendLook{}
 	h.opening = nil // a peer that names a label which it was not sent has no use for the rest
 	if !h.deadline.IsZero() {
 		_ = next.SetWriteDeadline(h.deadline)

@@ -341,7 +341,7 @@ func (w *world) makeEnd(name string, portage bool, s setup, newNode func(opts ..
 	mgr, err := connmgr.New(coreconnmgr.NullConnMgr{}, append([]connmgr.Option{connmgr.WithLogger(w.log.logger(name, level))}, s.manager...)...)
 	require.NoError(w, err)
 	e.mgr = mgr
-	e.Node = newNode(append(opts, libp2p.ConnectionManager(mgr))...)
+	e.Node = newNode(append(opts, libp2p.ConnectionManager(mgr), mgr.Detours())...)
 	e.host, err = mgr.Wrap(e.Node.Host)
 	require.NoError(w, err)
 	w.Cleanup(func() { _ = e.host.Close() })
