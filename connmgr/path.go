@@ -62,7 +62,7 @@ type path struct {
 	at     time.Time // alive: when what was answered was asked
 	since  time.Time // alive: from when on every question was answered
 	asked  time.Time // last; zero: never
-	lost   time.Time // when it was asked first of the questions in a row without an answer
+	lost   time.Time // when the first was put of the questions in a row without an answer
 	wide   bool      // it has carried what is larger than a packet
 	denied int       // how often in a row it was asked to, and has not
 	asking bool      // the answer is awaited
@@ -74,11 +74,7 @@ func (p path) alive() bool { return p.health == pathAlive }
 // gaveUp says whether the question has been out for so long that its outcome is known.
 func (p path) gaveUp(now time.Time, wait time.Duration) bool { return !now.Before(p.asked.Add(wait)) }
 
-func (p *path) ask(now time.Time) {
-	if p.asked, p.asking = now, true; p.tries == 0 {
-		p.lost = now
-	}
-}
+func (p *path) ask(now time.Time) { p.asked, p.asking = now, true }
 
 // goneAt is when p has been silent for so long that a stream had better be anywhere else.
 func (p path) goneAt(wait time.Duration) time.Time { return p.lost.Add(2 * wait) }
@@ -88,12 +84,14 @@ func (p *path) hear(at time.Time) {
 	if p.health == pathSilent || p.since.IsZero() {
 		p.since = at
 	}
-	p.health, p.at, p.tries = pathAlive, later(p.at, at), 0
+	p.health, p.at, p.tries, p.lost = pathAlive, later(p.at, at), 0, time.Time{}
 }
 
 // miss notes that the last question has brought no evidence.
 func (p *path) miss(put bool) {
-	p.tries++
+	if p.tries++; p.tries == 1 {
+		p.lost = p.asked
+	}
 	if put {
 		p.health = pathSilent
 	} else {
@@ -133,8 +131,7 @@ type traffic struct {
 // was received, or that a Write went on that had waited for room, since only the other end
 // makes it. What else was sent meanwhile shows nothing: buffers took it.
 func (before traffic) heard(after traffic) bool {
-	return after.packets > before.packets || after.received > before.received ||
-		after.of == before.of && after.freed > before.freed
+	return after.packets > before.packets || after.received > before.received || after.freed > before.freed
 }
 
 func trafficOn(mv mover, c network.Conn) traffic {

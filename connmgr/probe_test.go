@@ -43,11 +43,11 @@ func TestPathStates(t *testing.T) {
 		"put, and nothing came": {func(p *path) {
 			p.ask(at(1))
 			p.miss(true)
-		}, path{health: pathSilent, asked: at(1), asking: true, tries: 1}},
+		}, path{health: pathSilent, asked: at(1), lost: at(1), asking: true, tries: 1}},
 		"not put": {func(p *path) {
 			p.ask(at(1))
 			p.miss(false)
-		}, path{health: pathUnknown, asked: at(1), asking: true, tries: 1}},
+		}, path{health: pathUnknown, asked: at(1), lost: at(1), asking: true, tries: 1}},
 		"a late answer": {func(p *path) {
 			p.ask(at(1))
 			p.miss(true)
@@ -61,7 +61,7 @@ func TestPathStates(t *testing.T) {
 			p.ask(at(5))
 			p.miss(true)
 			p.end()
-		}, path{health: pathSilent, at: at(1), since: at(1), asked: at(5), tries: 1}},
+		}, path{health: pathSilent, at: at(1), since: at(1), asked: at(5), lost: at(5), tries: 1}},
 		"and alive again": {func(p *path) {
 			p.ask(at(1))
 			p.hear(at(1))
@@ -98,7 +98,7 @@ func TestEvidence(t *testing.T) {
 		"bytes of a labelled stream":         {traffic{received: 7}, traffic{received: 8}, true},
 		"sent, which says nothing":           {traffic{sent: 7}, traffic{sent: 8}, false},
 		"a blocked Write went on":            {traffic{sent: 7, blocked: true}, traffic{sent: 8, freed: 1}, true},
-		"it did on streams that came later":  {traffic{sent: 7, blocked: true, of: 1}, traffic{sent: 8, freed: 1, of: 2}, false},
+		"it did, and streams have come":      {traffic{sent: 7, blocked: true, of: 1}, traffic{sent: 8, freed: 1, of: 2}, true},
 		"another Write did":                  {traffic{sent: 7, blocked: true, freed: 1}, traffic{sent: 8, blocked: true, freed: 1}, false},
 		"a blocked Write is blocked still":   {traffic{sent: 7, blocked: true}, traffic{sent: 7, blocked: true}, false},
 		"fewer streams than before":          {traffic{received: 7, sent: 7}, traffic{}, false},
