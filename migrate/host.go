@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -35,6 +36,9 @@ type Host struct {
 	cancel context.CancelFunc
 	debts  debts
 
+	// The host's own, not the package's: a timer must stay in its bubble of synctest.
+	negotiators sync.Pool // of *negotiator
+	acceptings  sync.Pool // of *accepting
 	autonat     autoNAT
 	orphans     atomic.Int64  // streams that are kept for a Migrate that may come; see lost.go
 	violations  sampled.Lines // which lines about a peer are logged; see sampled.go
@@ -235,11 +239,10 @@ func (h *Host) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (n
 		if err := h.Connect(ctx, peer.AddrInfo{ID: p}); err != nil {
 			return nil, err
 		}
-		ctx = network.WithNoDial(ctx, "already dialed")
 	}
 	named := h.named(ctx, p)
 	if unlabelled && named == nil {
-		return h.innerStream(ctx, p, pids)
+		return h.innerStream(network.WithNoDial(ctx, "already dialed"), p, pids)
 	}
 	u, err := h.openStream(ctx, p, named)
 	if err != nil {

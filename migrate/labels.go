@@ -25,6 +25,7 @@ type labels struct {
 	// place of an older.
 	ended [endedLabels]uint64
 	seed  maphash.Seed
+	spare *peerLabels // an entry for the next peer that has none, or nil
 }
 
 // endedLabels is how many labels that are gone are remembered: all that end while a
@@ -37,7 +38,12 @@ type peerLabels struct {
 	// waiting holds who waits for a label that a Migrate has overtaken (L4).
 	waiting  map[uint64]chan struct{}
 	nWaiting int
+	many     bool // it has had more than maxSpare streams at once
 }
+
+// maxSpare is how many streams an entry may have had that is used again: a map keeps the
+// room that it once had.
+const maxSpare = 8
 
 // maxWaiting is how many Migrates of one peer may wait for a label. A connection that
 // comes up moves all streams of another at once, and those that were just opened may
@@ -85,6 +91,7 @@ func (l *labels) add(p peer.ID, label uint64, s *Stream) bool {
 		pl.streams = make(map[uint64]*Stream)
 	}
 	pl.streams[label] = s
+	pl.many = pl.many || len(pl.streams) > maxSpare
 	if place, hash := l.place(p, label); *place == hash {
 		*place = 0
 	}
@@ -181,7 +188,9 @@ func (l *labels) find(ctx context.Context, p peer.ID, label uint64, timeout time
 func (l *labels) of(p peer.ID) *peerLabels {
 	pl := l.peers[p]
 	if pl == nil {
-		pl = new(peerLabels)
+		if pl, l.spare = l.spare, nil; pl == nil {
+			pl = new(peerLabels)
+		}
 		l.peers[p] = pl
 	}
 	return pl
@@ -191,6 +200,9 @@ func (l *labels) of(p peer.ID) *peerLabels {
 func (l *labels) tidy(p peer.ID, pl *peerLabels) {
 	if len(pl.streams) == 0 && pl.nWaiting == 0 {
 		delete(l.peers, p)
+		if !pl.many && pl.waiting == nil {
+			l.spare = pl
+		}
 	}
 }
 

@@ -91,7 +91,7 @@ const (
 // without a member is an errViolation; an error of the stream is returned as it is. A required
 // field that is missing is 0.
 func readMessage(r io.Reader) (*pb.StreamMigration, error) {
-	body, err := readBody(r)
+	body, err := readBody(r, make([]byte, usualMessage))
 	if err != nil {
 		return nil, err
 	}
@@ -164,9 +164,22 @@ func parsePlain(body []byte) *pb.StreamMigration {
 	return m
 }
 
-// readBody reads what comes behind the length of a message.
-func readBody(r io.Reader) ([]byte, error) {
-	b := make([]byte, 32) // more than any message of this version has
+// parseLabel reads a Label as nearly every encoder writes it. It says false of any other
+// message.
+func parseLabel(body []byte) (id uint64, ok bool) {
+	if len(body) < 3 || body[0] != fieldLabel<<3|byte(protowire.BytesType) || int(body[1]) != len(body)-2 ||
+		body[2] != 1<<3|byte(protowire.VarintType) {
+		return 0, false
+	}
+	id, n := protowire.ConsumeVarint(body[3:])
+	return id, n == len(body)-3
+}
+
+// usualMessage is more than any message of this version has.
+const usualMessage = 32
+
+// readBody reads what comes behind the length of a message, into b if that is long enough.
+func readBody(r io.Reader, b []byte) ([]byte, error) {
 	length := uint64(0)
 	for shift := 0; ; shift += 7 {
 		if _, err := io.ReadFull(r, b[:1]); err != nil {
@@ -288,7 +301,7 @@ func writeMessage(w io.Writer, m *pb.StreamMigration) error {
 // readFinalSize reads the FinalSize message with which each side begins on the new
 // stream of a verified handover (S12).
 func readFinalSize(r io.Reader) (uint64, error) {
-	body, err := readBody(r)
+	body, err := readBody(r, make([]byte, usualMessage))
 	if err != nil {
 		return 0, err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	msmux "github.com/multiformats/go-multistream"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/pb"
@@ -110,93 +111,154 @@ func (l *labelled) Read(p []byte) (int, error) {
 
 // handleStream is the network's stream handler. It negotiates as the host's own would,
 // byte for byte, for all streams but those that speak ID.
+//
+// What the resource manager does goes deep. So it is called from here, where little of the
+// stack is in use: else it would have to grow for nearly every stream, which costs as much
+// as a twentieth of opening one.
 func (h *Host) handleStream(u network.Stream) {
+	n := h.negotiator(u)
+	in, ok := h.hear(n)
+	switch {
+	case !ok:
+		n.free()
+	case in.migrate != nil:
+		defer n.free()
+		h.observe(u.Conn(), ID, network.DirInbound)
+		if err := h.respond(n, in.migrate); err != nil {
+			h.violation(u, err)
+		}
+	default:
+		rest := bytes.Clone(n.rest())
+		n.free()
+		if !h.accept(u, in.proto) {
+			return
+		}
+		if !in.labelled {
+			h.observe(u.Conn(), in.proto, network.DirInbound)
+			_ = in.handle(in.proto, u)
+			return
+		}
+		s := newStream(h, u, in.proto, in.label)
+		if a := h.admit(s, rest); a != nil {
+			s.serve(a, in.handle)
+		}
+	}
+}
+
+// inbound is what the peer wants of a stream that it has opened: Migrate, or one of the
+// application's protocols, with a label or without.
+type inbound struct {
+	migrate  *pb.Migrate
+	labelled bool
+	label    uint64
+	proto    protocol.ID
+	handle   msmux.HandlerFunc[protocol.ID]
+}
+
+// hear finds out what the peer wants. It says false where the stream was reset.
+func (h *Host) hear(n *negotiator) (in inbound, ok bool) {
+	u := n.stream
 	if h.cfg.negotiation > 0 {
 		if err := u.SetDeadline(time.Now().Add(h.cfg.negotiation)); err != nil {
 			_ = u.Reset()
-			return
+			return in, false
 		}
 	}
 	// The peer need not wait for our header, but it may. Nearly every one sends everything in
 	// one flight; then the header leaves with the answer.
-	greets := &greeting{stream: u}
-	timer := time.AfterFunc(answerDelay, greets.send)
-	defer timer.Stop()
+	_, _ = io.WriteString(n, header)
+	n.soon()
 
 	// Nothing of an ordinary stream may be read ahead, since the application gets
 	// the raw stream: the first two tokens are read to the byte.
-	first := make([]byte, len(prelude))
-	n := len(header) + 1
-	if _, err := io.ReadFull(u, first[:n]); err != nil {
+	first := n.in[:len(prelude)]
+	begun := len(header) + 1
+	if _, err := io.ReadFull(u, first[:begun]); err != nil {
 		h.refuse(u, err)
-		return
+		return in, false
 	}
-	labelled := false
-	if string(first[:n]) == prelude[:n] {
-		m, err := io.ReadFull(u, first[n:])
-		n += m
+	if string(first[:begun]) == prelude[:begun] {
+		m, err := io.ReadFull(u, first[begun:])
+		begun += m
 		if err != nil {
 			h.refuse(u, err)
-			return
+			return in, false
 		}
-		labelled = string(first) == prelude
+		in.labelled = string(first) == prelude
 	}
-	timer.Stop()
-	sent, err := greets.claim()
-	// An error of it shows when we read, but for a deadline: what it has lost would be
-	// missing from the answer for good.
-	if err != nil && isDeadline(err, u) {
+	if !in.labelled {
+		sent, err := n.claim()
+		replay := &replay{Stream: u, in: first[:begun], drop: sent}
+		if err == nil {
+			in.proto, in.handle, err = h.Mux().Negotiate(replay)
+		}
+		if err == nil {
+			err = replay.late
+		}
+		if err != nil {
+			h.refuse(u, err)
+			return in, false
+		}
+		if in.labelled = in.proto == ID; !in.labelled {
+			return in, true
+		}
+		// It was not the opener's first choice.
+	} else {
+		_, _ = io.WriteString(n, prelude[len(header):])
+	}
+	err := h.hearLabelled(n, &in)
+	switch {
+	case errors.Is(err, errViolation):
+		h.violation(u, err)
+	case err != nil:
 		h.refuse(u, err)
-		return
 	}
-	if labelled {
-		h.handleLabelled(u, prelude[sent:])
-		return
-	}
-	in := &replay{Stream: u, in: first[:n], drop: sent}
-	proto, handle, err := h.Mux().Negotiate(in)
-	if err == nil {
-		err = in.late
-	}
+	return in, err == nil
+}
+
+// hearLabelled is hear where the stream speaks ID.
+func (h *Host) hearLabelled(n *negotiator, in *inbound) error {
+	body, err := readBody(n, n.body[:])
 	if err != nil {
-		h.refuse(u, err)
-		return
+		return err
 	}
-	if proto == ID { // it was not the opener's first choice
-		h.handleLabelled(u, "")
-		return
+	if label, ok := parseLabel(body); ok {
+		in.label = label
+	} else {
+		m, err := parseMessage(body)
+		switch {
+		case err != nil:
+			return err
+		case m.GetMigrate() != nil:
+			in.migrate = m.GetMigrate()
+			n.settle()
+			return nil
+		case m.GetLabel() == nil:
+			return fmt.Errorf("%w: a stream begins with Label or Migrate, not %T", errViolation, m.Type)
+		}
+		in.label = m.GetLabel().GetId()
 	}
-	if h.accept(u, proto) {
-		h.observe(u.Conn(), proto, network.DirInbound)
-		_ = handle(proto, u)
+	p := n.stream.Conn().RemotePeer()
+	if err := h.labels.check(p, in.label); err != nil {
+		return err
 	}
-}
-
-// greeting is the header of an inbound stream that may leave before the peer has spoken.
-type greeting struct {
-	stream network.Stream
-	mu     sync.Mutex // guards all below, and is held while the header is written
-	over   bool       // it is sent, or will be by whom claim has told so
-	sent   int
-	err    error
-}
-
-func (g *greeting) send() {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if !g.over {
-		g.over, g.sent = true, len(header)
-		_, g.err = io.WriteString(g.stream, header)
+	if h.labels.alive(p, in.label) {
+		return fmt.Errorf("%w: label %d is alive", errViolation, in.label)
 	}
-}
-
-// claim returns how many bytes of the header were sent, all or none, and keeps the rest from
-// being sent by itself.
-func (g *greeting) claim() (sent int, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.over = true
-	return g.sent, g.err
+	in.proto, in.handle, err = h.Mux().Negotiate(n)
+	if err != nil {
+		_ = n.flush() // the refusals so far tell the opener more than a reset
+		return err
+	}
+	if in.proto == ID {
+		return fmt.Errorf("%w: nested %s", errViolation, ID) // W5
+	}
+	// The opener may have closed for reading already. But where the answer met the deadline a
+	// part of it is missing, and the application's bytes would follow in its place.
+	if err := n.flush(); err != nil && isDeadline(err, n.stream) {
+		return err
+	}
+	return nil
 }
 
 // refuse ends a stream whose negotiation failed.
@@ -251,103 +313,65 @@ func (r *replay) Write(p []byte) (int, error) {
 	return k + n, err
 }
 
-// handleLabelled serves an inbound stream that speaks ID. owed is what has yet to be
-// answered to that.
-func (h *Host) handleLabelled(u network.Stream, owed string) {
-	n := negotiators.Get().(*negotiator)
-	defer n.free()
-	n.stream = u
-	_, _ = io.WriteString(n, owed)
-	m, err := readMessage(n)
-	if err != nil && !errors.Is(err, errViolation) {
-		h.refuse(u, err)
-		return
-	}
-	switch {
-	case err != nil:
-	case m.GetLabel() != nil:
-		err = h.acceptStream(n, m.GetLabel().GetId())
-	case m.GetMigrate() != nil:
-		h.observe(u.Conn(), ID, network.DirInbound)
-		err = h.respond(n, m.GetMigrate())
-	default:
-		err = fmt.Errorf("%w: a stream begins with Label or Migrate, not %T", errViolation, m.Type)
-	}
-	if err != nil {
-		h.violation(u, err)
-	}
-}
-
 // violation ends a stream on which the peer sent what it must not (W4).
 func (h *Host) violation(u network.Stream, err error) {
 	h.warnViolation(u.Conn().RemotePeer(), err)
 	_ = u.ResetWithError(network.StreamProtocolViolation)
 }
 
-// acceptStream accepts a new labelled stream, and hands it to the application. Its
-// error is a violation.
-func (h *Host) acceptStream(n *negotiator, label uint64) error {
-	u := n.stream
-	p := u.Conn().RemotePeer()
-	if err := h.labels.check(p, label); err != nil {
-		return err
-	}
-	if h.labels.alive(p, label) {
-		return fmt.Errorf("%w: label %d is alive", errViolation, label)
-	}
-	proto, handle, err := h.Mux().Negotiate(n)
-	if err != nil {
-		_ = n.flush() // the refusals so far tell the opener more than a reset
-		h.refuse(u, err)
-		return nil
-	}
-	if proto == ID {
-		return fmt.Errorf("%w: nested %s", errViolation, ID) // W5
-	}
-	// The opener may have closed for reading already. But where the answer met the deadline a
-	// part of it is missing, and the application's bytes would follow in its place.
-	if err := n.flush(); err != nil && isDeadline(err, u) {
-		h.refuse(u, err)
-		return nil
-	}
-	if !h.accept(u, proto) {
-		return nil
-	}
-	s := newStream(h, u, proto, label)
-	if rest := n.rest(); len(rest) > 0 {
-		s.recv.cur.got.add(bytes.Clone(rest))
+// admit enters a labelled stream that was accepted. rest is what has come of its data
+// already. It returns what toServe does, or nil where it has reset the stream.
+func (h *Host) admit(s *Stream, rest []byte) *accepting {
+	if len(rest) > 0 {
+		s.recv.cur.got.add(rest)
 		s.recv.cur.count = uint64(len(rest))
 	}
-	counted := s.toServe()
-	if !h.labels.add(p, label, s) {
-		return fmt.Errorf("%w: label %d is alive", errViolation, label)
+	a := s.toServe()
+	u := s.send.stream()
+	if !h.labels.add(s.peer, s.label, s) {
+		h.violation(u, fmt.Errorf("%w: label %d is alive", errViolation, s.label))
+		return nil
 	}
-	h.observe(u.Conn(), proto, network.DirInbound)
+	h.observe(u.Conn(), s.proto, network.DirInbound)
 	s.noteGone()
-	s.serve(counted, proto, handle)
-	return nil
+	return a
 }
 
 // negotiator buffers both directions of an inbound stream while it is negotiated: all
 // tokens that came in one flight cost one Read, and their answers one Write. What was
 // read too much stays in it.
 type negotiator struct {
+	host   *Host
 	stream network.Stream
 	in     [negotiationBuffer]byte
 	r, w   int // in[r:w] is unread
+	body   [usualMessage]byte
 
-	mu     sync.Mutex // guards both below, and is held while out is written
+	mu     sync.Mutex // guards all below, and is held while out is written
 	out    []byte
-	failed error // of the first Write that failed: what follows would not be understood
+	failed error       // of the first Write that failed: what follows would not be understood
+	timer  *time.Timer // flushes
+	armed  bool        // timer will
 }
 
-var negotiators = sync.Pool{New: func() any { return new(negotiator) }}
+// negotiator returns one for u, until free.
+func (h *Host) negotiator(u network.Stream) *negotiator {
+	n, _ := h.negotiators.Get().(*negotiator)
+	if n == nil {
+		n = &negotiator{host: h}
+	}
+	n.stream = u
+	return n
+}
 
+// free returns n. The timer may be flushing at this moment: whoever has n next, its answers
+// leave one by one then.
 func (n *negotiator) free() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.disarm()
 	n.stream, n.r, n.w, n.out, n.failed = nil, 0, 0, n.out[:0], nil
-	negotiators.Put(n)
+	n.host.negotiators.Put(n)
 }
 
 // answerDelay is how long an answer waits for the next one, to leave with it. Nearly every
@@ -355,15 +379,61 @@ func (n *negotiator) free() {
 // for each answer has it this much later.
 const answerDelay = 2 * time.Millisecond
 
+// soon has the answers so far leave if the next one does not come in time.
+func (n *negotiator) soon() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	switch {
+	case n.armed || len(n.out) == 0:
+		return
+	case n.timer == nil:
+		n.timer = time.AfterFunc(answerDelay, func() {
+			n.mu.Lock()
+			defer n.mu.Unlock()
+			n.armed = false
+			_ = n.flushLocked() // its error shows when we read
+		})
+	default:
+		n.timer.Reset(answerDelay)
+	}
+	n.armed = true
+}
+
+// settle keeps the answers so far until the next one, however long that takes.
+func (n *negotiator) settle() {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.disarm()
+}
+
+// disarm undoes soon. mu must be held.
+func (n *negotiator) disarm() {
+	if n.armed {
+		n.timer.Stop()
+		n.armed = false
+	}
+}
+
+// claim takes back what has not left. It returns how many bytes have, all or none, of a
+// header. The error is a deadline's: what that has kept from leaving would be missing from
+// the answer for good. Any other shows when we read.
+func (n *negotiator) claim() (sent int, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.failed != nil && isDeadline(n.failed, n.stream) {
+		return 0, n.failed
+	}
+	sent = len(header) - len(n.out)
+	n.out, n.failed = n.out[:0], nil
+	return sent, nil
+}
+
 // fill makes sure that something is unread. The answers so far leave if it has to wait.
 func (n *negotiator) fill() error {
 	if n.r < n.w {
 		return nil
 	}
-	if n.owes() {
-		timer := time.AfterFunc(answerDelay, func() { _ = n.flush() }) // its error shows when we read
-		defer timer.Stop()
-	}
+	n.soon()
 	m, err := n.stream.Read(n.in[:])
 	n.r, n.w = 0, m
 	if m > 0 {
@@ -391,7 +461,9 @@ func (n *negotiator) ReadByte() (byte, error) {
 	return n.in[n.r-1], nil
 }
 
-func (n *negotiator) Write(p []byte) (int, error) {
+func (n *negotiator) Write(p []byte) (int, error) { return put(n, p) }
+
+func put[T string | []byte](n *negotiator, p T) (int, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	// A peer that proposes one unknown protocol after the other is answered as often, and
@@ -405,6 +477,9 @@ func (n *negotiator) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// WriteString implements io.StringWriter.
+func (n *negotiator) WriteString(s string) (int, error) { return put(n, s) }
+
 // Close implements io.Closer for the negotiation, which closes what it refuses; the
 // stream is reset instead.
 func (n *negotiator) Close() error { return nil }
@@ -417,17 +492,12 @@ func (n *negotiator) flush() error {
 
 // flushLocked is flush. mu must be held.
 func (n *negotiator) flushLocked() error {
+	n.disarm()
 	if len(n.out) > 0 && n.failed == nil {
 		_, n.failed = n.stream.Write(n.out)
 	}
 	n.out = n.out[:0]
 	return n.failed
-}
-
-func (n *negotiator) owes() bool {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return len(n.out) > 0
 }
 
 // finish sends the answers and m. It says whether they left whole. A peer that does not
@@ -440,6 +510,7 @@ func (n *negotiator) finish(m *pb.StreamMigration, timeout time.Duration) (whole
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.disarm()
 	if n.failed != nil {
 		return false, n.failed
 	}

@@ -158,6 +158,9 @@ func lostWith(err error, u network.Stream) bool {
 	return !isDeadline(err, u) && !(errors.As(err, &by) && by.Remote)
 }
 
+// flights are buffers for an opening and what leaves with it.
+var flights = sync.Pool{New: func() any { return new([]byte) }}
+
 // enter writes p to cur, behind the opening where that has not been sent. mu must be
 // held; it is given up meanwhile.
 func (h *sendHalf) enter(p []byte) (n int, err error) {
@@ -169,7 +172,10 @@ func (h *sendHalf) enter(p []byte) (n int, err error) {
 	case len(opening) == 0:
 		n, err = cur.Write(p)
 	case len(p) <= openingRoom:
-		m, err = cur.Write(append(opening[:len(opening):len(opening)], p...))
+		flight := flights.Get().(*[]byte)
+		*flight = append(append((*flight)[:0], opening...), p...)
+		m, err = cur.Write(*flight)
+		flights.Put(flight)
 		n = max(0, m-len(opening))
 		m -= n
 	default:
@@ -231,25 +237,29 @@ func (h *sendHalf) shut() {
 // closeWrite ends the application's writing. While the half is paused the exchange
 // closes the new stream in its stead (S6). It may block on a dead path.
 func (h *sendHalf) closeWrite() error {
+	cur, open, err := h.end()
+	if open {
+		return cur.CloseWrite()
+	}
+	return err
+}
+
+// end is closeWrite up to the closing of cur, which is left to the caller where open says so.
+func (h *sendHalf) end() (cur network.Stream, open bool, err error) {
 	_ = h.flush() // where it fails, so does CloseWrite of cur, or the reader is told
 	h.mu.Lock()
+	defer h.mu.Unlock()
 	if h.state == sendFailed {
-		defer h.mu.Unlock()
-		return h.err
+		return h.cur, false, h.err
 	}
 	h.closed = true
 	h.changed.broadcast()
-	cur, open := h.cur, h.state == sendOpen
-	if open && h.inside {
+	if open = h.state == sendOpen; open && h.inside {
 		// A Write returns when its stream is closed, with what was taken. QUIC would
 		// keep it until the window opens, which may be never.
-		_ = cur.SetWriteDeadline(past)
+		_ = h.cur.SetWriteDeadline(past)
 	}
-	h.mu.Unlock()
-	if !open {
-		return nil
-	}
-	return cur.CloseWrite()
+	return h.cur, open, nil
 }
 
 func (h *sendHalf) setDeadline(t time.Time) error {

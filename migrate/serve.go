@@ -25,32 +25,42 @@ import (
 // its own.
 const longHandler = time.Second
 
-// toServe notes that a handler will get the stream, which nobody else knows yet. It returns
-// the channel that is closed when the stream is counted without the accepting goroutine.
-func (s *Stream) toServe() (counted <-chan struct{}) {
-	s.counted = make(chan struct{})
-	s.serving = true
-	return s.counted
+// accepting is what the goroutine waits for that the swarm accepted a stream on.
+type accepting struct {
+	counted chan struct{} // holds one when the stream is counted without it
+	timer   *time.Timer
+}
+
+// toServe notes that a handler will get the stream, which nobody else knows yet.
+func (s *Stream) toServe() *accepting {
+	a, _ := s.host.acceptings.Get().(*accepting)
+	if a == nil {
+		a = &accepting{make(chan struct{}, 1), time.NewTimer(longHandler)}
+	} else {
+		a.timer.Reset(longHandler)
+	}
+	s.counted, s.serving = a.counted, true
+	return a
 }
 
 // serve hands s to the application's handler. It returns when the handler has, or sooner if
 // the stream is counted without its caller, the goroutine that the swarm accepted it on.
-func (s *Stream) serve(counted <-chan struct{}, proto protocol.ID, handle msmux.HandlerFunc[protocol.ID]) {
+func (s *Stream) serve(a *accepting, handle msmux.HandlerFunc[protocol.ID]) {
 	go func() {
 		defer s.served() // also where the handler ends its goroutine
-		_ = handle(proto, s)
+		_ = handle(s.proto, s)
 	}()
-	timer := time.NewTimer(longHandler)
-	defer timer.Stop()
 	for {
 		select {
-		case <-counted:
+		case <-a.counted:
+			a.timer.Stop()
+			s.host.acceptings.Put(a)
 			return
-		case <-timer.C:
+		case <-a.timer.C:
 			// At the limit there is no room for two scopes, however short; the goroutine
 			// goes on waiting.
 			_ = s.takeOver()
-			timer.Reset(longHandler)
+			a.timer.Reset(longHandler)
 		}
 	}
 }
@@ -67,7 +77,7 @@ func (s *Stream) served() {
 // dismiss lets the accepting goroutine return. mu must be held.
 func (s *Stream) dismiss() {
 	if s.counted != nil {
-		close(s.counted)
+		s.counted <- struct{}{}
 		s.counted = nil
 	}
 }

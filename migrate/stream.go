@@ -34,7 +34,7 @@ type Stream struct {
 	waiting    []*waiter // the peer's exchanges that begin when ex has ended, before any of ours
 	id         string    // set before the first migration
 	label      uint64
-	counted    chan struct{} // closed when the accepting goroutine may return; nil: it may, see serve.go
+	counted    chan struct{} // tells the accepting goroutine to return; nil: it may, see serve.go
 	serving    bool          // the application's handler runs
 	denied     bool          // M3
 	verifies   bool          // the peer is known to have the verified handover
@@ -208,8 +208,12 @@ func (s *Stream) Close() error {
 		return nil
 	}
 	s.awaitAnswer()
-	err := s.closeHalves()
-	if e := s.send.stream().Close(); err == nil {
+	// No exchange can begin any more, so that both halves are on one stream, and one call
+	// closes it for both.
+	s.recv.noteOwnEnd()
+	u, _, err := s.send.end()
+	s.recv.shut()
+	if e := u.Close(); err == nil {
 		err = e
 	}
 	s.forget()

@@ -249,7 +249,7 @@ func TestAnswerThatMeetsTheDeadline(t *testing.T) {
 	// An answer that the timer sends, and then the ack.
 	u := newFake()
 	u.grants(3, os.ErrDeadlineExceeded)
-	n := &negotiator{stream: u}
+	n := verifyingHost().negotiator(u)
 	_, _ = io.WriteString(n, tMultistream)
 	require.Error(t, n.flush())
 	u.grants(-1, nil)
