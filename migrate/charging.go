@@ -66,10 +66,10 @@ func (x *exchange) charge(u network.Stream) error {
 // moveScope moves what the application has reserved to the new stream.
 func (x *exchange) moveScope(u network.Stream) {
 	x.s.mu.Lock()
-	sc, unpaid := x.s.scopeLocked(), x.unpaid
-	own := sc.own != nil
+	sc, unpaid := x.s.scope, x.unpaid
+	nothing := sc == nil || sc.own != nil
 	x.s.mu.Unlock()
-	if own {
+	if nothing {
 		return
 	}
 	if err := sc.follow(u.Scope(), !unpaid); err != nil {

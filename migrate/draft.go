@@ -66,6 +66,7 @@ func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	s := x.s
 	// Memory for what is read from the old stream is reserved on the new one, since the old
 	// one's scope ends with its connection, which may hold data still.
+	x.memory()
 	x.moveScope(u)
 	next := &source{stream: u}
 	if ended {
@@ -78,11 +79,11 @@ func (x *exchange) carryDraft(u network.Stream, ended bool) error {
 	if err := x.switchReceiving(next, untilEOF{}); err != nil {
 		return err
 	}
-	oldClosed, err := x.switchSending(u)
-	if err != nil {
+	if err := x.switchSending(u); err != nil {
 		return err
 	}
-	x.finish(u, oldClosed)
+	x.closeOld()
+	x.finish(u)
 	return nil
 }
 

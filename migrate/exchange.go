@@ -17,6 +17,7 @@ type exchange struct {
 	verified  bool // the handover is (S12); until the initiator has the ack: the peer is known to have it
 	old       network.Stream
 	oldSource *source       // the receiving half's view of old, from its handover on
+	oldClosed chan struct{} // closed when old is closed for writing; nil: it is, or finish does it
 	from, id  uint64        // the label before, and after; id is set before begin, and a responder's from
 	done      chan struct{} // closed when another exchange may begin
 
@@ -65,9 +66,6 @@ func (s *Stream) told() bool { return s.send.hasLost() || s.recv.hasFailed() }
 
 // enter makes x the stream's exchange. mu must be held, and no other be under way.
 func (s *Stream) enter(x *exchange) {
-	if s.id == "" {
-		s.id = s.send.stream().ID()
-	}
 	x.s, x.old, x.from, x.done = s, s.send.stream(), s.label, make(chan struct{})
 	s.ex = x
 }
@@ -213,34 +211,43 @@ func (x *exchange) fail(cause error) error {
 }
 
 // switchSending lets Writes go to u, the new stream, behind the final size where the
-// handover is verified (S2, S3, S12), and closes the old one for writing. The channel
-// is closed when that is done, which can take long on a dead path.
-func (x *exchange) switchSending(u network.Stream) (<-chan struct{}, error) {
+// handover is verified (S2, S3, S12). The old one has to be closed for writing next.
+func (x *exchange) switchSending(u network.Stream) error {
 	s := x.s
 	written, err := s.send.pause()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if x.verified {
 		if err := writeMessage(u, finalSizeMessage(written)); err != nil {
-			return nil, fmt.Errorf("final size: %w", err)
+			return fmt.Errorf("final size: %w", err)
 		}
 	}
 	x.moveScope(u)
 	closed, err := s.send.resume(u)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	x.trace(SendSwitched, nil)
-	oldClosed := make(chan struct{})
-	go func() {
-		defer close(oldClosed)
-		_ = x.old.CloseWrite()
-	}()
 	if closed {
 		_ = u.CloseWrite() // S6
 	}
-	return oldClosed, nil
+	return nil
+}
+
+// closeOld closes the old stream for writing, which can take long on a dead path of yamux.
+// A responder whose handover is over at once leaves it to finish, which closes the stream
+// altogether.
+func (x *exchange) closeOld() {
+	if t := x.old.Conn().ConnState().Transport; t == "quic-v1" {
+		_ = x.old.CloseWrite()
+		return
+	}
+	x.oldClosed = make(chan struct{})
+	go func() {
+		defer close(x.oldClosed)
+		_ = x.old.CloseWrite()
+	}()
 }
 
 // switchReceiving waits until everything has been read from the old stream, as the goal
@@ -248,7 +255,12 @@ func (x *exchange) switchSending(u network.Stream) (<-chan struct{}, error) {
 func (x *exchange) switchReceiving(next *source, g goal) error {
 	s := x.s
 	x.oldSource = s.recv.source()
-	s.recv.handover(next, g, x.memory())
+	if !s.recv.handover(next, g) {
+		if x.verified && !x.initiator {
+			x.closeOld()
+		}
+		s.recv.reserveIn(x.memory())
+	}
 	hold := s.host.cfg.stall
 	if sharesWindow(next.stream.Conn()) {
 		hold = maxHold
@@ -283,7 +295,7 @@ func sharesWindow(c network.Conn) bool {
 }
 
 // finish lets go of the old stream, whose both directions are done with.
-func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
+func (x *exchange) finish(u network.Stream) {
 	s := x.s
 	if s.recv.isRead(x.oldSource) {
 		// Calls it out, see handover.go. The deadline is for WebTransport, where CloseRead
@@ -296,7 +308,9 @@ func (x *exchange) finish(u network.Stream, oldClosed <-chan struct{}) {
 		_ = u.CloseRead() // S6
 	}
 	x.end(moved)
-	<-oldClosed
+	if x.oldClosed != nil {
+		<-x.oldClosed
+	}
 	_ = x.old.Close()
 	x.payLate()
 	x.trace(Finished, nil)

@@ -112,22 +112,32 @@ func (f finalSize) reached(old *source, given bool) (bool, error) {
 	return false, fmt.Errorf("%w: %w", errLost, old.end)
 }
 
-// handover makes next the source that follows cur when the goal is reached. What waits for
-// the application meanwhile is reserved in memory.
-func (h *receiveHalf) handover(next *source, g goal, in memory) {
+// handover makes next the source that follows cur when the goal is reached. It says whether
+// that is so already, or never will be: there is nothing to wait for.
+func (h *receiveHalf) handover(next *source, g goal) (over bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state == receiveFailed {
+		return true
+	}
+	h.state, h.moving = receiveHandover, &handover{next: next, goal: g}
+	h.changed.broadcast()
+	h.settle()
+	return h.moving == nil
+}
+
+// reserveIn has what waits for the application during the handover reserved in memory.
+func (h *receiveHalf) reserveIn(in memory) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.moving == nil {
 		return
 	}
 	if h.budget.empty() { // nor may it be in a scope that the stream has no more
 		h.budget = &span{parent: in}
 		_ = h.budget.reserve(h.cur.got.len) // a little that came with the opening
 	}
-	_ = h.budget.reserve(next.got.len)
-	h.state, h.moving = receiveHandover, &handover{next: next, goal: g}
-	h.changed.broadcast()
-	h.settle()
+	_ = h.budget.reserve(h.moving.next.got.len) // what has proved that the ack has arrived
 }
 
 // isRead says whether somebody is inside a Read of src.

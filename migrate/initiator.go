@@ -226,7 +226,8 @@ func (x *exchange) code(err error) network.StreamErrorCode {
 
 // request sends Migrate and waits for the answer.
 func (x *exchange) request(l *silence) (*pb.AckMigrate, error) {
-	if _, err := l.new.Write(appendMessage([]byte(prelude), migrateMessage(x.id, x.from))); err != nil {
+	request := append(make([]byte, 0, len(prelude)+usualMessage), prelude...)
+	if _, err := l.new.Write(appendMessage(request, migrateMessage(x.id, x.from))); err != nil {
 		return nil, fmt.Errorf("request: %w", err)
 	}
 	if err := readExpected(l, prelude, 0); err != nil {
@@ -251,10 +252,10 @@ func (x *exchange) carry(u network.Stream, ack *pb.AckMigrate) error {
 		return fmt.Errorf("%w: the peer advertises %s and does not answer with it", errViolation, FinalSizeID)
 	}
 	x.verified = ack.GetFinalSize()
-	oldClosed, err := x.switchSending(u)
-	if err != nil {
+	if err := x.switchSending(u); err != nil {
 		return err
 	}
+	x.closeOld()
 	var g goal = untilEOF{}
 	if x.verified {
 		x.s.mu.Lock()
@@ -270,6 +271,6 @@ func (x *exchange) carry(u network.Stream, ack *pb.AckMigrate) error {
 	if err := x.switchReceiving(&source{stream: u}, g); err != nil {
 		return err
 	}
-	x.finish(u, oldClosed)
+	x.finish(u)
 	return nil
 }

@@ -164,15 +164,19 @@ func parsePlain(body []byte) *pb.StreamMigration {
 	return m
 }
 
-// parseLabel reads a Label as nearly every encoder writes it. It says false of any other
-// message.
-func parseLabel(body []byte) (id uint64, ok bool) {
-	if len(body) < 3 || body[0] != fieldLabel<<3|byte(protowire.BytesType) || int(body[1]) != len(body)-2 ||
-		body[2] != 1<<3|byte(protowire.VarintType) {
+// parseNumber reads a message whose member has one field, a number, as nearly every encoder
+// writes it. It says false of any other message.
+func parseNumber(member protowire.Number, body []byte) (v uint64, ok bool) {
+	got, typ, n := protowire.ConsumeTag(body)
+	if n < 0 || got != member || typ != protowire.BytesType {
 		return 0, false
 	}
-	id, n := protowire.ConsumeVarint(body[3:])
-	return id, n == len(body)-3
+	// The length and the field's tag are one byte each.
+	if body = body[n:]; len(body) < 2 || int(body[0]) != len(body)-1 || body[1] != 1<<3|byte(protowire.VarintType) {
+		return 0, false
+	}
+	v, n = protowire.ConsumeVarint(body[2:])
+	return v, n == len(body)-2
 }
 
 // usualMessage is more than any message of this version has.
@@ -294,7 +298,7 @@ func finalSizeMessage(size uint64) *pb.StreamMigration {
 
 // writeMessage writes m to w in one Write.
 func writeMessage(w io.Writer, m *pb.StreamMigration) error {
-	_, err := w.Write(appendMessage(nil, m))
+	_, err := w.Write(appendMessage(make([]byte, 0, usualMessage), m))
 	return err
 }
 
@@ -304,6 +308,9 @@ func readFinalSize(r io.Reader) (uint64, error) {
 	body, err := readBody(r, make([]byte, usualMessage))
 	if err != nil {
 		return 0, err
+	}
+	if size, ok := parseNumber(fieldFinalSize, body); ok {
+		return size, nil
 	}
 	m, err := parseMessage(body)
 	if err != nil {

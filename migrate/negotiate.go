@@ -222,7 +222,7 @@ func (h *Host) hearLabelled(n *negotiator, in *inbound) error {
 	if err != nil {
 		return err
 	}
-	if label, ok := parseLabel(body); ok {
+	if label, ok := parseNumber(fieldLabel, body); ok {
 		in.label = label
 	} else {
 		m, err := parseMessage(body)

@@ -62,7 +62,8 @@ func (r *receiver) hands(final int, stall time.Duration) {
 	if final >= 0 {
 		g = finalSize(final)
 	}
-	r.handover(&source{stream: r.next}, g, r.scope)
+	r.handover(&source{stream: r.next}, g)
+	r.reserveIn(r.scope)
 	r.awaited = make(chan error, 1)
 	go func() {
 		err := r.await(stall, maxHold, r.look)
@@ -660,7 +661,8 @@ func TestReadAheadOutlivesNextMigration(t *testing.T) {
 		r.wants(t, "hello")
 		last := newFake()
 		r.hold()
-		r.handover(&source{stream: last}, finalSize(0), r.scope)
+		r.handover(&source{stream: last}, finalSize(0))
+		r.reserveIn(r.scope)
 		require.NoError(t, r.await(time.Minute, maxHold, r.look))
 		require.NoError(t, r.next.Reset())
 		synctest.Wait()
@@ -1130,7 +1132,8 @@ func TestProofOnTheNextStream(t *testing.T) {
 		next := &source{stream: r.next}
 		require.NoError(t, r.prove(next))
 		later(t, got, "the Read")
-		r.handover(next, untilEOF{}, r.scope)
+		r.handover(next, untilEOF{})
+		r.reserveIn(r.scope)
 		require.NoError(t, r.await(time.Hour, time.Hour, r.look))
 		require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
 		require.Zero(t, r.scope.reserved())

@@ -157,13 +157,12 @@ func (x *exchange) carryVerified(u network.Stream) error {
 	if err != nil {
 		return fmt.Errorf("final size: %w", l.cause(err))
 	}
-	oldClosed, err := x.switchSending(u)
-	if err != nil {
+	if err := x.switchSending(u); err != nil {
 		return err
 	}
 	if err := x.switchReceiving(&source{stream: u}, finalSize(final)); err != nil {
 		return err
 	}
-	x.finish(u, oldClosed)
+	x.finish(u)
 	return nil
 }

@@ -21,6 +21,7 @@ type Stream struct {
 	peer  peer.ID
 	proto protocol.ID
 	dir   network.Direction
+	born  uint64 // the label that it was opened with
 
 	send sendHalf
 	recv receiveHalf
@@ -32,7 +33,6 @@ type Stream struct {
 	scope      *scope    // nil as long as nobody has asked for it and no exchange needs it
 	ex         *exchange // the migration under way, or nil
 	waiting    []*waiter // the peer's exchanges that begin when ex has ended, before any of ours
-	id         string    // set before the first migration
 	label      uint64
 	counted    chan struct{} // tells the accepting goroutine to return; nil: it may, see serve.go
 	serving    bool          // the application's handler runs
@@ -106,6 +106,7 @@ func newStream(h *Host, u network.Stream, proto protocol.ID, label uint64) *Stre
 		proto: proto,
 		dir:   u.Stat().Direction,
 		label: label,
+		born:  label,
 	}
 	s.send.cur = u
 	s.recv.cur = &source{stream: u}
@@ -300,15 +301,9 @@ func (s *Stream) SetReadDeadline(t time.Time) error { return s.recv.setDeadline(
 // SetWriteDeadline implements network.MuxedStream.
 func (s *Stream) SetWriteDeadline(t time.Time) error { return s.send.setDeadline(t) }
 
-// ID implements network.Stream. It never changes.
-func (s *Stream) ID() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.id != "" {
-		return s.id
-	}
-	return s.send.stream().ID()
-}
+// ID implements network.Stream. It never changes, and no other stream of the process has it:
+// the peer, and the label that the stream was opened with.
+func (s *Stream) ID() string { return fmt.Sprintf("%s-%d", s.peer, s.born) }
 
 // Protocol implements network.Stream. It never changes.
 func (s *Stream) Protocol() protocol.ID { return s.proto }
