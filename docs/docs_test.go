@@ -146,3 +146,26 @@ func TestNames(t *testing.T) {
 		t.Errorf("only %d names were found", checked)
 	}
 }
+
+// TestLineCounts: the length of the peer in JavaScript measures how much an implementer has
+// to write, so it is as its README says.
+func TestLineCounts(t *testing.T) {
+	const dir = root + "/integration/interop/js/"
+	readme := read(t, dir+"README.md")
+	rows := regexp.MustCompile("(?m)^\\| `([a-z]+\\.js)` \\| (\\d+) \\|").FindAllStringSubmatch(readme, -1)
+	sum := 0
+	for _, row := range rows {
+		text, err := os.ReadFile(dir + row[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Count(string(text), "\n")
+		if fmt.Sprint(lines) != row[2] {
+			t.Errorf("%s has %d lines, not %s", row[1], lines, row[2])
+		}
+		sum += lines
+	}
+	if want := fmt.Sprintf("has %d,%03d lines", sum/1000, sum%1000); len(rows) < 5 || !strings.Contains(readme, want) {
+		t.Errorf("README.md does not say that the peer %s", want)
+	}
+}
