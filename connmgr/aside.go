@@ -17,6 +17,8 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	ma "github.com/multiformats/go-multiaddr"
 	"go.uber.org/fx"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // Dialling beside a connection
@@ -133,27 +135,25 @@ func (c *asideConn) IsClosed() bool { return c.aside.Load() || c.CapableConn.IsC
 
 // As finds c itself, too.
 func (c *asideConn) As(target any) bool {
-	if t, ok := target.(**asideConn); ok {
+	switch t := target.(type) {
+	case **asideConn:
 		*t = c
-		return true
+	case *aside.Conn:
+		*t = c
+	default:
+		return c.CapableConn.As(target)
 	}
-	return c.CapableConn.As(target)
+	return true
 }
+
+// Gone implements aside.Conn.
+func (c *asideConn) Gone() bool { return c.CapableConn.IsClosed() }
 
 // asideOf returns what c is in the swarm, if that can be set aside.
 func asideOf(c network.Conn) (*asideConn, bool) {
 	var a *asideConn
 	ok := c.As(&a)
 	return a, ok
-}
-
-// isClosed is c.IsClosed, but for those set aside.
-func isClosed(c network.Conn) bool {
-	if !c.IsClosed() {
-		return false
-	}
-	a, ok := asideOf(c)
-	return !ok || a.CapableConn.IsClosed()
 }
 
 // Stat implements network.ConnStat. What it returns where c has none is what the swarm takes

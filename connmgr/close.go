@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // closer closes connections that nothing keeps.
@@ -40,7 +42,7 @@ func (cl *closer) close(d *peerState, v *view, p *plan, i int) {
 // so, from here on the loser counts for nothing any more (D4).
 func (cl *closer) claim(d *peerState, v *view, p *plan, i int) bool {
 	loser, winner := v.conns[i].connState, v.conns[p.winner].connState
-	if !slices.Contains(openConns(cl.network(), d.peer), winner.conn) || loser.conn.IsClosed() {
+	if !slices.Contains(openConns(cl.network(), d.peer), winner.conn) || aside.IsClosed(loser.conn) {
 		return false
 	}
 	open := streamsOn(loser.conn, v.facts.manages == yes)

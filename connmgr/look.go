@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 
+	"github.com/go-portage/portage/internal/aside"
 	"github.com/go-portage/portage/policy"
 )
 
@@ -34,7 +35,7 @@ func openConns(n network.Network, p peer.ID) []network.Conn {
 	if n == nil {
 		return nil
 	}
-	return slices.DeleteFunc(n.ConnsToPeer(p), isClosed)
+	return slices.DeleteFunc(n.ConnsToPeer(p), aside.IsClosed)
 }
 
 // looker finds the facts of a peer.

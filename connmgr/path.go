@@ -15,6 +15,8 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	multistream "github.com/multiformats/go-multistream"
 	"github.com/quic-go/quic-go"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // Paths
@@ -300,7 +302,7 @@ func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets b
 	// note is called once in time, and once more for an answer that is late.
 	note := func(out *outcome, late bool) {
 		heard := out != nil && answered(out.err) || before.heard(trafficOn(mv, cs.conn))
-		closed := isClosed(cs.conn)
+		closed := aside.IsClosed(cs.conn)
 		d.mu.Lock()
 		was := cs.path.health
 		if out != nil && greets {

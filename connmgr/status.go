@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/go-portage/portage/internal/aside"
 	"github.com/go-portage/portage/migrate"
 )
 
@@ -243,7 +244,7 @@ func (m *Manager) status(q Query) Status {
 	s.Self = n.LocalPeer().String()
 	byPeer := make(map[peer.ID]*listed)
 	for _, c := range n.Conns() {
-		if c.IsClosed() {
+		if aside.IsClosed(c) {
 			continue
 		}
 		p := byPeer[c.RemotePeer()]

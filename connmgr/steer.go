@@ -8,6 +8,8 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // steering is where new streams go: the winners of the peers that have duplicates. It
@@ -74,7 +76,7 @@ func (st *steering) silent(c network.Conn) bool {
 // swarm too.
 func (st *steering) choose(ctx context.Context, p peer.ID) network.Conn {
 	winner := st.get(p)
-	if winner == nil || winner.conn.IsClosed() {
+	if winner == nil || aside.IsClosed(winner.conn) {
 		return nil
 	}
 	if allowed, _ := network.GetAllowLimitedConn(ctx); winner.base.Limited && !allowed {

@@ -8,6 +8,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // Who is charged to the application's protocol. While a stream migrates it has two
@@ -140,7 +142,7 @@ func (s *Stream) pay() bool {
 	}
 	var cur network.StreamScope = sc.own
 	if u, ok := sc.unpaid.(network.Stream); ok {
-		if u.Conn().IsClosed() { // a scope that has ended may not be charged
+		if aside.IsClosed(u.Conn()) { // a scope that has ended may not be charged
 			return true
 		}
 		cur = u.Scope()

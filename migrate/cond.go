@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // cond is a condition variable whose waiters may have a deadline. Its zero value
@@ -57,5 +59,5 @@ var past = time.Unix(1, 0)
 func isDeadline(err error, u network.Stream) bool {
 	var t interface{ Timeout() bool }
 	return (errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, &t) && t.Timeout()) &&
-		!errors.Is(err, net.ErrClosed) && !u.Conn().IsClosed()
+		!errors.Is(err, net.ErrClosed) && !aside.IsClosed(u.Conn())
 }

@@ -7,6 +7,8 @@ import (
 	"math"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // What is needed only with peers that have the draft alone, without the verified handover:
@@ -104,7 +106,7 @@ func (untilEOF) reached(old *source, given bool) (bool, error) {
 		return false, nil
 	case old.end != io.EOF:
 		return false, old.end
-	case old.stream.Conn().IsClosed():
+	case aside.IsClosed(old.stream.Conn()):
 		return false, errLost // nothing vouches for an EOF from a dead connection
 	}
 	return true, nil
@@ -180,7 +182,7 @@ func (h *receiveHalf) hasEnded() bool {
 func (h *receiveHalf) prove(next *source) error {
 	buf := make([]byte, 1<<10)
 	n, err := next.stream.Read(buf)
-	if n == 0 && err == io.EOF && next.stream.Conn().IsClosed() {
+	if n == 0 && err == io.EOF && aside.IsClosed(next.stream.Conn()) {
 		return errUnproven
 	}
 	if err != nil && err != io.EOF {

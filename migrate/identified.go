@@ -12,6 +12,8 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	ma "github.com/multiformats/go-multiaddr"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // What the other end of a connection speaks
@@ -199,7 +201,7 @@ func (i *identified) only(id protocol.ID, speaks bool) told {
 func (i *identified) tell(c network.Conn, t told) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.net == nil || i.closed || c.IsClosed() { // closed: nobody may tell of its end any more
+	if i.net == nil || i.closed || aside.IsClosed(c) { // closed: nobody may tell of its end any more
 		return
 	}
 	old := i.conns[c]

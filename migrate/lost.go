@@ -4,6 +4,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // Nothing is kept of a stream that has failed, even if its application has not closed it. A
@@ -25,7 +27,7 @@ func (s *Stream) noteTold() { s.free(false) }
 func (s *Stream) free(gone bool) {
 	s.mu.Lock()
 	lost := s.ex == nil && s.life == lifeOpen &&
-		(s.told() || gone && s.send.stream().Conn().IsClosed())
+		(s.told() || gone && aside.IsClosed(s.send.stream().Conn()))
 	if lost {
 		s.life = lifeLost
 	}
@@ -76,7 +78,7 @@ func (h *Host) orphan(streams []*Stream) {
 func (s *Stream) noteGone() {
 	s.noteTold()
 	s.mu.Lock()
-	gone := s.ex == nil && s.life == lifeOpen && s.send.stream().Conn().IsClosed()
+	gone := s.ex == nil && s.life == lifeOpen && aside.IsClosed(s.send.stream().Conn())
 	s.mu.Unlock()
 	if gone {
 		s.host.orphan([]*Stream{s})

@@ -14,6 +14,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/quic-go/quic-go"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // On which connection a stream is opened
@@ -49,7 +51,7 @@ func (h *Host) named(ctx context.Context, p peer.ID) network.Conn {
 
 // usable says whether a stream that is opened with ctx may be on c.
 func usable(ctx context.Context, c network.Conn) bool {
-	if c.IsClosed() {
+	if aside.IsClosed(c) {
 		return false
 	}
 	if allowed, _ := network.GetAllowLimitedConn(ctx); !allowed && c.Stat().Limited {

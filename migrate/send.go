@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // The sending half of a stream. Where a byte goes:
@@ -129,7 +131,7 @@ func (h *sendHalf) goOn(p []byte, n int, err error) (int, error) {
 		case err != nil && !saved && !(h.closed && isDeadline(err, on)):
 			// Of a stream that was closed meanwhile WebRTC reports that, and in no type of
 			// its own.
-			if on.Conn().IsClosed() || !h.closed && lostWith(err, on) {
+			if aside.IsClosed(on.Conn()) || !h.closed && lostWith(err, on) {
 				h.lost, h.err = true, err
 			}
 			return n, err

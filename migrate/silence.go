@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // Once Migrate or the ack has left there is no way back (S10), and while one waits for the
@@ -112,5 +114,5 @@ func (l *silence) cause(err error) error {
 
 // oldFailed says whether the old stream is known to have failed, and not only ended.
 func (x *exchange) oldFailed() bool {
-	return x.s.recv.keepsError() || x.s.send.keepsError() || x.old.Conn().IsClosed()
+	return x.s.recv.keepsError() || x.s.send.keepsError() || aside.IsClosed(x.old.Conn())
 }

@@ -34,6 +34,8 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	manet "github.com/multiformats/go-multiaddr/net"
 	"github.com/multiformats/go-multistream"
+
+	"github.com/go-portage/portage/internal/aside"
 )
 
 // Errors to test for with errors.Is. None of them will be another after a while by itself.
@@ -110,7 +112,7 @@ func isRelayed(a ma.Multiaddr) bool {
 // direct says whether there is a direct connection to p.
 func direct(h host.Host, p peer.ID) bool {
 	return slices.ContainsFunc(h.Network().ConnsToPeer(p), func(c network.Conn) bool {
-		return !isRelayed(c.RemoteMultiaddr()) && !c.IsClosed()
+		return !isRelayed(c.RemoteMultiaddr()) && !aside.IsClosed(c)
 	})
 }
 
@@ -118,7 +120,7 @@ func direct(h host.Host, p peer.ID) bool {
 func relayedBy(h host.Host, p peer.ID) network.Conn {
 	var youngest network.Conn
 	for _, c := range h.Network().ConnsToPeer(p) {
-		if !isRelayed(c.RemoteMultiaddr()) || c.IsClosed() || c.Stat().Direction != network.DirInbound {
+		if !isRelayed(c.RemoteMultiaddr()) || aside.IsClosed(c) || c.Stat().Direction != network.DirInbound {
 			continue
 		}
 		if youngest == nil || c.Stat().Opened.After(youngest.Stat().Opened) {
@@ -232,7 +234,7 @@ func witnesses(h host.Host, relayed network.Conn) []network.Conn {
 		transports := make(map[int]bool)
 		for _, c := range pick {
 			code := transport(c.LocalMultiaddr())
-			if len(chosen) == observers || transports[code] || !usable(c.RemoteMultiaddr()) || c.IsClosed() || slices.Contains(chosen, c) {
+			if len(chosen) == observers || transports[code] || !usable(c.RemoteMultiaddr()) || aside.IsClosed(c) || slices.Contains(chosen, c) {
 				continue
 			}
 			transports[code] = true
