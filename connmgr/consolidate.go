@@ -60,9 +60,7 @@ func (c ConnInfo) String() string {
 	return fmt.Sprintf("%s %s (%s)", c.Kind, c.Remote, c.ID)
 }
 
-func (cs *connState) info() ConnInfo {
-	return ConnInfo{ID: cs.base.ID, Kind: kind(cs.base), Remote: cs.conn.RemoteMultiaddr()}
-}
+func (cs *connState) info() ConnInfo { return cs.name }
 
 func kind(c policy.Candidate) string {
 	switch {

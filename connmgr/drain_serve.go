@@ -144,7 +144,8 @@ func (ds *drainServer) asked(c network.Conn, conns []network.Conn) (*peerState, 
 // unknown returns those of conns of which nothing is kept. It must be called with d's lock
 // held.
 func (d *peerState) unknown(conns []network.Conn) []network.Conn {
-	return slices.DeleteFunc(slices.Clone(conns), func(c network.Conn) bool { return d.state(c) != nil })
+	state := d.states()
+	return slices.DeleteFunc(slices.Clone(conns), func(c network.Conn) bool { return state(c) != nil })
 }
 
 // answerHello answers a Hello on c.
@@ -161,12 +162,8 @@ func (ds *drainServer) answerHello(c network.Conn, instance uint64) *pb.DrainMes
 
 // agreeToKeep answers a Keep on c (K1).
 func (ds *drainServer) agreeToKeep(c network.Conn) *pb.DrainMessage {
-	n := ds.network()
-	conns := openConns(n, c.RemotePeer())
-	unlimited := false
-	for _, o := range conns {
-		unlimited = unlimited || o != c && !o.Stat().Limited
-	}
+	n, p := ds.network(), c.RemotePeer()
+	conns := openConns(n, p)
 	if ds.tasks.over() {
 		return refusedMessage("the manager is closed")
 	}
@@ -175,14 +172,19 @@ func (ds *drainServer) agreeToKeep(c network.Conn) *pb.DrainMessage {
 		return keptMessage() // it is the only one
 	}
 	defer d.mu.Unlock()
+	state := d.states()
+	unlimited := slices.ContainsFunc(conns, func(o network.Conn) bool { return o != c && !state(o).base.Limited })
 	switch {
-	case n.LocalPeer() < c.RemotePeer():
+	case n.LocalPeer() < p:
 		ds.sched.schedule(d, time.Now())
 		return refusedMessage("this side decides")
 	case cs.closing:
 		return refusedMessage("it is being closed")
-	case c.Stat().Limited && unlimited:
+	case cs.base.Limited && unlimited:
 		return refusedMessage("it is limited, and there is one that is not")
+	}
+	if d.named != cs && !d.turns(time.Now()) {
+		return refusedMessage("too many have been named of late")
 	}
 	cs.pledged = time.Time{}
 	cs.drain.off()
@@ -190,6 +192,18 @@ func (ds *drainServer) agreeToKeep(c network.Conn) *pb.DrainMessage {
 	d.progress = time.Now()
 	ds.sched.schedule(d, time.Now())
 	return keptMessage()
+}
+
+// turns says whether the peer may name another connection now, and counts it. Each makes this
+// side move its streams there, and costs the peer a few bytes. So it is a few at once, and then
+// as seldom as this side itself changes its mind. It must be called with d's lock held.
+func (d *peerState) turns(now time.Time) bool {
+	free := later(d.turned, now).Add(turnPause)
+	if free.Sub(now) > turnsAtOnce*turnPause {
+		return false
+	}
+	d.turned = free
+	return true
 }
 
 // agreeToLose answers a Drain on c (D1).
@@ -200,7 +214,6 @@ func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.Drai
 	}
 	n := ds.network()
 	conns := openConns(n, p)
-	limited := c.Stat().Limited
 	open := streamsOn(c, true)
 	lower := n.LocalPeer() < p
 
@@ -213,11 +226,12 @@ func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.Drai
 	now := time.Now()
 	var rest, ours []*connState
 	unlimited := 0
+	state := d.states()
 	for _, o := range conns {
-		if o == c || o.Stat().Limited && !limited {
+		os := state(o)
+		if o == c || os.base.Limited && !cs.base.Limited {
 			continue
 		}
-		os := d.state(o)
 		switch os.drain.lapse(now); {
 		case os.closing, now.Before(os.pledged) && d.named != os:
 		case os.drain.phase != drainOff && os.drain.phase != drainRefused && os.drain.phase != drainFailed:
@@ -237,7 +251,9 @@ func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.Drai
 		return refuse("there is no other connection that could take its place")
 	case lower && d.winner == cs:
 		return refuse("this side decides, and keeps it")
-	case ds.cfg.standby && !limited && unlimited+len(ours) < 2:
+	case cs.path.health != pathSilent && standIn(append(rest, ours...)).path.health == pathSilent:
+		return refuse("no other connection answers")
+	case ds.cfg.standby && !cs.base.Limited && unlimited+len(ours) < 2:
 		return refuse("it stands by")
 	case len(rest) == 0 && lower:
 		return refuse("this side wants to close the others") // D4
@@ -256,7 +272,13 @@ func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.Drai
 	cs.pledged = now.Add(lease)
 	// The next round steers by the policy; until then, anywhere but there.
 	if winner := ds.steer.get(p); winner == cs {
-		ds.steer.set(p, steered{winner: append(rest, ours...)[0]})
+		to := steered{winner: standIn(append(rest, ours...))}
+		for _, o := range d.conns {
+			if o.path.health == pathSilent {
+				to.silent = append(to.silent, o.conn)
+			}
+		}
+		ds.steer.set(p, to)
 	}
 	if open.without(cs.requests) > 0 || d.touching(cs) > 0 {
 		cs.quiet = time.Time{}

@@ -249,7 +249,7 @@ func TestPeerRefuses(t *testing.T) {
 		require.LessOrEqual(t, loser.timesAsked(), 8+int(time.Hour/defaultMaxRetry), "it is not asked all the time")
 		require.GreaterOrEqual(t, loser.timesAsked(), int(time.Hour/defaultMaxRetry)/2)
 		require.Contains(t, w.m.Explain(higher).Conns[1].State, `kept: the peer refused: "we like`)
-		said := w.logs.FilterMessageSnippet("refused").All()
+		said := w.logs.FilterMessageSnippet("refused to let it go").All()
 		require.Len(t, said, 1, "each reason is said once")
 		require.NotContains(t, said[0].Message, "\n", "a peer cannot write lines of its own")
 		require.Less(t, len(said[0].Message), 2*maxReason)
@@ -907,10 +907,35 @@ func TestAskedBeforeTheFirstLook(t *testing.T) {
 			quic := quietly(w, quicAddr)
 			d := w.m.sched.known(lower)
 			v := w.m.looks.look(lower, d)
-			require.NotNil(t, w.m.serves.agreeToLose(quic, time.Minute).GetBusy())
+			require.Nil(t, w.m.serves.agreeToLose(quic, time.Minute).GetRefused())
 			w.m.rounds.remember(d, v)
 			require.True(t, v.facts.conns[2].pledged)
 			require.True(t, time.Now().Before(d.state(quic).pledged))
 		})
+	})
+}
+
+// A connection that new streams go to is about to go. Until the next plan says where to, they
+// go to one that works.
+func TestNewStreamsGoToWhatWorks(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		dead, slow, relay, tcp, quic := w.connect(tcpAddr), w.connect(tcpAddr), w.connect(relayAddr), w.connect(tcpAddr), w.connect(quicAddr)
+		dead.set(func() { dead.silent = true })
+		slow.set(func() { slow.full = network.ErrResourceLimitExceeded })
+		w.pass(2*defaultProbeTime + defaultSettleDelay)
+		require.ElementsMatch(t, []string{"alive", "alive", "unknown", "alive", "silent"}, pathsOf(w))
+		require.Equal(t, quic.id, w.steered())
+		w.m.sched.mu.Lock()
+		w.m.sched.most = 0 // no round any more
+		w.m.sched.mu.Unlock()
+		require.Nil(t, w.m.serves.agreeToLose(quic, time.Minute).GetRefused())
+		require.Equal(t, tcp.id, w.steered())
+		require.Nil(t, w.m.serves.agreeToLose(tcp, time.Minute).GetRefused())
+		require.Equal(t, relay.id, w.steered(), "an answer counts for more than a direct path")
+		require.Nil(t, w.m.serves.agreeToLose(relay, time.Minute).GetRefused())
+		require.Equal(t, slow.id, w.steered(), "what is not known may work")
+		require.Equal(t, "no other connection answers", w.m.serves.agreeToLose(slow, time.Minute).GetRefused().GetReason())
+		require.Equal(t, slow.id, w.steered())
 	})
 }

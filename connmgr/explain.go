@@ -114,8 +114,7 @@ func (m *Manager) explain(p peer.ID) (Explanation, *view) {
 			Path: cv.facts.path.health.String(),
 		})
 	}
-	slices.SortStableFunc(e.Conns, func(a, b ExplainedConn) int {
-		return cmp.Compare(plan.place(a.Conn.ID), plan.place(b.Conn.ID))
-	})
+	place := plan.places()
+	slices.SortStableFunc(e.Conns, func(a, b ExplainedConn) int { return cmp.Compare(place(a.Conn.ID), place(b.Conn.ID)) })
 	return e, v
 }

@@ -131,6 +131,31 @@ func TestExplainOnlyALimitedConnection(t *testing.T) {
 	require.Equal(t, "one connection, through a relay", w.m.Explain(higher).State)
 }
 
+// A peer with several limited connections: what that means, and until when.
+func TestExplainOnlyLimitedConnections(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connectLimited()
+		w.net.limit = map[any]any{client.StatLimitDuration: 2 * time.Minute}
+		second := w.connectLimited()
+		w.pass(2 * defaultSettleDelay)
+		e := w.m.Explain(higher)
+		require.Equal(t, "only limited connections, each with a budget of its own: all are left, and streams leave one that is about to be cut", e.State)
+		said := make(map[string]ExplainedConn)
+		for _, c := range e.Conns {
+			said[c.Conn.ID] = c
+		}
+		require.Equal(t, "kept: its relay limits it, as the others", said["conn-1"].State)
+		require.Equal(t, "kept: its relay limits it, as the others, and cuts it in 1 m 58 s at the latest", said["conn-2"].State)
+		require.Equal(t, second.opened.Add(2*time.Minute), said["conn-2"].Until)
+
+		w.pass(2*time.Minute - endingSoon)
+		e = w.m.Explain(higher)
+		require.Equal(t, "its relay is about to cut it", e.Conns[1].RuledOut)
+		require.Equal(t, second.id, e.Conns[1].Conn.ID)
+	})
+}
+
 // Nothing that a peer chooses can write lines of its own, into an explanation, a report or
 // the log.
 func TestWhatAPeerSaysIsQuoted(t *testing.T) {

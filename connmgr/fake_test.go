@@ -283,6 +283,7 @@ type fakeConn struct {
 	extra   map[any]any
 	blocks  chan struct{} // if set, CloseWithError does not return before it is closed
 	local   ma.Multiaddr
+	called  func(what string) // if set, told of each call
 
 	mu       sync.Mutex
 	plain    int
@@ -317,17 +318,25 @@ type fakeConn struct {
 
 func (c *fakeConn) ID() string                    { return c.id }
 func (c *fakeConn) RemotePeer() peer.ID           { return c.remote }
-func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr { return c.addr }
+func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr { c.tell("RemoteMultiaddr"); return c.addr }
 func (c *fakeConn) LocalMultiaddr() ma.Multiaddr  { return c.local }
 func (c *fakeConn) As(any) bool                   { return false }
 
+func (c *fakeConn) tell(what string) {
+	if c.called != nil {
+		c.called(what)
+	}
+}
+
 func (c *fakeConn) IsClosed() bool {
+	c.tell("IsClosed")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.closed
 }
 
 func (c *fakeConn) Stat() network.ConnStats {
+	c.tell("Stat")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return network.ConnStats{
@@ -337,6 +346,7 @@ func (c *fakeConn) Stat() network.ConnStats {
 }
 
 func (c *fakeConn) GetStreams() []network.Stream {
+	c.tell("GetStreams")
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var streams []network.Stream
@@ -716,7 +726,10 @@ type fakeStream struct {
 
 func (s *fakeStream) Protocol() protocol.ID { return "/test/labelled/1.0.0" }
 
-func (s *fakeStream) Stat() network.Stats { return network.Stats{Direction: s.dir} }
+func (s *fakeStream) Stat() network.Stats {
+	s.Conn().(*fakeConn).tell("Stream.Stat")
+	return network.Stats{Direction: s.dir}
+}
 
 func (s *fakeStream) Conn() network.Conn {
 	s.mu.Lock()

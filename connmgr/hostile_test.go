@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/pb"
 )
 
@@ -160,5 +161,98 @@ func TestPeerThatStartsAnew(t *testing.T) {
 		require.Empty(t, w.steered(), "two processes after all")
 		require.Contains(t, w.m.Explain(higher).State, "different processes")
 		require.False(t, quic.IsClosed() || tcp.IsClosed() || again.IsClosed())
+	})
+}
+
+// What a peer has done to it is logged, but not at a rate that it chooses.
+func TestLinesOfOnePeerAreBounded(t *testing.T) {
+	const times = 300
+	for name, provoke := range map[string]func(w *world){
+		"streams to be moved": func(w *world) {
+			w.connect(quicAddr)
+			tcp := w.connect(tcpAddr)
+			w.pass(2 * defaultSettleDelay)
+			for range times {
+				tcp.open(1)
+				w.m.sched.poke(w.peer)
+				w.pass(10 * rtt)
+			}
+			require.Greater(w.t, len(w.mover.made()), times/2)
+		},
+		"streams that it moves": func(w *world) {
+			quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+			w.pass(2 * defaultSettleDelay)
+			for range times {
+				w.m.moves.migrated(migrate.Event{Peer: w.peer, Kind: migrate.Finished, From: tcp, To: quic, Time: time.Now()})
+				w.pass(2 * byPeerPause)
+			}
+		},
+		"connections to be closed": func(w *world) {
+			w.connect(quicAddr)
+			for range times {
+				w.connect(tcpAddr)
+			}
+			w.pass(time.Minute)
+			require.Len(w.t, w.net.ConnsToPeer(w.peer), 1)
+		},
+		"connections that it closes": func(w *world) {
+			w.connect(quicAddr)
+			w.pass(2 * defaultSettleDelay)
+			for range times {
+				tcp := w.connect(tcpAddr)
+				w.pass(100 * time.Millisecond)
+				w.m.serves.agreeToLose(tcp, time.Minute)
+				w.pass(defaultQuietTime)
+				w.m.serves.agreeToLose(tcp, time.Minute)
+				tcp.Close()
+				w.pass(100 * time.Millisecond)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				p := higher
+				if strings.Contains(name, "that it") {
+					p = lower
+				}
+				w := newWorld(t, p)
+				start := time.Now()
+				provoke(w)
+				w.pass(2 * sampleEvery)
+				said := w.messages()
+				require.NotEmpty(t, said)
+				require.LessOrEqual(t, len(said), (1+int(time.Since(start)/sampleEvery))*deedsAtOnce)
+				require.Less(t, len(said), times)
+			})
+		})
+	}
+}
+
+// A peer that decides, and changes its mind all the time.
+func TestPeerThatNamesOneConnectionAfterTheOther(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		quic, tcp := w.connect(quicAddr), w.connect(tcpAddr)
+		quic.open(10)
+		w.pass(2 * defaultSettleDelay)
+		start := time.Now()
+		refused := 0
+		for i := range 600 {
+			answer := w.request([]*fakeConn{tcp, quic}[i%2], keepMessage())
+			if answer.GetRefused() != nil {
+				refused++
+				require.Equal(t, "too many have been named of late", answer.GetRefused().GetReason())
+			}
+			w.pass(2 * rtt)
+		}
+		turns := turnsAtOnce + int(time.Since(start)/turnPause) + 1
+		require.LessOrEqual(t, len(w.mover.made()), 10*turns, "as often as this side itself would change its mind")
+		require.Positive(t, refused)
+
+		w.pass(turnsAtOnce * turnPause)
+		for i := range turnsAtOnce {
+			require.NotNil(t, w.request([]*fakeConn{tcp, quic}[i%2], keepMessage()).GetKept(), "an honest peer may do so for a good reason")
+			require.NotNil(t, w.request([]*fakeConn{tcp, quic}[i%2], keepMessage()).GetKept(), "and say it twice")
+		}
 	})
 }

@@ -26,9 +26,15 @@ type view struct {
 type connView struct {
 	*connState
 	facts    *connFacts // in view.facts
-	labelled []network.Stream
+	labelled []labelledStream
 	denied   []network.Stream // of them: the peer denies to move them
 	pinned   []pinnedBy       // the streams that cannot move, by what they speak; most come first
+}
+
+// labelledStream is a stream that can move.
+type labelledStream struct {
+	network.Stream
+	theirs bool // the peer opened it
 }
 
 func openConns(n network.Network, p peer.ID) []network.Conn {
@@ -63,8 +69,9 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 	if d != nil {
 		d.mu.Lock()
 		sticky = d.manages
+		state := d.states()
 		for i, c := range conns {
-			v.conns[i].connState = d.state(c)
+			v.conns[i].connState = state(c)
 		}
 		d.mu.Unlock()
 	}
@@ -98,7 +105,9 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 			cf.candidate.Age = max(f.now.Sub(cv.opened), 1)
 		}
 		if f.migrates {
-			cv.labelled = v.mover.Streams(c)
+			for _, s := range v.mover.Streams(c) {
+				cv.labelled = append(cv.labelled, labelledStream{s, s.Stat().Direction == network.DirInbound})
+			}
 		}
 		if open[i] = streamsOn(c, f.manages == yes); len(conns) > 1 && open[i].others > len(cv.labelled) {
 			cv.pinned = cv.unlabelledOn(f.manages == yes)
@@ -128,11 +137,14 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 // lookAtKept fills in what is kept of the peer and its connections.
 func (l *looker) lookAtKept(d *peerState, v *view, open []streamCount, carried []traffic, rtts []time.Duration) {
 	f := &v.facts
+	var moving map[*connState]int
 	if d != nil {
 		d.mu.Lock()
 		defer d.mu.Unlock()
+		moving = d.motions()
 	}
 	for i := range v.conns {
+		v.conns[i].facts.moving = moving[v.conns[i].connState]
 		v.lookAt(d, i, open[i], carried[i])
 	}
 	if l.policies.policy().use.RTT {
@@ -181,7 +193,6 @@ func (v *view) lookAt(d *peerState, i int, open streamCount, carried traffic) {
 	}
 	cf.named, cf.used = d.named == cv.connState, cv.lastUse()
 	cf.candidate.Incumbent = d.winner == cv.connState
-	cf.moving = d.touching(cv.connState)
 	switch {
 	case cf.candidate.Streams > 0 || cf.moving > 0:
 		cv.quiet = time.Time{}
@@ -195,8 +206,8 @@ func (v *view) lookAt(d *peerState, i int, open streamCount, carried traffic) {
 	// there or not.
 	cf.candidate.Pinned -= cf.moving
 	for _, s := range cv.labelled {
-		b, waits := d.backoff[s]
-		mo, moves := d.moving[s]
+		b, waits := d.backoff[s.Stream]
+		mo, moves := d.moving[s.Stream]
 		switch {
 		case moves:
 			if mo.touches(cv.connState) {
@@ -204,12 +215,12 @@ func (v *view) lookAt(d *peerState, i int, open streamCount, carried traffic) {
 			}
 		case b.denied:
 			cf.candidate.Pinned++
-			cv.denied = append(cv.denied, s)
+			cv.denied = append(cv.denied, s.Stream)
 		case waits && f.now.Before(b.until):
 			if cf.retries++; cf.retries == 1 || b.until.Before(cf.retryAt) {
 				cf.retryAt = b.until
 			}
-		case s.Stat().Direction == network.DirInbound:
+		case s.theirs:
 			cf.theirs++
 		default:
 			cf.own++

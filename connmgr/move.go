@@ -73,13 +73,13 @@ func (d *peerState) mayMove(v *view, p *plan) []toMove {
 			continue
 		}
 		for _, s := range v.conns[i].labelled {
-			b, waits := d.backoff[s]
-			_, moves := d.moving[s]
+			b, waits := d.backoff[s.Stream]
+			_, moves := d.moving[s.Stream]
 			switch {
 			case moves, b.denied, waits && !v.facts.forced && v.facts.now.Before(b.until):
-			case verdict.move == moveOwn && s.Stat().Direction == network.DirInbound:
+			case verdict.move == moveOwn && s.theirs:
 			default:
-				list = append(list, toMove{s, v.conns[i].connState})
+				list = append(list, toMove{s.Stream, v.conns[i].connState})
 			}
 		}
 	}

@@ -86,6 +86,17 @@ const (
 	// Of what a peer can have logged at a rate of its choice there is one line in this time.
 	sampleEvery = time.Minute
 
+	// And of what is done about a peer so many. To get from a relay to the best of several
+	// connections takes less than ten; who has more in a minute is in motion all the time.
+	deedsAtOnce = 20
+
+	// The connection that the peer keeps may change so often at once, and then once in this
+	// time, which is the patience with a better one at the default interval. Connections that
+	// come one after the other, each better than the last, are four at the most: a relay, one
+	// without a limit, TCP, QUIC.
+	turnsAtOnce = 5
+	turnPause   = 10 * time.Second
+
 	// The end of what the peer moves is told in the log once nothing has moved for this long.
 	byPeerPause = 250 * time.Millisecond
 

@@ -36,9 +36,10 @@ type peerState struct {
 	better  string // see facts
 	since   time.Time
 	takeover
-	left  int  // the fewest streams that were seen to be movable; only if seen is set
-	seen  bool // left is set
-	named *connState
+	left   int  // the fewest streams that were seen to be movable; only if seen is set
+	seen   bool // left is set
+	named  *connState
+	turned time.Time // until when what the peer has named of late counts against it; see turns
 
 	path     *connState          // carries what is new, as events tell; nil: nothing was told
 	measured PeerMetrics         // what the metrics say of the peer
@@ -66,6 +67,7 @@ type backoff struct {
 type connState struct {
 	conn   network.Conn     // immutable
 	base   policy.Candidate // immutable: what does not change while the connection lives
+	name   ConnInfo         // immutable
 	opened time.Time        // immutable
 	ends   time.Time        // immutable: when its relay cuts it; zero: not known
 	budget uint64           // immutable: bytes each way that its relay allows; 0: not known
@@ -117,6 +119,7 @@ func newConnState(c network.Conn) *connState {
 		cs.base.SetLocalAddr(local)
 	}
 	cs.base.Limited = stat.Limited
+	cs.name = ConnInfo{ID: cs.base.ID, Kind: kind(cs.base), Remote: c.RemoteMultiaddr()}
 	cs.base.Direction = stat.Direction
 	if d, ok := stat.Extra[client.StatLimitDuration].(time.Duration); ok && d > 0 && stat.Limited {
 		cs.ends = stat.Opened.Add(d)
@@ -135,13 +138,31 @@ func (d *peerState) state(c network.Conn) *connState {
 	return d.conns[i]
 }
 
+// states returns state for many connections.
+func (d *peerState) states() func(network.Conn) *connState {
+	if len(d.conns) <= 8 {
+		return d.state
+	}
+	of := make(map[network.Conn]*connState, len(d.conns))
+	for _, cs := range d.conns {
+		of[cs.conn] = cs
+	}
+	return func(c network.Conn) *connState { return of[c] }
+}
+
 // touching returns the number of migrations from or to cs that have not returned.
-func (d *peerState) touching(cs *connState) int {
-	n := 0
+func (d *peerState) touching(cs *connState) int { return d.motions()[cs] }
+
+// motions returns the number of migrations that have not returned, by the connections that
+// they are from or to; nil: there are none.
+func (d *peerState) motions() map[*connState]int {
+	if len(d.moving) == 0 {
+		return nil
+	}
+	n := make(map[*connState]int)
 	for _, mo := range d.moving {
-		if mo.touches(cs) {
-			n++
-		}
+		n[mo.from]++
+		n[mo.to]++
 	}
 	return n
 }

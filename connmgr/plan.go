@@ -181,8 +181,24 @@ type planner struct {
 	cfg *config
 	f   *facts
 	rank
-	manages knowledge // facts.manages, unless its manager has been switched off
+	survey
+	manages knowledge  // facts.manages, unless its manager has been switched off
+	stands  *connFacts // the best other unlimited connection than the winner; nil: there is none
 	plan
+}
+
+// survey is what the connections have in common. It is found in one pass, since a peer may
+// have hundreds of them, and have them looked at as often as it likes.
+type survey struct {
+	at             map[string]int // where in facts.conns
+	oldest, newest time.Time      // when the first and the last one came
+	ruled          []ruling       // whether each is ranked
+	given          []bool         // which of them the policy is given
+	steady         int            // that work, as far as is known, and are not about to be cut
+	unlimited      int            // without a limit
+	staying        int            // of them: not being closed
+	usable         int            // of them: ranked
+	relays         int            // of them: relayed
 }
 
 // rank is the policy, as decide sees it.
@@ -212,6 +228,7 @@ func (pl *planner) decide() {
 		}
 		return
 	}
+	pl.take()
 	pl.look(f.now.Add(pl.cfg.interval))
 	split, off := pl.process()
 	if pl.manages = f.manages; off {
@@ -238,10 +255,11 @@ func (pl *planner) decide() {
 	pl.steer = w.path.alive() && (w.unlimited() || !slices.ContainsFunc(f.conns, pl.outranks))
 	pl.tell = pl.role.moves && f.wrapped && pl.manages == yes && w.told.due(f.now)
 	pl.room = w.room
+	pl.stands = pl.standby(w)
 	pl.verdicts[pl.winner] = verdict{reason: ReasonKept, why: "kept"}
 	for i := range f.conns {
 		if i != pl.winner {
-			pl.verdicts[i] = pl.judge(&f.conns[i], w)
+			pl.verdicts[i] = pl.judge(i, w)
 		}
 	}
 	pl.state = pl.inWords()
@@ -260,6 +278,45 @@ func (pl *planner) outranks(c connFacts) bool {
 		return gone.After(pl.f.now)
 	}
 	return true
+}
+
+// take takes the survey.
+func (pl *planner) take() {
+	f := pl.f
+	pl.at = make(map[string]int, len(f.conns))
+	pl.ruled, pl.given = make([]ruling, len(f.conns)), make([]bool, len(f.conns))
+	pl.oldest = f.conns[0].opened
+	for i := range f.conns {
+		c := &f.conns[i]
+		pl.at[c.id()] = i
+		pl.oldest, pl.newest = earlier(pl.oldest, c.opened), later(pl.newest, c.opened)
+		if !c.closing && c.path.health != pathSilent && !(c.limited() && c.ending(f.now)) {
+			pl.steady++
+		}
+	}
+	for i := range f.conns {
+		c := &f.conns[i]
+		pl.ruled[i] = pl.ruledOut(c)
+		if c.limited() {
+			continue
+		}
+		pl.unlimited++
+		if !c.closing {
+			pl.staying++
+		}
+		if pl.ruled[i].out == "" {
+			pl.usable++
+		}
+		if c.candidate.Relayed {
+			pl.relays++
+		}
+	}
+}
+
+// ruling says why a connection is not ranked.
+type ruling struct {
+	out    string // empty: it is
+	reason Reason
 }
 
 // alone is a peer with one connection.
@@ -397,13 +454,12 @@ func (t takeover) due(cfg *config) time.Time {
 // depend on. All are asked at once, and nobody waits in a round for the answers.
 func (pl *planner) askPaths() {
 	f := pl.f
-	newest := pl.newest()
 	for i := range f.conns {
 		c := &f.conns[i]
 		if c.closing {
 			continue
 		}
-		at := pl.dueProbe(c, newest)
+		at := pl.dueProbe(c)
 		if at.After(f.now) {
 			pl.look(at)
 		} else if !c.path.asking {
@@ -412,19 +468,11 @@ func (pl *planner) askPaths() {
 	}
 }
 
-func (pl *planner) newest() time.Time {
-	var t time.Time
-	for i := range pl.f.conns {
-		t = later(t, pl.f.conns[i].opened)
-	}
-	return t
-}
-
 // dueProbe returns when c is to be asked next.
-func (pl *planner) dueProbe(c *connFacts, newest time.Time) time.Time {
+func (pl *planner) dueProbe(c *connFacts) time.Time {
 	f := pl.f
 	switch p := c.path; {
-	case p.asked.IsZero() || p.asked.Before(newest):
+	case p.asked.IsZero() || p.asked.Before(pl.newest):
 		return f.now // not since the last one came
 	case p.health != pathAlive:
 		return p.asked.Add(reprobe(p.tries, pl.cfg.probeTime))
@@ -448,54 +496,45 @@ func (pl *planner) dueProbe(c *connFacts, newest time.Time) time.Time {
 // narrow says whether c works, and has yet to show that it carries what is large. It is asked
 // for that once new streams go elsewhere: a path that swallows it may be stuck for good.
 func (pl *planner) narrow(c *connFacts) bool {
-	return c.path.alive() && !c.path.wide && c.unlimited() && !pl.oldest(c)
+	return c.path.alive() && !c.path.wide && c.unlimited() && !pl.first(c)
 }
 
 // proving says whether c has yet to show that it lives for long enough.
 func (pl *planner) proving(c *connFacts) bool {
-	f := pl.f
-	deaths := f.deaths[kindOf(c.candidate)]
-	return c.unlimited() && f.now.Before(c.livesSince().Add(pl.cfg.proof(true, deaths))) &&
-		slices.ContainsFunc(f.conns, func(o connFacts) bool {
-			return o.id() != c.id() && o.unlimited() && (deaths > 0 || o.candidate.Relayed && !c.candidate.Relayed)
-		})
+	deaths := pl.f.deaths[kindOf(c.candidate)]
+	return c.unlimited() && pl.f.now.Before(c.livesSince().Add(pl.cfg.proof(true, deaths))) &&
+		(deaths > 0 && pl.unlimited > 1 || pl.relays > 0 && !c.candidate.Relayed)
 }
 
 // ruledOut says why c is not ranked; empty if it is.
-func (pl *planner) ruledOut(c *connFacts) (string, Reason) {
+func (pl *planner) ruledOut(c *connFacts) ruling {
 	switch {
 	case c.closing:
-		return "it is being closed", ReasonClosing
+		return ruling{"it is being closed", ReasonClosing}
 	case c.pledged && !c.named:
-		return "the peer wants to close it", ReasonPeerCloses
+		return ruling{"the peer wants to close it", ReasonPeerCloses}
 	case c.path.health == pathSilent:
-		return "it does not answer", ReasonSilent
-	case c.limited() && c.ending(pl.f.now) && slices.ContainsFunc(pl.f.conns, func(o connFacts) bool {
-		return o.id() != c.id() && !o.closing && o.path.health != pathSilent && !(o.limited() && o.ending(pl.f.now))
-	}):
-		return "its relay is about to cut it", ReasonEnding
+		return ruling{"it does not answer", ReasonSilent}
+	case c.limited() && c.ending(pl.f.now) && pl.steady > 0:
+		return ruling{"its relay is about to cut it", ReasonEnding}
 	}
-	return "", ReasonUndecided
+	return ruling{reason: ReasonUndecided}
 }
 
 // ranks says whether c is ranked.
-func (pl *planner) ranks(c *connFacts) bool {
-	out, _ := pl.ruledOut(c)
-	return out == ""
-}
+func (pl *planner) ranks(c *connFacts) bool { return pl.ruled[pl.index(c.id())].out == "" }
 
 // elect finds the winner, and says whether there is one that can be acted on.
 func (pl *planner) elect() bool {
 	f := pl.f
-	newest := pl.newest()
 	var candidates []policy.Candidate
 	limited := true // all that are not closing
 	for i := range f.conns {
 		c := &f.conns[i]
 		limited = limited && (c.limited() || c.closing)
 		v := &pl.verdicts[i]
-		if v.out, v.reason = pl.ruledOut(c); v.out == "" {
-			candidates = append(candidates, c.candidate)
+		if v.out, v.reason = pl.ruled[i].out, pl.ruled[i].reason; v.out == "" {
+			candidates, pl.given[i] = append(candidates, c.candidate), true
 			v.why = "not decided on"
 		} else {
 			v.why = v.out
@@ -504,7 +543,7 @@ func (pl *planner) elect() bool {
 	if len(candidates) == 0 { // then one that the peer wants to close is better than none
 		for i := range f.conns {
 			if c := &f.conns[i]; c.pledged && !c.closing && c.path.health != pathSilent {
-				candidates = append(candidates, c.candidate)
+				candidates, pl.given[i] = append(candidates, c.candidate), true
 				pl.verdicts[i].out, pl.verdicts[i].why, pl.verdicts[i].reason = "", "not decided on", ReasonUndecided
 			}
 		}
@@ -515,7 +554,7 @@ func (pl *planner) elect() bool {
 	}
 	ranking, err := pl.rank(candidates)
 	if err == nil {
-		err = pl.check(ranking, candidates)
+		err = pl.check(ranking)
 	}
 	if err != nil {
 		pl.state, pl.err = err.Error(), err
@@ -537,32 +576,34 @@ func (pl *planner) elect() bool {
 	if pl.settled = settled; settled.After(f.now) && !f.forced {
 		pl.look(settled)
 		pl.state = "settling for another " + inWords(settled.Sub(f.now)) + why
-		pl.steerMeanwhile(order, newest)
+		pl.steerMeanwhile(order)
 		return false
 	}
 	if f.measuring && !f.forced {
 		pl.asks = true
 		pl.state = "measuring round-trip times"
-		pl.steerMeanwhile(order, newest)
+		pl.steerMeanwhile(order)
 		return false
 	}
 	if limited && !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.ending(f.now) }) {
 		pl.left = true
-		pl.state = "only limited connections: each has a budget of its own, so all are left"
+		pl.state = "only limited connections, each with a budget of its own: all are left, and streams leave one that is about to be cut"
 		for i := range f.conns {
-			c := &f.conns[i]
-			pl.verdicts[i].why, pl.verdicts[i].kept = "kept: its relay limits it, as the others", "its relay limits it, as the others"
-			pl.verdicts[i].reason = ReasonLimited
+			c, v := &f.conns[i], &pl.verdicts[i]
+			v.reason, v.kept = ReasonLimited, "its relay limits it, as the others"
+			v.why = "kept: " + v.kept
 			if !c.ends.IsZero() {
+				v.until = c.ends
+				v.why += fmt.Sprintf(", and cuts it in %s at the latest", inWords(c.ends.Sub(f.now)))
 				pl.look(c.ends.Add(-endingSoon))
 			}
 		}
 		return false
 	}
-	pick, waits := pl.vouched(best, order, newest)
+	pick, waits := pl.vouched(best, order)
 	if pick == nil {
 		pl.state = waits
-		pl.steerMeanwhile(order, newest)
+		pl.steerMeanwhile(order)
 		return false
 	}
 	pl.choose(pick, ranking)
@@ -570,12 +611,12 @@ func (pl *planner) elect() bool {
 }
 
 // check says what is wrong with a ranking.
-func (pl *planner) check(r policy.Ranking, given []policy.Candidate) error {
+func (pl *planner) check(r policy.Ranking) error {
 	if len(r.Order) == 0 {
 		return errNoWinner
 	}
 	for _, c := range r.Order {
-		if !slices.ContainsFunc(given, func(g policy.Candidate) bool { return g.ID == c.ID }) {
+		if i := pl.index(c.ID); i < 0 || !pl.given[i] {
 			return errNoWinner
 		}
 	}
@@ -642,11 +683,11 @@ func (pl *planner) settles(best, order []*connFacts) (time.Time, string) {
 // vouched returns the first connection whose path is known to work. One that could not be
 // asked is passed over only for a newer one, which may have come because it is dead; and a
 // direct one never for a relayed one. Else it says what is waited for.
-func (pl *planner) vouched(best, order []*connFacts, newest time.Time) (*connFacts, string) {
+func (pl *planner) vouched(best, order []*connFacts) (*connFacts, string) {
 	f := pl.f
 	var passed []*connFacts
 	for _, c := range best {
-		if c.path.alive() && !c.path.at.Before(newest) && (c.path.wide || c.limited() || pl.oldest(c)) {
+		if c.path.alive() && !c.path.at.Before(pl.newest) && (c.path.wide || c.limited() || pl.first(c)) {
 			for _, u := range passed {
 				if !c.opened.After(u.opened) || u.unlimited() && c.limited() || !u.candidate.Relayed && c.candidate.Relayed {
 					return nil, "it is not known whether " + kind(u.candidate) + " works: nothing is done until it is"
@@ -654,7 +695,7 @@ func (pl *planner) vouched(best, order []*connFacts, newest time.Time) (*connFac
 			}
 			return c, ""
 		}
-		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(newest) || pl.narrow(c) && !c.path.asking && c.path.denied == 0 {
+		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(pl.newest) || pl.narrow(c) && !c.path.asking && c.path.denied == 0 {
 			pl.asks = true
 			return nil, "asking which connections work"
 		}
@@ -666,36 +707,44 @@ func (pl *planner) vouched(best, order []*connFacts, newest time.Time) (*connFac
 	return nil, "it is not known which connections work: nothing is done until it is"
 }
 
-// oldest says whether no connection is older than c. The oldest one has carried what there
+// first says whether no connection is older than c. The oldest one has carried what there
 // was; any other has to show that it carries what is large before it is relied on.
-func (pl *planner) oldest(c *connFacts) bool {
-	return !slices.ContainsFunc(pl.f.conns, func(o connFacts) bool { return o.opened.Before(c.opened) })
-}
+func (pl *planner) first(c *connFacts) bool { return !pl.oldest.Before(c.opened) }
 
 // proved returns order without the connections that have yet to live for longer, since
 // winners of their kind have died young of late.
 func (pl *planner) proved(order []*connFacts) []*connFacts {
+	unlimited := 0
+	for _, c := range order {
+		if c.unlimited() {
+			unlimited++
+		}
+	}
 	return slices.DeleteFunc(slices.Clone(order), func(c *connFacts) bool {
-		at, deaths := pl.proves(c, order)
+		others := unlimited
+		if c.unlimited() {
+			others--
+		}
+		at, deaths := pl.proves(c, others)
 		if deaths == 0 || !at.After(pl.f.now) {
 			return false
 		}
 		pl.look(at)
-		pl.out(c, fmt.Sprintf("%s of this kind died young of late: it wins if it still works in %s", times(deaths), inWords(at.Sub(pl.f.now))))
+		pl.leaveOut(c, fmt.Sprintf("%s of this kind died young of late: it wins if it still works in %s", times(deaths), inWords(at.Sub(pl.f.now))))
 		return true
 	})
 }
 
-func (pl *planner) out(c *connFacts, why string) {
+func (pl *planner) leaveOut(c *connFacts, why string) {
 	v := &pl.verdicts[pl.index(c.id())]
 	v.out, v.why, v.reason = why, why, ReasonProving
 }
 
-// proves returns when c has lived for long enough to win over another unlimited connection,
-// and how many winners of its kind have died young.
-func (pl *planner) proves(c *connFacts, order []*connFacts) (time.Time, int) {
+// proves returns when c, of a kind of which deaths winners have died young, has lived for
+// long enough to win over so many other unlimited connections.
+func (pl *planner) proves(c *connFacts, others int) (time.Time, int) {
 	deaths := pl.f.deaths[kindOf(c.candidate)]
-	if deaths == 0 || pl.f.forced || !slices.ContainsFunc(order, func(o *connFacts) bool { return o != c && o.unlimited() }) {
+	if deaths == 0 || pl.f.forced || others == 0 {
 		return time.Time{}, 0
 	}
 	return c.livesSince().Add(pl.cfg.proof(true, deaths)), deaths
@@ -714,12 +763,11 @@ func (pl *planner) choose(c *connFacts, ranking policy.Ranking) {
 		pl.ranking = f.ranking
 	}
 	for i := range pl.verdicts {
-		v := &pl.verdicts[i]
-		v.decision = policy.Decision{}
-		for _, d := range pl.ranking.Decisions {
-			if d.Loser.ID == f.conns[i].id() && d.Winner.ID == c.id() {
-				v.decision = d
-			}
+		pl.verdicts[i].decision = policy.Decision{}
+	}
+	for _, d := range pl.ranking.Decisions {
+		if i := pl.index(d.Loser.ID); i >= 0 && d.Winner.ID == c.id() {
+			pl.verdicts[i].decision = d
 		}
 	}
 }
@@ -728,17 +776,16 @@ func (pl *planner) choose(c *connFacts, ranking policy.Ranking) {
 // or else to another connection that has answered since the last one came. The newest one is
 // not one of them as long as it has only carried what is small; nor is a relayed one beside a
 // direct one that may work: the swarm would not choose it either.
-func (pl *planner) steerMeanwhile(order []*connFacts, newest time.Time) {
+func (pl *planner) steerMeanwhile(order []*connFacts) {
 	f := pl.f
 	good := func(c *connFacts) bool {
-		return c != nil && pl.verdicts[pl.index(c.id())].out == "" && c.path.alive() && !c.path.at.Before(newest) && !pl.narrow(c)
+		return c != nil && pl.verdicts[pl.index(c.id())].out == "" && c.path.alive() && !c.path.at.Before(pl.newest) && !pl.narrow(c)
 	}
-	unlimited := slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.unlimited() && !c.closing })
 	direct := slices.ContainsFunc(f.conns, func(c connFacts) bool {
 		return !c.candidate.Relayed && !c.closing && c.path.health != pathSilent
 	})
 	for _, c := range append([]*connFacts{pl.find(f.winner)}, order...) {
-		if good(c) && (c.unlimited() || !unlimited) && (!c.candidate.Relayed || !direct) {
+		if good(c) && (c.unlimited() || pl.staying == 0) && (!c.candidate.Relayed || !direct) {
 			pl.steer, pl.winner = true, pl.index(c.id())
 			return
 		}
@@ -760,8 +807,12 @@ func (pl *planner) avoidSilent(usable []policy.Candidate) {
 	}
 }
 
+// index returns where in facts.conns a connection is; -1: nowhere.
 func (pl *planner) index(id string) int {
-	return slices.IndexFunc(pl.f.conns, func(c connFacts) bool { return c.id() == id })
+	if i, ok := pl.at[id]; ok {
+		return i
+	}
+	return -1
 }
 
 func (pl *planner) find(id string) *connFacts {
@@ -772,9 +823,9 @@ func (pl *planner) find(id string) *connFacts {
 }
 
 // judge says what becomes of a loser.
-func (pl *planner) judge(l, w *connFacts) verdict {
+func (pl *planner) judge(i int, w *connFacts) verdict {
 	f := pl.f
-	v := pl.verdicts[pl.index(l.id())]
+	l, v := &f.conns[i], pl.verdicts[i]
 	v.why = v.out
 	keep := func(r Reason, why string) verdict {
 		v.fate, v.reason, v.why, v.kept = fateKeep, r, "kept: "+why, why
@@ -796,6 +847,7 @@ func (pl *planner) judge(l, w *connFacts) verdict {
 	case l.unlimited() && w.limited():
 		return better("it is unlimited, and the winner is not")
 	case l.limited() && w.limited() && !l.ending(f.now):
+		v.until = l.ends
 		return keep(ReasonLimited, "its relay limits it, as the winner")
 	}
 	v.move = pl.moves(l, w)
@@ -927,7 +979,7 @@ func (pl *planner) movesAt(l, w *connFacts) time.Time {
 
 // onlyUnlimited says whether all connections but w are limited.
 func (pl *planner) onlyUnlimited(w *connFacts) bool {
-	return !slices.ContainsFunc(pl.f.conns, func(c connFacts) bool { return c.id() != w.id() && c.unlimited() })
+	return pl.unlimited == 0 || pl.unlimited == 1 && w.unlimited()
 }
 
 // mayGo says whether l can be closed now, or what is in the way.
@@ -943,7 +995,7 @@ func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 	if quietFor == "" {
 		reason, quietFor = ReasonQuiet, "quiet for "+inWords(f.now.Sub(l.quiet))
 	}
-	if pl.cfg.standby && l.unlimited() && l == pl.standby(w) {
+	if pl.cfg.standby && l.unlimited() && l == pl.stands {
 		v.fate, v.reason, v.why, v.kept = fateKeep, ReasonStandby, "kept: it stands by", "it stands by"
 		return v
 	}
@@ -1006,11 +1058,14 @@ func (pl *planner) provenAt(l, w *connFacts) time.Time {
 	if l.limited() || f.forced {
 		return time.Time{}
 	}
-	for i := range f.conns {
-		c := &f.conns[i]
-		if c.id() != l.id() && c.id() != w.id() && c.unlimited() && pl.ranks(c) {
-			return time.Time{}
+	others := pl.usable
+	for _, c := range []*connFacts{l, w} {
+		if c.unlimited() && pl.ranks(c) {
+			others--
 		}
+	}
+	if others > 0 {
+		return time.Time{}
 	}
 	return w.livesSince().Add(pl.cfg.proof(l.candidate.Relayed, f.deaths[kindOf(w.candidate)]))
 }
@@ -1018,7 +1073,7 @@ func (pl *planner) provenAt(l, w *connFacts) time.Time {
 // standby returns the connection that is kept beside w: the best other unlimited one.
 func (pl *planner) standby(w *connFacts) *connFacts {
 	for _, c := range pl.ranking.Order {
-		if o := pl.find(c.ID); o != nil && o.id() != w.id() && o.unlimited() && pl.ranks(o) {
+		if o := pl.find(c.ID); o != nil && o != w && o.unlimited() && pl.ranks(o) {
 			return o
 		}
 	}

@@ -55,7 +55,7 @@ func anyFacts(r *rand.Rand) *facts {
 		c.candidate.Direction = network.Direction(r.IntN(3))
 		c.used = someTime()
 		c.opened, c.quiet, c.ends = later(ago(2*time.Hour), earlier(someTime(), noon)), someTime(), someTime()
-		c.path = path{health: health(r.IntN(3)), at: someTime(), since: someTime(), asked: someTime(), asking: rarely(), wide: !rarely(), tries: few()}
+		c.path = path{health: health(r.IntN(3)), at: someTime(), since: someTime(), asked: someTime(), asking: rarely(), wide: !rarely(), denied: few(), tries: few()}
 		if r.IntN(4) > 0 {
 			c.path = path{health: pathAlive, at: ago(time.Millisecond), since: c.opened, asked: ago(time.Millisecond), wide: true}
 		}
@@ -69,7 +69,7 @@ func anyFacts(r *rand.Rand) *facts {
 		c.room = r.IntN(5) - 1
 		c.drain = drain{phase: drainPhase(r.IntN(7)), since: someTime(), sent: someTime(), at: someTime(), until: someTime(),
 			lease: shortLease, asks: few(), failures: few()}
-		c.serves, c.lacks = rarely(), rarely()
+		c.serves, c.lacks, c.instance = rarely(), rarely(), uint64(few())
 		c.told = telling{phase: tellPhase(r.IntN(4)), until: someTime()}
 		c.same = sameness(r.IntN(4))
 		c.path.lost = someTime()

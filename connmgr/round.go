@@ -8,8 +8,6 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
-
-	"github.com/go-portage/portage/policy"
 )
 
 // A round
@@ -112,24 +110,25 @@ func (r *rounds) remember(d *peerState, v *view) (gone []byPeerLine) {
 	now := v.facts.now
 	changed, grown := false, false
 	here := make(map[network.Stream]struct{})
-	conns := make([]*connState, len(v.conns))
+	conns, kept := make([]*connState, len(v.conns)), make(map[*connState]struct{}, len(v.conns))
+	state := d.states()
 	for i := range v.conns {
 		cv := &v.conns[i]
-		if cs := d.state(cv.conn); cs != nil && cs != cv.connState {
+		if cs := state(cv.conn); cs != nil && cs != cv.connState {
 			// The peer has asked about it since the look: what was said to it holds.
 			cv.connState, cv.facts.pledged = cs, now.Before(cs.pledged)
 		}
-		conns[i] = cv.connState
+		conns[i], kept[cv.connState] = cv.connState, struct{}{}
 		if !cv.met {
 			cv.met, grown = true, true
 			r.usage.add(cv.connState)
 		}
 		for _, s := range cv.labelled {
-			here[s] = struct{}{}
+			here[s.Stream] = struct{}{}
 		}
 	}
 	for _, cs := range d.conns {
-		if !slices.Contains(conns, cs) {
+		if _, ok := kept[cs]; !ok {
 			changed = true
 			r.usage.drop(cs)
 			gone = append(gone, r.lost(d, cs, now)...)
@@ -346,17 +345,23 @@ func reportOf(d *peerState, v *view, p *plan, b *batch) Report {
 		}
 		r.Losers = append(r.Losers, l)
 	}
-	slices.SortStableFunc(r.Losers, func(a, b Loser) int { return cmp.Compare(p.place(a.Conn.ID), p.place(b.Conn.ID)) })
+	place := p.places()
+	slices.SortStableFunc(r.Losers, func(a, b Loser) int { return cmp.Compare(place(a.Conn.ID), place(b.Conn.ID)) })
 	return r
 }
 
-// place is where a connection stands in the ranking; those that were not ranked come last.
-func (p *plan) place(id string) int {
-	i := slices.IndexFunc(p.ranking.Order, func(c policy.Candidate) bool { return c.ID == id })
-	if i < 0 {
+// places says where a connection stands in the ranking; those that were not ranked come last.
+func (p *plan) places() func(id string) int {
+	at := make(map[string]int, len(p.ranking.Order))
+	for i, c := range slices.Backward(p.ranking.Order) {
+		at[c.ID] = i
+	}
+	return func(id string) int {
+		if i, ok := at[id]; ok {
+			return i
+		}
 		return len(p.ranking.Order)
 	}
-	return i
 }
 
 var errUnknown = errors.New("it is not known which connections of the peer work")

@@ -663,3 +663,64 @@ func TestConsolidate(t *testing.T) {
 func relayInfo(c *fakeConn) ConnInfo {
 	return ConnInfo{ID: c.id, Kind: "limited relay", Remote: c.addr}
 }
+
+// A connection is a program's own code, too, or waits for a lock that somebody holds for long:
+// none is called while what is kept of the peer is locked. And what does not change is asked
+// once.
+func TestNothingIsCalledWithTheLockHeld(t *testing.T) {
+	w := newWorld(t, higher)
+	w.m.sched.awake.Store(true) // no dispatcher: nothing happens by itself
+	d, err := w.m.sched.take(t.Context(), higher)
+	require.NoError(t, err)
+	calls := make(map[string]int)
+	call := func(what string) {
+		calls[what]++
+		require.True(t, d.mu.TryLock(), "%s is called with the lock held", what)
+		d.mu.Unlock()
+	}
+	quic, tcp, other := w.connect(quicAddr), w.connect(tcpAddr), w.connect(tcpAddr)
+	tcp.open(2)
+	tcp.openTheirs(1)
+	for _, c := range []*fakeConn{quic, tcp, other} {
+		c.called = call
+	}
+	round := func() (*view, *plan) {
+		v := w.m.looks.look(higher, d)
+		v.facts.forced = true
+		for i := range v.facts.conns {
+			v.facts.conns[i].path = path{health: pathAlive, at: v.facts.now, since: v.facts.now, asked: v.facts.now, wide: true}
+		}
+		w.m.rounds.remember(d, v)
+		p := decide(w.m.cfg, w.m.policies.of(d), &v.facts)
+		require.True(t, p.decided)
+		d.apply(v, &p)
+		require.Len(t, d.mayMove(v, &p), 3)
+		require.Len(t, reportOf(d, v, &p, nil).Losers, 2)
+		w.m.rounds.close.claim(d, v, &p, 2)
+		w.m.tells.measure(d, v, &p, false)
+		w.m.tells.path(d, v, &p)
+		return v, &p
+	}
+	v, _ := round()
+	b := &batch{d: d, losers: map[*connState]*count{v.conns[1].connState: new(count)}}
+	d.mu.Lock()
+	require.Len(t, b.report(), 1)
+	d.mu.Unlock()
+	asked := calls["RemoteMultiaddr"]
+	round()
+	require.Equal(t, asked, calls["RemoteMultiaddr"], "an address is read once")
+	require.Positive(t, calls["Stream.Stat"])
+	w.m.moves.migrated(migrate.Event{Peer: higher, Kind: migrate.Started, From: tcp, To: quic, Time: time.Now()})
+	d.mu.Lock()
+	d.conns = nil // as if no round had seen any
+	d.mu.Unlock()
+	w.m.serves.answerHello(tcp, 1)
+	d.mu.Lock()
+	d.conns = d.conns[:1]
+	d.mu.Unlock()
+	w.m.serves.agreeToKeep(quic)
+	d.mu.Lock()
+	d.conns = d.conns[:1]
+	d.mu.Unlock()
+	w.m.serves.agreeToLose(tcp, time.Minute)
+}

@@ -355,15 +355,15 @@ func (v *view) streams(i int, now time.Time) []StreamShown {
 	}
 	for _, denied := range []bool{true, false} {
 		for _, s := range cv.labelled {
-			if slices.Contains(cv.denied, s) != denied || len(list) >= maxStreamsShown {
+			if slices.Contains(cv.denied, s.Stream) != denied || len(list) >= maxStreamsShown {
 				continue
 			}
 			why := ""
 			if denied {
 				why = "the peer denies to move it"
 			}
-			shown := add(s, s.Protocol(), why)
-			if l, ok := s.(*migrate.Stream); ok {
+			shown := add(s.Stream, s.Protocol(), why)
+			if l, ok := s.Stream.(*migrate.Stream); ok {
 				shown.Label, shown.Moves = l.Label(), l.Migrations()
 			}
 		}

@@ -1,6 +1,7 @@
 package connmgr
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"sync"
@@ -68,6 +69,22 @@ func (st *steering) silent(c network.Conn) bool {
 	st.mu.RLock()
 	defer st.mu.RUnlock()
 	return slices.Contains(st.winners[c.RemotePeer()].silent, c)
+}
+
+// standIn returns where new streams go in place of a connection that is about to go, until the
+// next plan says: not where nothing answers if there is another one, not to a limited
+// connection beside one that is not, and rather where an answer has come. among is not empty.
+func standIn(among []*connState) *connState {
+	fit := func(cs *connState) int {
+		n := 0
+		for i, good := range []bool{!cs.base.Relayed, cs.path.alive(), !cs.base.Limited, cs.path.health != pathSilent} {
+			if good {
+				n |= 1 << i
+			}
+		}
+		return n
+	}
+	return slices.MaxFunc(among, func(a, b *connState) int { return cmp.Compare(fit(a), fit(b)) })
 }
 
 // choose is the migrate.ConnSelector of a wrapped host: the winner while there are

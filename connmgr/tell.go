@@ -30,6 +30,7 @@ type teller struct {
 	silences sampled.Lines // which lines about peers are logged; see sampled
 	refusals sampled.Lines
 	stays    sampled.Lines
+	deeds    sampled.Lines
 }
 
 func newTeller(cfg *config) *teller {
@@ -37,6 +38,7 @@ func newTeller(cfg *config) *teller {
 	t.log = t.history.beside(cfg.log)
 	t.totals.since = time.Now()
 	t.silences.Every, t.refusals.Every, t.stays.Every = sampleEvery, sampleEvery, sampleEvery
+	t.deeds.Every, t.deeds.AtOnce = sampleEvery, deedsAtOnce
 	return t
 }
 
@@ -87,8 +89,8 @@ func (t *teller) refused(p peer.ID, loser ConnInfo, reason string) {
 	})
 }
 
-// sampled logs what a peer can have logged at a rate of its choice: one line in
-// sampleEvery, which says how many were left out before it.
+// sampled logs what a peer can have logged at a rate of its choice, which is all that is said
+// of it from info level up. A line says how many were left out before it.
 func (t *teller) sampled(of *sampled.Lines, p peer.ID, line func() (string, []zap.Field)) {
 	ce := t.log.Check(zap.InfoLevel, "")
 	if ce == nil {
@@ -111,10 +113,9 @@ func (t *teller) tookOver(p peer.ID, waited time.Duration) {
 	if t.metrics != nil {
 		t.metrics.TookOver()
 	}
-	if ce := t.log.Check(zap.InfoLevel, ""); ce != nil {
-		ce.Message = fmt.Sprintf("peer %s: took over, nothing had happened for %s", shortID(p), inWords(waited))
-		ce.Write(zap.Stringer("peer", p), zap.Duration("waited", waited))
-	}
+	t.sampled(&t.deeds, p, func() (string, []zap.Field) {
+		return "took over, nothing had happened for " + inWords(waited), []zap.Field{zap.Duration("waited", waited)}
+	})
 }
 
 // upgradeStarted tells that a direct connection is asked for.
@@ -158,27 +159,21 @@ func upgradeOutcome(err error, closed bool) string {
 // upgrade tells of an attempt to get a direct connection. That it has failed, as most do
 // where it cannot be, matters only to those who look for the reason.
 func (t *teller) upgrade(e EvtUpgrade) {
-	level := zap.InfoLevel
-	if e.Err != nil {
-		level = zap.DebugLevel
+	fields := []zap.Field{zap.Int("attempt", e.Attempt), zap.Duration("took", e.Took)}
+	if e.Err == nil {
+		t.sampled(&t.deeds, e.Peer, func() (string, []zap.Field) {
+			return fmt.Sprintf("got a direct connection in attempt %d", e.Attempt), fields
+		})
+		return
 	}
-	ce := t.log.Check(level, "")
+	ce := t.log.Check(zap.DebugLevel, "")
 	if ce == nil {
 		return
 	}
-	fields := []zap.Field{zap.Stringer("peer", e.Peer), zap.Int("attempt", e.Attempt), zap.Duration("took", e.Took)}
-	switch {
-	case e.Err == nil:
-		ce.Message = fmt.Sprintf("peer %s: got a direct connection in attempt %d", shortID(e.Peer), e.Attempt)
-	case e.Why == "": // it has got one all the same, or is gone
+	if ce.Message = fmt.Sprintf("peer %s: %s", shortID(e.Peer), e.Why); e.Why == "" { // it has got one all the same, or is gone
 		ce.Message = fmt.Sprintf("peer %s: attempt %d to get a direct connection has failed: %s", shortID(e.Peer), e.Attempt, briefly(e.Err))
-	default:
-		ce.Message = fmt.Sprintf("peer %s: %s", shortID(e.Peer), e.Why)
 	}
-	if e.Err != nil {
-		fields = append(fields, zap.Error(e.Err), zap.Time("next", e.Next))
-	}
-	ce.Write(fields...)
+	ce.Write(append(fields, zap.Stringer("peer", e.Peer), zap.Error(e.Err), zap.Time("next", e.Next))...)
 }
 
 // moved tells what a batch has moved from each loser, and what it could not.
@@ -187,24 +182,20 @@ func (t *teller) moved(p peer.ID, winner ConnInfo, losers []Loser, err error) {
 		if l.Moved+l.Failed+l.Moving == 0 {
 			continue
 		}
-		ce := t.log.Check(zap.InfoLevel, "")
-		if ce == nil {
-			return
-		}
-		var sb strings.Builder
-		fmt.Fprintf(&sb, "peer %s: moved %s from %s to %s%s in %s",
-			shortID(p), streams(l.Moved), l.Conn.Kind, winner.Kind, because(l.Decision), inWords(l.took))
-		fields := append(fieldsOf(p, winner, l.Conn, l.Decision, l.Moved, l.took),
-			zap.Int("streams_failed", l.Failed), zap.Int("streams_moving", l.Moving))
-		if l.Failed > 0 {
-			fmt.Fprintf(&sb, ", %d to be tried again", l.Failed)
-			fields = append(fields, zap.Error(err))
-		}
-		if l.Moving > 0 {
-			fmt.Fprintf(&sb, ", %d still moving", l.Moving)
-		}
-		ce.Message = sb.String()
-		ce.Write(fields...)
+		t.sampled(&t.deeds, p, func() (string, []zap.Field) {
+			var sb strings.Builder
+			fmt.Fprintf(&sb, "moved %s from %s to %s%s in %s", streams(l.Moved), l.Conn.Kind, winner.Kind, because(l.Decision), inWords(l.took))
+			fields := append(fieldsOf(winner, l.Conn, l.Decision, l.Moved, l.took),
+				zap.Int("streams_failed", l.Failed), zap.Int("streams_moving", l.Moving))
+			if l.Failed > 0 {
+				fmt.Fprintf(&sb, ", %d to be tried again", l.Failed)
+				fields = append(fields, zap.Error(err))
+			}
+			if l.Moving > 0 {
+				fmt.Fprintf(&sb, ", %d still moving", l.Moving)
+			}
+			return sb.String(), fields
+		})
 	}
 }
 
@@ -234,32 +225,29 @@ func (t *teller) byPeer(p peer.ID, lines []byPeerLine) {
 			t.totals.byPeer.Add(1)
 			t.events.emit(e)
 		}
-		t.logByPeer(p, l)
+		t.sampled(&t.deeds, p, l.inWords)
 	}
 }
 
-func (t *teller) logByPeer(p peer.ID, l byPeerLine) {
-	ce := t.log.Check(zap.InfoLevel, "")
-	if ce == nil {
-		return
-	}
+func (l byPeerLine) inWords() (string, []zap.Field) {
 	from := l.cs.info()
 	var to ConnInfo
 	if l.to != nil {
 		to = l.to.info()
 	}
+	what := ""
 	switch {
 	case l.closed && l.to == nil:
-		ce.Message = fmt.Sprintf("peer %s: the peer dropped %s", shortID(p), from.Kind)
+		what = "the peer dropped " + from.Kind
 	case l.closed:
-		ce.Message = fmt.Sprintf("peer %s: the peer kept %s, dropped %s, %s moved", shortID(p), to.Kind, from.Kind, streams(l.streams))
+		what = fmt.Sprintf("the peer kept %s, dropped %s, %s moved", to.Kind, from.Kind, streams(l.streams))
 		if l.streams > 0 {
-			ce.Message += " in " + inWords(l.took)
+			what += " in " + inWords(l.took)
 		}
 	default:
-		ce.Message = fmt.Sprintf("peer %s: the peer moved %s from %s to %s in %s", shortID(p), streams(l.streams), from.Kind, to.Kind, inWords(l.took))
+		what = fmt.Sprintf("the peer moved %s from %s to %s in %s", streams(l.streams), from.Kind, to.Kind, inWords(l.took))
 	}
-	ce.Write(fieldsOf(p, to, from, policy.Decision{}, l.streams, l.took)...)
+	return what, fieldsOf(to, from, policy.Decision{}, l.streams, l.took)
 }
 
 // pruned is a loser that this side has closed.
@@ -278,24 +266,21 @@ func (t *teller) pruned(pr pruned) {
 	t.totals.closed.Add(1)
 	t.measurePruned(pr.verdict, pr.asked)
 	t.events.emit(EvtConnectionPruned{Peer: pr.peer, Conn: pr.conn, Kept: pr.kept, Decision: pr.verdict.decision})
-	ce := t.log.Check(zap.InfoLevel, "")
-	if ce == nil {
-		return
-	}
-	ce.Message = fmt.Sprintf("peer %s: kept %s, dropped %s%s, %s moved", shortID(pr.peer), pr.kept.Kind, pr.conn.Kind, because(pr.verdict.decision), streams(pr.moved))
-	if pr.moved > 0 {
-		ce.Message += " in " + inWords(pr.took)
-	}
-	fields := fieldsOf(pr.peer, pr.kept, pr.conn, pr.verdict.decision, pr.moved, pr.took)
-	if pr.err != nil { // it is closed all the same
-		fields = append(fields, zap.Error(pr.err))
-	}
-	ce.Write(fields...)
+	t.sampled(&t.deeds, pr.peer, func() (string, []zap.Field) {
+		what := fmt.Sprintf("kept %s, dropped %s%s, %s moved", pr.kept.Kind, pr.conn.Kind, because(pr.verdict.decision), streams(pr.moved))
+		if pr.moved > 0 {
+			what += " in " + inWords(pr.took)
+		}
+		fields := fieldsOf(pr.kept, pr.conn, pr.verdict.decision, pr.moved, pr.took)
+		if pr.err != nil { // it is closed all the same
+			fields = append(fields, zap.Error(pr.err))
+		}
+		return what, fields
+	})
 }
 
-func fieldsOf(p peer.ID, winner, loser ConnInfo, d policy.Decision, moved int, took time.Duration) []zap.Field {
+func fieldsOf(winner, loser ConnInfo, d policy.Decision, moved int, took time.Duration) []zap.Field {
 	return []zap.Field{
-		zap.Stringer("peer", p),
 		zap.Stringer("winner", winner),
 		zap.Stringer("loser", loser),
 		zap.String("rule", d.Rule),

@@ -13,10 +13,12 @@ import (
 // while there are as many has to share one place with all others that do.
 const MaxPeers = 256
 
-// Lines are the lines of one kind. Of each peer the first one is logged at once, and from then
-// on one in Every. Safe for concurrent use; Every is set before the first use.
+// Lines are the lines of one kind. Of each peer one is logged in Every, the first at once; or
+// as many as AtOnce says, if that is set. Safe for concurrent use; both are set before the
+// first use.
 type Lines struct {
-	Every time.Duration
+	Every  time.Duration
+	AtOnce int
 
 	mu     sync.Mutex // guards all below
 	peers  map[peer.ID]*sample
@@ -24,8 +26,9 @@ type Lines struct {
 }
 
 type sample struct {
-	logged time.Time // zero: never
-	left   int       // how many were not since then
+	from   time.Time // when the present Every began; zero: never
+	logged int       // since then
+	left   int       // how many were not since the last one that was
 }
 
 // Take says whether a line about p at this time is logged, and how many before it were not.
@@ -36,12 +39,16 @@ func (l *Lines) Take(p peer.ID, now time.Time) (left int, logged bool) {
 	if s == nil {
 		s = l.room(p, now)
 	}
-	if !s.logged.IsZero() && now.Sub(s.logged) < l.Every {
+	if s.from.IsZero() || now.Sub(s.from) >= l.Every {
+		s.from, s.logged = now, 0
+	}
+	if s.logged >= max(l.AtOnce, 1) {
 		s.left++
 		return 0, false
 	}
 	left = s.left
-	s.logged, s.left = now, 0
+	s.logged++
+	s.left = 0
 	return left, true
 }
 
@@ -49,7 +56,7 @@ func (l *Lines) Take(p peer.ID, now time.Time) (left int, logged bool) {
 func (l *Lines) room(p peer.ID, now time.Time) *sample {
 	if len(l.peers) == MaxPeers {
 		for q, s := range l.peers {
-			if now.Sub(s.logged) >= l.Every {
+			if now.Sub(s.from) >= l.Every {
 				delete(l.peers, q)
 			}
 		}
