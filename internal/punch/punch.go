@@ -221,7 +221,40 @@ func addresses(ctx context.Context, h host.Host, relayed network.Conn) []ma.Mult
 		})
 	}
 	wg.Wait()
+	all = append(all, guesses(all, listening)...)
 	return slices.DeleteFunc(ma.Unique(all), func(a ma.Multiaddr) bool { return !usable(a) })
+}
+
+// guesses returns addresses that nobody has seen, but that are likely: a host that has reached
+// its relay over TCP alone is seen under no address of QUIC, and one that has reached it over
+// QUIC under none of TCP, so that the two have nothing in common to punch with. Where a router
+// has kept the port that this host listens on, as most do at home, it does so for the other
+// transport, too.
+func guesses(seen, listening []ma.Multiaddr) []ma.Multiaddr {
+	kept := make(map[string]bool) // IP components
+	has := make(map[int]bool)     // transports
+	for _, a := range seen {
+		if !usable(a) {
+			continue
+		}
+		has[transport(a)] = true
+		if listensOn(listening, a) {
+			kept[string(a[:1].Bytes())] = true
+		}
+	}
+	var all []ma.Multiaddr
+	for _, l := range listening {
+		plain := len(l) == 2 && l[1].Code() == ma.P_TCP || len(l) == 3 && l[1].Code() == ma.P_UDP && l[2].Code() == ma.P_QUIC_V1
+		if !plain || has[transport(l)] {
+			continue
+		}
+		for ip := range kept {
+			if a, err := ma.NewMultiaddrBytes([]byte(ip)); err == nil && a[0].Code() == l[0].Code() {
+				all = append(all, a.Encapsulate(l[1:]))
+			}
+		}
+	}
+	return all
 }
 
 // witnesses returns direct connections to peers on the internet, those to the relay first,

@@ -146,3 +146,39 @@ func TestListensOn(t *testing.T) {
 		}
 	}
 }
+
+// Where a router keeps ports, the address of a transport over which nobody has seen this host
+// follows from that of the other.
+func TestGuesses(t *testing.T) {
+	addrs := func(all ...string) (as []ma.Multiaddr) {
+		for _, a := range all {
+			as = append(as, ma.StringCast(a))
+		}
+		return as
+	}
+	both := addrs("/ip4/0.0.0.0/udp/4001/quic-v1", "/ip4/10.1.0.2/tcp/4001", "/ip4/0.0.0.0/udp/4001/quic-v1/webtransport", "/ip6/::/udp/4001/quic-v1")
+	for name, test := range map[string]struct {
+		seen, listening, want []ma.Multiaddr
+	}{
+		"over TCP alone":             {addrs("/ip4/45.0.0.1/tcp/4001"), both, addrs("/ip4/45.0.0.1/udp/4001/quic-v1")},
+		"over QUIC alone":            {addrs("/ip4/45.0.0.1/udp/4001/quic-v1"), both, addrs("/ip4/45.0.0.1/tcp/4001")},
+		"over both":                  {addrs("/ip4/45.0.0.1/tcp/4001", "/ip4/45.0.0.1/udp/4001/quic-v1"), both, nil},
+		"under another port":         {addrs("/ip4/45.0.0.1/tcp/31213"), both, nil},
+		"in our own network":         {addrs("/ip4/192.168.1.1/tcp/4001"), both, nil},
+		"through a relay":            {addrs("/ip4/45.0.0.1/tcp/4001/p2p-circuit"), both, nil},
+		"it listens on nothing else": {addrs("/ip4/45.0.0.1/tcp/4001"), addrs("/ip4/0.0.0.0/tcp/4001"), nil},
+		"nobody has":                 {nil, both, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := guesses(test.seen, test.listening)
+			if len(got) != len(test.want) {
+				t.Fatalf("%v; want %v", got, test.want)
+			}
+			for i, a := range test.want {
+				if !a.Equal(got[i]) {
+					t.Errorf("%v; want %v", got, test.want)
+				}
+			}
+		})
+	}
+}
