@@ -129,11 +129,16 @@ type traffic struct {
 	of       uint64 // which streams these are: a checksum
 }
 
-// heard says whether what came between two looks shows that the path works: anything that
-// was received, or that a Write went on that had waited for room, since only the other end
-// makes it. What else was sent meanwhile shows nothing: buffers took it.
+// heard says whether what came between two looks shows that the path works. Where packets are
+// counted, they alone do: QUIC sends what is new with its probes of a path from which nothing
+// comes, so that a Write goes on all the same. Elsewhere it is anything that was received, or
+// that a Write went on that had waited for room, since only the other end makes it. What else
+// was sent meanwhile shows nothing: buffers took it.
 func (before traffic) heard(after traffic) bool {
-	return after.packets > before.packets || after.received > before.received || after.freed > before.freed
+	if before.packets > 0 {
+		return after.packets > before.packets
+	}
+	return after.received > before.received || after.freed > before.freed
 }
 
 func trafficOn(mv mover, c network.Conn) traffic {

@@ -94,6 +94,8 @@ func TestEvidence(t *testing.T) {
 		heard         bool
 	}{
 		"nothing":                            {traffic{}, traffic{}, false},
+		"a Write that QUIC's probes took":    {traffic{packets: 7, blocked: true}, traffic{packets: 7, freed: 1}, false},
+		"bytes that had come before":         {traffic{packets: 7, received: 7}, traffic{packets: 7, received: 8}, false},
 		"packets":                            {traffic{packets: 7}, traffic{packets: 8}, true},
 		"bytes of a labelled stream":         {traffic{received: 7}, traffic{received: 8}, true},
 		"sent, which says nothing":           {traffic{sent: 7}, traffic{sent: 8}, false},
