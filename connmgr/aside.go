@@ -1,6 +1,7 @@
 package connmgr
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,8 +41,8 @@ const asideTime = 100 * time.Millisecond
 var (
 	// errOther says that a connection cannot be set aside: it is relayed, or the host was
 	// made without Detours.
-	errOther = errors.New("its connection does not come from a transport of Manager.Detours")
-	errSame  = errors.New("the host has not dialled: it has returned the connection that is there")
+	errOther   = errors.New("its connection does not come from a transport of Manager.Detours")
+	errNoOther = errors.New("none of its addresses answers")
 )
 
 // asides are the peers that are being dialled beside their connections.
@@ -101,15 +102,15 @@ func (a *asides) dial(ctx context.Context, n network.Network, p peer.ID, conns [
 	defer timer.Stop()
 	defer back()
 	got, err := n.DialPeer(ctx, p)
-	switch s, ok := n.(interface{ Backoff() *swarm.DialBackoff }); {
-	case err != nil && ok:
-		// Nobody else has asked for this dial: the next one is not to be kept from these
-		// addresses because of it.
-		s.Backoff().Clear(p)
-	case err == nil && slices.Contains(conns, got):
-		err = errSame
+	if err == nil && !slices.Contains(conns, got) {
+		return nil
 	}
-	return err
+	// Nobody else has asked for this dial: the next one is not to be kept from these addresses
+	// because of it.
+	if s, ok := n.(interface{ Backoff() *swarm.DialBackoff }); ok {
+		s.Backoff().Clear(p)
+	}
+	return cmp.Or(err, errNoOther)
 }
 
 // dialling is told of each address of p that is being dialled.

@@ -2,7 +2,6 @@ package connmgr
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -313,8 +312,6 @@ func (d *detours) ended(c network.Conn, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if w := d.conns[c]; w != nil {
-		if w.running, w.err = false, err; errors.Is(err, errSame) {
-			w.tries-- // nobody was dialled
-		}
+		w.running, w.err = false, err
 	}
 }

@@ -75,7 +75,7 @@ func anyFacts(r *rand.Rand) *facts {
 		c.path.lost = someTime()
 		if r.IntN(2) == 0 {
 			c.waits = someTime()
-			c.detour = detourFacts{running: rarely(), tries: few(), at: someTime(), err: errSame}
+			c.detour = detourFacts{running: rarely(), tries: few(), at: someTime(), err: errNoOther}
 		}
 		if rarely() {
 			c.exempt = "it is exempt"

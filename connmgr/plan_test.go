@@ -103,6 +103,12 @@ func told(t telling) func(*connFacts) { return func(c *connFacts) { c.told = t }
 func lost(since time.Duration) func(*connFacts) {
 	return func(c *connFacts) { c.path.lost = ago(since) }
 }
+func waits(since time.Duration) func(*connFacts) {
+	return func(c *connFacts) { c.waits = ago(since) }
+}
+func detoured(tries int, since time.Duration, running bool) func(*connFacts) {
+	return func(c *connFacts) { c.detour = detourFacts{running, tries, ago(since), errNoOther} }
+}
 func same(s sameness) func(*connFacts) {
 	return func(c *connFacts) { c.same = s }
 }
@@ -139,6 +145,7 @@ type want struct {
 	steer  *bool
 	probes []string
 	tell   *bool
+	detour *bool
 	fates  map[string]fate
 	moves  map[string]moves
 	why    map[string]string // a part of it
@@ -175,6 +182,32 @@ func TestPlan(t *testing.T) {
 	}{
 		// One connection.
 		{name: "alone", facts: between(quicConn()), want: want{winner: "quic", state: "nothing to do"}},
+		{name: "alone, and streams wait: it is asked", facts: between(quicConn(waits(2*time.Second), notAsked)),
+			want: want{winner: "quic", state: "asking whether it works", probes: []string{"quic"}, detour: isNotSo}},
+		{name: "alone, and the answer is awaited", facts: between(quicConn(waits(3*time.Second), asking)),
+			want: want{state: "asking whether it works", probes: []string{}, detour: isNotSo, next: defaultProbeTime - time.Second}},
+		{name: "alone, and it works", facts: between(quicConn(waits(time.Second), func(c *connFacts) { c.path = path{health: pathAlive, at: ago(0), asked: ago(0)} })),
+			want: want{state: "nothing to do", probes: []string{}, detour: isNotSo, why: map[string]string{"quic": "and it works"}}},
+		{name: "alone, and silent: the peer is dialled beside it", facts: between(quicConn(waits(5*time.Second), silent)),
+			want: want{state: "does not answer: the peer is dialled beside it", probes: []string{}, fates: fates{"quic": fateKeep}, detour: isSo}},
+		{name: "but by the other end first, where that can", facts: between(quicConn(waits(5*time.Second), silent)).with(follower),
+			want: want{state: "dialled beside it in 1.5 s", detour: isNotSo, next: detourSecond}},
+		{name: "which a plain peer cannot", facts: between(quicConn(waits(5*time.Second), silent)).with(follower).with(plainPeer),
+			want: want{detour: isSo}},
+		{name: "alone, silent, and the dial runs", facts: between(quicConn(waits(5*time.Second), silent, detoured(1, 0, true))),
+			want: want{state: "the peer is dialled beside it", detour: isNotSo}},
+		{name: "alone, silent, and the dial has failed", facts: between(quicConn(waits(9*time.Second), silent, detoured(1, detourPause-time.Second, false))),
+			want: want{state: "dialled beside it in 1 s", detour: isNotSo, next: time.Second}},
+		{name: "alone, silent, and the dial may be repeated", facts: between(quicConn(waits(9*time.Second), silent, detoured(1, detourPause, false))),
+			want: want{detour: isSo}},
+		{name: "alone, silent, and all dials have failed", facts: between(quicConn(waits(time.Minute), silent, detoured(detourTries, time.Minute, false))),
+			want: want{state: "there is no other: none of its addresses", detour: isNotSo, fates: fates{"quic": fateKeep}}},
+		{name: "alone, and it cannot be asked", facts: between(quicConn(waits(9*time.Second), notToBeAsked)),
+			want: want{detour: isNotSo, fates: fates{"quic": fateKeep}}},
+		{name: "alone, silent before, and something has come since", facts: between(quicConn(waits(time.Second), silent)),
+			want: want{probes: []string{"quic"}, detour: isNotSo}},
+		{name: "alone, silent and exempt", facts: between(quicConn(waits(9*time.Second), silent, func(c *connFacts) { c.exempt = "it is ours" })),
+			want: want{probes: []string{}, detour: isNotSo}},
 		{name: "alone on a limited relay", facts: between(limitedConn(func(c *connFacts) { c.ends = in(time.Minute) })),
 			want: want{winner: "limited", state: "through a relay that limits it", why: map[string]string{"limited": "the relay cuts it in 1 m 0 s"}}},
 
@@ -464,6 +497,9 @@ func TestPlan(t *testing.T) {
 			}
 			if tc.want.tell != nil {
 				require.Equal(t, *tc.want.tell, p.tell, "the peer is told")
+			}
+			if tc.want.detour != nil {
+				require.Equal(t, *tc.want.detour, p.detour, "the peer is dialled beside its connection: %s", p.state)
 			}
 			if tc.want.probes != nil {
 				probes := []string{}
