@@ -73,8 +73,10 @@ type setup struct {
 	punchTimeout time.Duration
 }
 
+const byDefaultData = 128 << 10
+
 // byDefault are the limits of go-libp2p's relay.
-var byDefault = &natbed.Limit{Duration: 2 * time.Minute, Data: 128 << 10}
+var byDefault = &natbed.Limit{Duration: 2 * time.Minute, Data: byDefaultData}
 
 // generous are limits that nothing here comes near, but limits all the same: from a relay
 // without any, streams move only when the direct connection has proved itself, which takes

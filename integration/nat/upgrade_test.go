@@ -99,6 +99,49 @@ func leaveRelay(t *testing.T, s setup, load workload, results *table) {
 	results.add(s.String(), whole == nil, cells)
 }
 
+// A stream of 205 kB a second each way spends the 128 KiB of the relay in 640 ms. Where the
+// direct connection comes in time for two round trips over the relay and the delay of a
+// decision, nothing is lost, and the stream has its full speed all the time.
+func TestFastStreamLeavesTheRelayInTime(t *testing.T) {
+	needAll(t)
+	results := newTable("direct after dial", "moved after direct", "longest gap")
+	t.Cleanup(func() { results.print(t) })
+	const rate = 205_000
+	const lasts = byDefaultData * time.Second / rate
+	for _, p := range []path{{"quic", 0}, {"tcp", 0}} {
+		s := setup{path: p, limit: byDefault, hosts: portage, streamFirst: true}
+		repeat(t, s.String(), func(t *testing.T) {
+			fewAtOnce(t)
+			w := newWorld(t, s)
+			dialled := time.Now()
+			w.dial(natbed.A)
+			w.openRelayed(natbed.A, natbed.Stream{Name: "s", Size: 4 * rate, Rate: rate, Chunk: 1 << 10})
+			opened := time.Now()
+			up, direct := w.directOrEnded()
+			pair := w.result(natbed.A, "s")
+			const decides = 250 * time.Millisecond // 100 ms of settling, and what a busy machine takes
+			if left := lasts - up.Sub(opened); !direct || left < decides {
+				t.Logf("the direct connection came %v before the budget was spent", left)
+				results.missed(s.String())
+				return
+			}
+			whole := pair.Whole()
+			if whole != nil {
+				t.Error(whole)
+			}
+			took := max(pair.Opener.Ended.Sub(opened), pair.Acceptor.Ended.Sub(opened))
+			if took > 5*time.Second {
+				t.Errorf("what takes four seconds at full speed has taken %v", took)
+			}
+			cells := map[string]time.Duration{"direct after dial": up.Sub(dialled), "longest gap": pair.Gap()}
+			if moved, did := w.moved(); did {
+				cells["moved after direct"] = moved.Sub(up)
+			}
+			results.add(s.String(), whole == nil, cells)
+		})
+	}
+}
+
 // Both hosts dial at once, and so there are two relayed connections, with a stream on each.
 func TestBothDialAtOnce(t *testing.T) {
 	needAll(t)

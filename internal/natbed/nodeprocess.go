@@ -24,7 +24,6 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/host/autorelay"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/libp2p/go-libp2p/p2p/protocol/holepunch"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	ma "github.com/multiformats/go-multiaddr"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -244,7 +243,7 @@ func (n *nodeProcess) startPeer(cfg Config) error {
 		if err != nil {
 			return err
 		}
-		opts = append(opts, libp2p.ConnectionManager(n.manager))
+		opts = append(opts, libp2p.ConnectionManager(n.manager), n.manager.Detours())
 	}
 	h, err := libp2p.New(opts...)
 	if err != nil {
@@ -261,6 +260,10 @@ func (n *nodeProcess) startPeer(cfg Config) error {
 		}
 	}
 	n.host.SetStreamHandler(streamProtocol, n.acceptTraffic)
+	n.host.SetStreamHandler(echoProtocol, func(s network.Stream) {
+		_, _ = io.Copy(s, s)
+		_ = s.Close()
+	})
 	return nil
 }
 
@@ -364,14 +367,14 @@ func (n *nodeProcess) reachOnce(ctx context.Context, info peer.AddrInfo) (*Conn,
 	if err := n.host.Connect(ctx, info); err != nil {
 		return nil, err
 	}
-	s, err := n.host.NewStream(ctx, info.ID, ping.ID)
+	s, err := n.host.NewStream(ctx, info.ID, echoProtocol)
 	if err != nil {
 		return nil, err
 	}
 	defer s.Reset()
 	deadline, _ := ctx.Deadline()
 	s.SetDeadline(deadline)
-	buf := make([]byte, ping.PingSize)
+	buf := make([]byte, 32)
 	if _, err := s.Write(buf); err != nil {
 		return nil, err
 	}

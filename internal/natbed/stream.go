@@ -26,6 +26,9 @@ import (
 // of JSON; then each end writes bytes that the other can compute, too.
 const streamProtocol protocol.ID = "/portage-nat/stream/1.0.0"
 
+// echoProtocol sends back what comes, for whoever wants to know whether a host is reached.
+const echoProtocol protocol.ID = "/portage-nat/echo/1.0.0"
+
 // Stream is a stream that a node is to open, and what is to be sent on it.
 type Stream struct {
 	Name string `json:"name"`
