@@ -61,10 +61,7 @@ func Addr(h host.Host, tr hosttest.Transport) (ma.Multiaddr, error) {
 	return nil, fmt.Errorf("the host does not listen on %s", tr)
 }
 
-// What a suite that is given these hosts logs when a test of it ends.
-const Report = "portage: %d migrations, %d connections closed"
-
-// suite is the hosts of a test of a suite.
+// suite is hosts of a test of a suite. When that ends it logs what they have done.
 type suite struct {
 	t          testing.TB
 	pause      time.Duration // between two doublings of a pair
@@ -75,13 +72,16 @@ type suite struct {
 	work       sync.WaitGroup
 }
 
-func newSuite(t testing.TB, pause time.Duration) *suite {
+// realDials is what dials is for all hosts of a suite in real time.
+var realDials = make(chan struct{}, 4)
+
+func newSuite(t testing.TB, pause time.Duration, dials chan struct{}) *suite {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &suite{t: t, pause: pause, ctx: ctx, dials: make(chan struct{}, 4)}
+	s := &suite{t: t, pause: pause, ctx: ctx, dials: dials}
 	t.Cleanup(func() {
 		cancel()
 		s.work.Wait()
-		t.Logf(Report, s.migrations.Load(), s.closings.Load())
+		t.Logf("portage: %d migrations, %d connections closed", s.migrations.Load(), s.closings.Load())
 	})
 	return s
 }
@@ -156,7 +156,7 @@ func (s *suite) again(d *hosttest.Doubler, h host.Host, p peer.ID) {
 
 // SimpleLibp2pNetwork stands in the place of simlibp2p's, in suites.
 func SimpleLibp2pNetwork(t testing.TB, links []simlibp2p.NodeLinkSettingsAndCount, latency simlibp2p.LatencyFunc, _ simlibp2p.NetworkSettings) (*simnet.Simnet, *simlibp2p.SimpleLibp2pNetworkMeta, error) {
-	s := newSuite(t, 2*time.Second)
+	s := newSuite(t, 2*time.Second, make(chan struct{}, 4))
 	network := &simnet.Simnet{LatencyFunc: latency}
 	meta := &simlibp2p.SimpleLibp2pNetworkMeta{AddrToNode: make(map[string]simlibp2p.HostAndIdx)}
 	for _, link := range links {
@@ -174,10 +174,10 @@ func SimpleLibp2pNetwork(t testing.TB, links []simlibp2p.NodeLinkSettingsAndCoun
 }
 
 // SimHost makes a host as simlibp2p does, which takes no options.
-func SimHost(network_ *simnet.Simnet, i int, link simnet.NodeBiDiLinkSettings, opts ...libp2p.Option) (host.Host, error) {
+func SimHost(net *simnet.Simnet, i int, link simnet.NodeBiDiLinkSettings, opts ...libp2p.Option) (host.Host, error) {
 	return libp2p.New(append(opts,
 		libp2p.ListenAddrStrings(fmt.Sprintf("/ip4/%s/udp/8000/quic-v1", simnet.IntToPublicIPv4(i))),
-		simlibp2p.QUICSimnet(network_, link),
+		simlibp2p.QUICSimnet(net, link),
 		libp2p.DisableIdentifyAddressDiscovery(),
 		libp2p.ResourceManager(&network.NullResourceManager{}),
 	)...)
@@ -194,7 +194,7 @@ func (h *Host) Start() { h.basic.Start() }
 
 // NewHost stands in the place of bhost.NewHost, in suites.
 func NewHost(t testing.TB, n *swarm.Swarm, opts *bhost.HostOpts) (*Host, error) {
-	s := newSuite(t, 10*time.Millisecond)
+	s := newSuite(t, 50*time.Millisecond, realDials)
 	m, err := connmgr.New(opts.ConnManager, Options(&s.migrations)...)
 	if err != nil {
 		return nil, err
