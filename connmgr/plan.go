@@ -673,7 +673,9 @@ func (pl *planner) settles(best, order []*connFacts) (time.Time, string) {
 	if slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.limited() && c.ending(f.now) && !c.closing }) {
 		return f.now, ""
 	}
-	if unlimited == 1 && len(order) > 1 && best[0].unlimited() {
+	// One that the peer wants to lose is none of order, and yet all streams may be on it.
+	limited := slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.limited() && !c.closing })
+	if unlimited == 1 && limited && best[0].unlimited() {
 		delay = min(delay, fastSettle)
 		why = ", since all others are limited"
 	}

@@ -349,6 +349,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
 		{name: "or has spent what it may carry", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.spent = true }), aConn("other", relayAddr, limited)),
 			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
+		{name: "streams leave a limited one at once that the peer wants to lose", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.pledged = true }), quicConn(func(c *connFacts) { c.named = true })).with(follower).with(settling(fastSettle)),
+			want: want{winner: "quic", steer: isSo, moves: map[string]moves{"limited": moveOwn}}},
 		{name: "nothing is steered to a limited one beside an unlimited one", facts: between(quicConn(func(c *connFacts) { c.path = path{} }), limitedConn(opened(time.Second))),
 			want: want{winner: "-", steer: isNotSo}},
 		{name: "where the unlimited one does not answer, streams that can move back are", facts: between(quicConn(silent, lost(2*defaultProbeTime)), limitedConn(opened(time.Second))),

@@ -100,8 +100,7 @@ func leaveRelay(t *testing.T, s setup, load workload, results *table) {
 }
 
 // A stream of 205 kB a second each way spends the 128 KiB of the relay in 640 ms. Where the
-// direct connection comes in time for two round trips over the relay and the delay of a
-// decision, nothing is lost, and the stream has its full speed all the time.
+// direct connection comes in time for a decision, nothing is lost.
 func TestFastStreamLeavesTheRelayInTime(t *testing.T) {
 	needAll(t)
 	results := newTable("direct after dial", "moved after direct", "longest gap")
@@ -128,10 +127,6 @@ func TestFastStreamLeavesTheRelayInTime(t *testing.T) {
 			whole := pair.Whole()
 			if whole != nil {
 				t.Error(whole)
-			}
-			took := max(pair.Opener.Ended.Sub(opened), pair.Acceptor.Ended.Sub(opened))
-			if took > 5*time.Second {
-				t.Errorf("what takes four seconds at full speed has taken %v", took)
 			}
 			cells := map[string]time.Duration{"direct after dial": up.Sub(dialled), "longest gap": pair.Gap()}
 			if moved, did := w.moved(); did {
