@@ -84,15 +84,15 @@ func (e Explanation) String() string {
 // It changes nothing. It does not block, unless the policy does, and then for a second at
 // most. A peer that is not connected has no connections in its explanation.
 func (m *Manager) Explain(p peer.ID) Explanation {
-	e, _ := m.explain(p)
+	e, _, _ := m.explain(p, m.policies.of)
 	return e
 }
 
-func (m *Manager) explain(p peer.ID) (Explanation, *view) {
+func (m *Manager) explain(p peer.ID, by func(*peerState) rank) (Explanation, *view, *plan) {
 	e := Explanation{Peer: p}
 	d, closed := m.sched.known(p), m.tasks.over()
 	v := m.looks.look(p, d)
-	plan := decide(m.cfg, m.policies.of(d), &v.facts)
+	plan := decide(m.cfg, by(d), &v.facts)
 	e.State = plan.state
 	switch {
 	case closed:
@@ -116,5 +116,5 @@ func (m *Manager) explain(p peer.ID) (Explanation, *view) {
 	}
 	place := plan.places()
 	slices.SortStableFunc(e.Conns, func(a, b ExplainedConn) int { return cmp.Compare(place(a.Conn.ID), place(b.Conn.ID)) })
-	return e, v
+	return e, v, &plan
 }

@@ -7,11 +7,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/stretchr/testify/require"
+
+	"github.com/go-portage/portage/policy"
 )
 
 func get(t testing.TB, h http.Handler, query string) string {
@@ -145,12 +148,139 @@ func TestPageOfManyPeers(t *testing.T) {
 		s = getStatus(t, h, "show=relayed")
 		require.Equal(t, 1, s.Found)
 		require.Equal(t, "one connection, through a relay that limits it", s.Peers[0].State)
-		require.Equal(t, Counts{Peers: 121, Duplicates: 4, Relayed: 1, Connections: 125}, s.Counts)
+		require.Equal(t, Counts{Peers: 121, Duplicates: 4, Relayed: 1, Limited: 1, Connections: 125}, s.Counts)
 		s = getStatus(t, h, "show=nonsense&sort=nonsense&page=x&q="+peer.ID("peer 100").String())
 		require.Equal(t, 1, s.Found)
 		require.Equal(t, "all", s.Query.Show)
 		require.Contains(t, get(t, h, "?page=2"), `rel="next" href="?page=3&amp;show=all&amp;sort=connections"`)
 	})
+}
+
+// What puts streams in danger looks like it, on the page and in the JSON.
+func TestPageShowsWhatIsAProblem(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		h := Handler(w.m)
+		signs := func() (peer Sign, conns []Sign) {
+			p := getStatus(t, h, "").Peers[0]
+			text := get(t, h, "")
+			for _, c := range p.Conns {
+				conns = append(conns, c.Sign)
+				require.Contains(t, text, fmt.Sprintf(`<span class="sign %s"><span aria-hidden="true">%s</span>%s</span>`, c.Sign.Level, c.Sign.Glyph(), c.Sign.Text))
+			}
+			return p.Sign, conns
+		}
+		relay := w.connectLimited()
+		at, conns := signs()
+		require.Equal(t, Sign{LevelProblem, "limited relay only"}, at)
+		require.Equal(t, []Sign{{LevelProblem, "limited"}}, conns)
+		require.Equal(t, 1, getStatus(t, h, "show=limited").Found)
+
+		relay.setPlain(1)
+		direct := w.connect(quicAddr)
+		w.pass(time.Second)
+		at, conns = signs()
+		require.Equal(t, Sign{LevelAttention, "held up"}, at)
+		require.Equal(t, []Sign{{LevelGood, "kept"}, {LevelAttention, "pinned"}}, conns)
+		require.Zero(t, getStatus(t, h, "show=limited").Found)
+
+		direct.set(func() { direct.silent = true })
+		w.pass(2 * time.Minute)
+		at, conns = signs()
+		require.Equal(t, Sign{LevelProblem, "limited relay in use"}, at)
+		require.Equal(t, []Sign{{LevelProblem, "limited"}, {LevelProblem, "silent"}}, conns)
+
+		direct.set(func() { direct.silent = false })
+		relay.setPlain(0)
+		w.pass(5 * time.Minute)
+		at, conns = signs()
+		require.Equal(t, Sign{LevelGood, "direct"}, at)
+		require.Equal(t, []Sign{{LevelGood, "kept"}}, conns)
+		require.NoError(t, direct.Close())
+		w.connect(relayAddr)
+		w.pass(time.Second)
+		at, _ = signs()
+		require.Equal(t, Sign{LevelAttention, "relay only"}, at)
+	})
+}
+
+// When something is due stands there once.
+func TestPageSaysWhenSomethingIsDue(t *testing.T) {
+	now := time.Date(2030, 1, 1, 12, 0, 0, 0, time.UTC)
+	require.Equal(t, "at 12:00:02 UTC, in 2 s", due(now.Add(2*time.Second), now, "quiet for 1 s, then closed"))
+	require.Equal(t, "at 12:00:02 UTC", due(now.Add(2*time.Second), now, "next attempt in 2 s"))
+}
+
+// blocking is a policy that ranks as the default one does until it does not return.
+type blocking struct {
+	policy.Policy
+	until chan struct{}
+	asked *atomic.Int32
+}
+
+func (p blocking) Rank(c []policy.Candidate) policy.Ranking {
+	p.asked.Add(1)
+	<-p.until
+	return p.Policy.Rank(c)
+}
+
+// A policy that does not return, or takes long, makes no page slow, and keeps no more than a
+// few goroutines, however often a page is asked for. What it has said before is shown.
+func TestPageDoesNotWaitForThePolicy(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		h := Handler(w.m)
+		for i := range peersOnPage {
+			p := peer.ID(fmt.Sprintf("peer z %02d", i))
+			w.net.identify(p, DrainID)
+			w.net.connect(p, tcpAddr, false).setPlain(1)
+			w.net.connect(p, quicAddr, false)
+		}
+		w.pass(5 * time.Second)
+		before := getStatus(t, h, "sort=peer")
+		require.Equal(t, "transport", before.Peers[0].Conns[1].Rule)
+
+		p := blocking{policy.Default(), make(chan struct{}), new(atomic.Int32)}
+		w.m.policies.inForce.Store(newRanker(p))
+		for i := range 20 {
+			start := time.Now()
+			after := getStatus(t, h, "sort=peer")
+			require.LessOrEqual(t, time.Since(start), hurry, "page %d", i)
+			for i, p := range after.Peers {
+				require.Equal(t, before.Peers[i].Conns[1].Rule, p.Conns[1].Rule)
+				require.Equal(t, before.Peers[i].Conns[0].ID, p.Conns[0].ID)
+			}
+		}
+		require.LessOrEqual(t, p.asked.Load(), int32(maxHurried))
+
+		fresh := peer.ID("peer a new one")
+		w.net.identify(fresh, DrainID)
+		w.net.connect(fresh, tcpAddr, false)
+		w.net.connect(fresh, quicAddr, false)
+		shown := getStatus(t, h, "q="+fresh.String()).Peers[0]
+		require.Equal(t, Sign{LevelProblem, "undecided"}, shown.Sign)
+		close(p.until)
+		w.pass(10 * time.Second)
+		require.Zero(t, w.m.policies.hurried.Load())
+		shown = getStatus(t, h, "q="+fresh.String()).Peers[0]
+		require.Equal(t, "kept", shown.Conns[0].State)
+	})
+}
+
+// The page's own policy allows no more than its own style.
+func TestPageAllowsNothingElse(t *testing.T) {
+	m, err := New(nil)
+	require.NoError(t, err)
+	defer m.Close()
+	rec := httptest.NewRecorder()
+	Handler(m).ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/", nil))
+	csp := rec.Header().Get("Content-Security-Policy")
+	require.Contains(t, csp, "default-src 'none'")
+	require.NotContains(t, csp, "unsafe")
+	require.Contains(t, rec.Body.String(), "<style>"+pageStyle+"</style>", "what was hashed is what is sent")
+	for _, inline := range []string{"<script", " style=", " onclick="} {
+		require.NotContains(t, pageText, inline)
+	}
 }
 
 func TestPageCanOnlyBeRead(t *testing.T) {

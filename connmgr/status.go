@@ -2,6 +2,7 @@ package connmgr
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"strings"
 	"sync"
@@ -163,12 +164,14 @@ type Counts struct {
 	Peers       int `json:"peers"`
 	Duplicates  int `json:"peers_with_duplicates"`
 	Relayed     int `json:"peers_reached_through_relays_only"`
+	Limited     int `json:"peers_reached_through_limited_relays_only"`
 	Connections int `json:"connections"`
 }
 
 // PeerShown is a peer on the status page: its explanation, as [Manager.Explain] gives it.
 type PeerShown struct {
 	Peer       string `json:"peer"`
+	Sign       Sign   `json:"sign"`
 	State      string `json:"state"`
 	Controller bool   `json:"this_side_decides"`
 	Reason     string `json:"reason,omitempty"`
@@ -180,13 +183,16 @@ type PeerShown struct {
 
 // ConnShown is a connection on the status page.
 type ConnShown struct {
-	ID       string        `json:"id"`
-	Kind     string        `json:"kind"`
-	Address  string        `json:"address"`
-	Winner   bool          `json:"kept"`
-	Reason   Reason        `json:"reason"`
-	State    string        `json:"state"`
-	Until    *time.Time    `json:"until,omitempty"`
+	ID      string     `json:"id"`
+	Sign    Sign       `json:"sign"`
+	Kind    string     `json:"kind"`
+	Address string     `json:"address"`
+	Winner  bool       `json:"kept"`
+	Reason  Reason     `json:"reason"`
+	State   string     `json:"state"`
+	Until   *time.Time `json:"until,omitempty"`
+	// Due is the same in words.
+	Due      string        `json:"due,omitempty"`
 	Rule     string        `json:"rule,omitempty"`
 	Values   string        `json:"values,omitempty"` // by which it lost
 	RuledOut string        `json:"ruled_out,omitempty"`
@@ -211,12 +217,97 @@ type StreamShown struct {
 	Age string `json:"age"`
 }
 
+// Level says how much something asks for attention.
+type Level string
+
+// The levels.
+const (
+	LevelGood      Level = "good"      // as it should be
+	LevelBusy      Level = "busy"      // something is being done, and passes by itself
+	LevelIdle      Level = "idle"      // left alone on purpose
+	LevelAttention Level = "attention" // something is in the way
+	LevelProblem   Level = "problem"   // streams are in danger, or nothing can be done
+)
+
+// Sign is the state of a peer or a connection at a glance.
+type Sign struct {
+	Level Level  `json:"level"`
+	Text  string `json:"text"`
+}
+
+// signOf is the sign of a peer.
+func signOf(e *Explanation, p *plan) Sign {
+	switch {
+	case len(e.Conns) == 0:
+		return Sign{LevelIdle, "not connected"}
+	case !slices.ContainsFunc(e.Conns, func(c ExplainedConn) bool { return !c.Candidate.Limited }):
+		return Sign{LevelProblem, "limited relay only"}
+	}
+	relayed := true
+	level, text := LevelBusy, "consolidating"
+	for i := range e.Conns {
+		c := &e.Conns[i]
+		relayed = relayed && c.Candidate.Relayed
+		switch s := c.sign(); {
+		case c.Winner && s.Level == LevelProblem:
+			return Sign{LevelProblem, "limited relay in use"}
+		case s.Level == LevelAttention || s.Level == LevelProblem:
+			level, text = LevelAttention, "held up"
+		}
+	}
+	switch {
+	case p.err != nil && !errors.Is(p.err, ErrExempt):
+		return Sign{LevelProblem, "undecided"}
+	case relayed && len(e.Conns) == 1:
+		return Sign{LevelAttention, "relay only"}
+	case len(e.Conns) == 1:
+		return Sign{LevelGood, "direct"}
+	case p.left, p.err != nil:
+		return Sign{LevelIdle, "left alone"}
+	}
+	return Sign{level, text}
+}
+
+// sign is the sign of a connection.
+func (c *ExplainedConn) sign() Sign {
+	switch c.Reason {
+	case ReasonOnly, ReasonKept:
+		switch {
+		case c.Candidate.Limited:
+			return Sign{LevelProblem, "limited"}
+		case c.Candidate.Relayed:
+			return Sign{LevelAttention, "relay"}
+		}
+		return Sign{LevelGood, "kept"}
+	case ReasonLimited:
+		return Sign{LevelProblem, "limited"}
+	case ReasonSilent, ReasonEnding:
+		return Sign{LevelProblem, string(c.Reason)}
+	case ReasonPinned, ReasonBackingOff, ReasonNoRoom, ReasonRefused, ReasonNoAnswer:
+		return Sign{LevelAttention, string(c.Reason)}
+	case ReasonExempt, ReasonOtherProcess, ReasonStandby, ReasonBetter:
+		return Sign{LevelIdle, string(c.Reason)}
+	}
+	return Sign{LevelBusy, string(c.Reason)}
+}
+
+// due says when something is over. In how long that is it says only where state does not.
+func due(at, now time.Time, state string) string {
+	text := "at " + at.UTC().Format("15:04:05 UTC")
+	if left := inWords(at.Sub(now)); !strings.Contains(state, "in "+left) {
+		text += ", in " + left
+	}
+	return text
+}
+
 // Query is what the page is asked for.
 type Query struct {
-	Show string `json:"show"` // all, duplicates or relayed
+	Show string `json:"show"` // all, duplicates, relayed or limited
 	Text string `json:"text"` // what the peer's ID contains
 	Sort string `json:"sort"` // connections, streams, oldest or peer
 	Page int    `json:"page"` // from 1
+	// Reload is after how many seconds the page is to be asked for again; 0: never.
+	Reload int `json:"reload,omitempty"`
 }
 
 const peersOnPage = 50
@@ -224,11 +315,11 @@ const peersOnPage = 50
 // listed is what is looked at of each peer.
 type listed struct {
 	id      peer.ID
-	name    string
 	conns   int
 	streams int
 	opened  time.Time
 	relayed bool // it is reached through relays only
+	limited bool // and all of them limit it
 }
 
 // status returns what the page shows. Of all peers it looks at what is cheap; those on the
@@ -250,7 +341,7 @@ func (m *Manager) status(q Query) Status {
 		p := byPeer[c.RemotePeer()]
 		stat := c.Stat()
 		if p == nil {
-			p = &listed{id: c.RemotePeer(), opened: stat.Opened, relayed: true}
+			p = &listed{id: c.RemotePeer(), opened: stat.Opened, relayed: true, limited: true}
 			byPeer[p.id] = p
 		}
 		p.conns++
@@ -258,6 +349,7 @@ func (m *Manager) status(q Query) Status {
 		p.opened = earlier(p.opened, stat.Opened)
 		label := connLabel(c)
 		p.relayed = p.relayed && (label == limitedRelay || label == "relay")
+		p.limited = p.limited && label == limitedRelay
 		s.Counts.Connections++
 	}
 	found := make([]*listed, 0, len(byPeer))
@@ -269,10 +361,13 @@ func (m *Manager) status(q Query) Status {
 		if p.relayed {
 			s.Counts.Relayed++
 		}
-		if q.Show == "duplicates" && p.conns < 2 || q.Show == "relayed" && !p.relayed {
+		if p.limited {
+			s.Counts.Limited++
+		}
+		if q.Show == "duplicates" && p.conns < 2 || q.Show == "relayed" && !p.relayed || q.Show == "limited" && !p.limited {
 			continue
 		}
-		if p.name = p.id.String(); strings.Contains(p.name, q.Text) {
+		if q.Text == "" || strings.Contains(p.id.String(), q.Text) {
 			found = append(found, p)
 		}
 	}
@@ -287,29 +382,31 @@ func (m *Manager) status(q Query) Status {
 		default:
 			order = cmp.Compare(b.conns, a.conns)
 		}
-		return cmp.Or(order, cmp.Compare(a.name, b.name))
+		return cmp.Or(order, cmp.Compare(a.id, b.id))
 	})
 	s.Found = len(found)
 	s.Pages = max(1, (len(found)+peersOnPage-1)/peersOnPage)
 	s.Query.Page = min(max(1, q.Page), s.Pages)
 	from := (s.Query.Page - 1) * peersOnPage
+	by := m.policies.hurry()
 	for _, p := range found[from:min(len(found), from+peersOnPage)] {
-		s.Peers = append(s.Peers, m.show(p.id, now))
+		s.Peers = append(s.Peers, m.show(p.id, by))
 	}
 	s.History = m.tells.history.last(peersOnPage, q.Text)
 	return s
 }
 
 // show explains a peer.
-func (m *Manager) show(p peer.ID, now time.Time) PeerShown {
-	e, v := m.explain(p)
-	shown := PeerShown{Peer: p.String(), State: e.State, Controller: e.Controller, Reason: e.Reason, Upgrade: e.Upgrade}
+func (m *Manager) show(p peer.ID, by inHurry) PeerShown {
+	e, v, plan := m.explain(p, by.of)
+	now := v.facts.now
+	shown := PeerShown{Peer: p.String(), Sign: signOf(&e, plan), State: e.State, Controller: e.Controller, Reason: e.Reason, Upgrade: e.Upgrade}
 	if !e.NextUpgrade.IsZero() {
 		shown.NextUpgrade = &e.NextUpgrade
 	}
 	for _, c := range e.Conns {
 		cs := ConnShown{
-			ID: c.Conn.ID, Kind: c.Conn.Kind, Winner: c.Winner, Reason: c.Reason, State: c.State, RuledOut: c.RuledOut, Path: c.Path,
+			ID: c.Conn.ID, Sign: c.sign(), Kind: c.Conn.Kind, Winner: c.Winner, Reason: c.Reason, State: c.State, RuledOut: c.RuledOut, Path: c.Path,
 			Streams: c.Candidate.Streams, Labelled: c.Candidate.Labelled, Pinned: c.Candidate.Pinned, Age: inWords(c.Candidate.Age),
 		}
 		if c.Conn.Remote != nil {
@@ -317,13 +414,15 @@ func (m *Manager) show(p peer.ID, now time.Time) PeerShown {
 		}
 		if !c.Until.IsZero() {
 			until := c.Until
-			cs.Until = &until
+			cs.Until, cs.Due = &until, due(until, now, c.State)
 		}
 		if c.Decision.Rule != "" {
 			cs.Rule, cs.Values = c.Decision.Rule, c.Decision.WinnerValue+" over "+c.Decision.LoserValue
 		}
 		if c.Candidate.RTT > 0 {
-			cs.RTT = inWords(c.Candidate.RTT)
+			if cs.RTT = inWords(c.Candidate.RTT); c.Candidate.RTT < time.Millisecond {
+				cs.RTT = "under 1 ms"
+			}
 		}
 		for i := range v.conns {
 			if v.conns[i].base.ID == c.Conn.ID {
