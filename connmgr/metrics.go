@@ -359,6 +359,7 @@ func NewMetricsTracer(opts ...MetricsTracerOption) MetricsTracer {
 	for _, rule := range knownRules {
 		prunesTotal.WithLabelValues(ruleLabel.value(rule))
 	}
+	pinnedByProtocol.WithLabelValues(otherLabel)
 	for _, by := range []string{ByThisSide, ByPeer} {
 		savedTotal.WithLabelValues(by)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -25,7 +26,10 @@ type config struct {
 	verbose bool
 	svg     string // "": none
 	timeout time.Duration
-	hold    bool // for tests: no stream ends before all have moved
+	hold    bool                        // for tests: no stream ends before all have moved
+	http    string                      // "": nothing is served
+	server  *server                     // of http
+	before  func(context.Context) error // for tests: called before the second connection is dialled
 
 	relay relayLimits // of -from relay
 }
@@ -73,6 +77,7 @@ func parseFlags(args []string, stderr io.Writer) (config, error) {
 	fs.BoolVar(&cfg.nat, "nat", false, "between two hosts behind real NATs, where go-libp2p punches a hole: needs root on Linux; sends 512KiB by default")
 	fs.BoolVar(&cfg.json, "json", false, "write one JSON object instead of the summary")
 	fs.StringVar(&cfg.svg, "svg", "migration.svg", "draw the throughput to this `file`; \"\": do not")
+	fs.StringVar(&cfg.http, "http", "", "serve the status page of Portage, and metrics, at this `address`, such as 127.0.0.1:8080, until Ctrl-C")
 	fs.BoolVar(&cfg.verbose, "v", false, "log in detail")
 	fs.DurationVar(&cfg.timeout, "timeout", 0, "give up after this time; default: a minute, and a second for each 8 MiB")
 	if err := fs.Parse(args); err != nil {
@@ -171,6 +176,8 @@ func (cfg config) check() error {
 		return fmt.Errorf("-from and -to are both %s: choose two", cfg.to)
 	case cfg.after <= 0:
 		return errors.New("-after: give a time above 0, such as 1s")
+	case cfg.http != "" && (cfg.without || cfg.nat):
+		return errors.New("-http: there is no status page with -without, and none to be reached with -nat: leave it out")
 	case cfg.timeout < 0:
 		return errors.New("-timeout: give a time above 0, such as 2m")
 	case cfg.nat && cfg.to != quic && cfg.to != tcp:

@@ -81,7 +81,7 @@ func (bed *testbed) start(who side, rec *recorder, con *console, opts ...libp2p.
 	if err != nil {
 		return nil, err
 	}
-	opts = append(opts, libp2p.ResourceManager(resources), libp2p.DisableMetrics(), bed.dials())
+	opts = append(opts, libp2p.ResourceManager(resources), bed.measured(), bed.dials())
 	if !bed.cfg.without {
 		opts = append(opts, withPortage(bed.cfg, who, rec, con.logger(who, bed.cfg.verbose)))
 	}
@@ -90,7 +90,18 @@ func (bed *testbed) start(who side, rec *recorder, con *console, opts ...libp2p.
 		return nil, fmt.Errorf("%s: %w", who, err)
 	}
 	bed.closers = append(bed.closers, h.Close)
+	if srv := bed.cfg.server; srv != nil {
+		srv.show(who, h)
+	}
 	return h, nil
+}
+
+// measured has metrics where somebody can see them.
+func (bed *testbed) measured() libp2p.Option {
+	if srv := bed.cfg.server; srv != nil && !bed.cfg.without {
+		return libp2p.PrometheusRegisterer(srv.metrics)
+	}
+	return libp2p.DisableMetrics()
 }
 
 // dials has -timeout alone bound the dials. By themselves they end after 5 s on loopback,

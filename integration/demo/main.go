@@ -11,11 +11,14 @@
 //	go run ./integration/demo -from tcp -to quic # two direct connections
 //	go run ./integration/demo -streams 100       # many transfers at once
 //	go run ./integration/demo -nat               # between real NATs, as root on Linux
+//	go run ./integration/demo -http 127.0.0.1:0  # with a status page to look at meanwhile
 //
 // What is shaped, so that there is something to see: the sender is paced, and
 // the path through the relay is narrow. All else is as fast as it gets.
 //
 // It is drawn, with the same on plain go-libp2p below it, which is run for that.
+//
+// With -http the hosts stay when all is done, and so does their status page, until Ctrl-C.
 //
 // The exit status is 0 only if all of the file arrived, and, unless -without is
 // given, if one connection is left.
@@ -58,6 +61,15 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 	con := newConsole(stderr, cfg.size)
 	rec := newRecorder(cfg)
+	if cfg.http != "" {
+		srv, err := serve(cfg.http)
+		if err != nil {
+			fmt.Fprintf(stderr, "demo: %v\n", err)
+			return 1
+		}
+		cfg.server = srv
+	}
+	interrupted := ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, cfg.timeout,
 		fmt.Errorf("not done after %v: -timeout gives it more time", cfg.timeout))
 	defer cancel()
@@ -69,6 +81,16 @@ func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 		} else {
 			sum.chart = cfg.svg
 		}
+	}
+	if srv := cfg.server; srv != nil {
+		defer func() {
+			con.say("status page: %s (sender), %s/receiver; Ctrl-C ends", srv.url(), srv.url())
+			<-interrupted.Done()
+			if err := srv.close(); err != nil {
+				fmt.Fprintf(stderr, "demo: %v\n", err)
+			}
+		}()
+		con.say("")
 	}
 	write := sum.writeText
 	if cfg.json {
@@ -128,9 +150,16 @@ func demonstrate(ctx context.Context, cfg config, rec *recorder, con *console) *
 	defer src.Close()
 
 	bed, err := newTestbed(ctx, cfg, rec, con)
-	defer bed.close()
+	if srv := cfg.server; srv != nil && !cfg.without {
+		srv.keep(bed.close)
+	} else {
+		defer bed.close()
+	}
 	if err != nil {
 		return sum.fail(cause(ctx, err))
+	}
+	if srv := cfg.server; srv != nil && !cfg.without {
+		con.say("status page: %s (sender), %s/receiver; metrics: %s/metrics", srv.url(), srv.url(), srv.url())
 	}
 	for _, line := range bed.describe() {
 		con.say("%s", line)
@@ -153,6 +182,11 @@ func demonstrate(ctx context.Context, cfg config, rec *recorder, con *console) *
 		sendErr = t.run(sending, src)
 	}()
 
+	if cfg.before != nil {
+		if err := cfg.before(ctx); err != nil {
+			return sum.fail(err)
+		}
+	}
 	secondUp, err := bed.connectSecond(ctx, rec, cfg.after, done)
 	if secondUp {
 		sum.before = bed.awaitBoth(ctx)
