@@ -6,12 +6,19 @@ import (
 	"html"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	coreconnmgr "github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/policy"
@@ -293,17 +300,99 @@ func TestPageCanOnlyBeRead(t *testing.T) {
 	require.Contains(t, get(t, Handler(m), ""), "There is no such peer", "a manager that has not met a network yet")
 }
 
-func BenchmarkPage(b *testing.B) {
-	w := &world{net: &fakeNet{conns: make(map[peer.ID][]*fakeConn)}}
-	m, err := New(nil)
-	require.NoError(b, err)
-	defer m.Close()
-	w.net.notifiee = m.Notifee()
-	for i := range 10_000 {
-		w.net.connect(peer.ID(fmt.Sprintf("peer %05d", i)), quicAddr, false)
+// crowd makes a manager with so many peers, each with so many connections. Of a second one
+// nothing is closed: it carries a stream.
+func crowd(t testing.TB, peers, conns int) *Manager {
+	m, err := New(coreconnmgr.NullConnMgr{}, WithMetricsTracer(NewMetricsTracer(WithRegisterer(prometheus.NewRegistry()))))
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, m.Close()) })
+	n := &fakeNet{conns: make(map[peer.ID][]*fakeConn), protocols: make(map[peer.ID][]protocol.ID), done: make(chan struct{})}
+	t.Cleanup(func() { close(n.done) })
+	n.notifiee = m.Notifee()
+	for i := range peers {
+		p := peer.ID(fmt.Sprintf("peer %05d", i))
+		n.identify(p)
+		for _, addr := range []string{quicAddr, tcpAddr}[:conns] {
+			n.connect(p, addr, false).setPlain(1)
+		}
 	}
-	h := Handler(m)
+	return m
+}
+
+// A page looks at all peers, and explains those that are on it; a scrape looks at none.
+func TestWhatItCostsToLook(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	for _, conns := range []int{1, 2} {
+		inVirtualTime(t, func(t *testing.T) {
+			const few, many = 2 * peersOnPage, 5000
+			var page, scrape [2]float64
+			for i, peers := range []int{few, many} {
+				m := crowd(t, peers, conns)
+				h := Handler(m)
+				time.Sleep(3 * time.Second)
+				synctest.Wait()
+				require.Equal(t, peers*(conns-1), getStatus(t, h, "").Counts.Duplicates)
+				page[i] = testing.AllocsPerRun(2, func() { get(t, h, "") })
+				reg := prometheus.NewRegistry()
+				NewMetricsTracer(WithRegisterer(reg))
+				scrape[i] = testing.AllocsPerRun(2, func() { _, _ = reg.Gather() })
+			}
+			more := float64((many - few) * conns)
+			require.LessOrEqual(t, page[1]-page[0], 3*more, "allocations of a page for each connection of a peer that is not on it")
+			require.LessOrEqual(t, scrape[1], 1.1*scrape[0], "allocations of a scrape")
+		})
+	}
+}
+
+// cpu runs f as often as b wants, and reports how much CPU one run takes.
+func cpu(b *testing.B, f func()) {
+	used := func() time.Duration {
+		var u syscall.Rusage
+		require.NoError(b, syscall.Getrusage(syscall.RUSAGE_SELF, &u))
+		return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	b.ReportAllocs()
+	before := used()
 	for b.Loop() {
-		get(b, h, "")
+		f()
 	}
+	b.ReportMetric(float64(used()-before)/float64(b.N)/1e6, "cpu-ms/op")
+}
+
+// rest waits until each peer with duplicates has been decided on, and ends the rounds: these
+// are not what is measured.
+func rest(b *testing.B, m *Manager) {
+	undecided := func(d *peerState) bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		return d.winner == nil
+	}
+	for slices.ContainsFunc(m.sched.all(), undecided) {
+		time.Sleep(50 * time.Millisecond)
+	}
+	require.NoError(b, m.Close())
+}
+
+func BenchmarkPage(b *testing.B) {
+	for conns, name := range []string{1: "alone", 2: "duplicates"} {
+		if conns == 0 {
+			continue
+		}
+		m := crowd(b, 10_000, conns)
+		rest(b, m)
+		h := Handler(m)
+		b.Run(name+"/html", func(b *testing.B) { cpu(b, func() { get(b, h, "") }) })
+		b.Run(name+"/json", func(b *testing.B) { cpu(b, func() { get(b, h, "?format=json") }) })
+		b.Run(name+"/search", func(b *testing.B) { cpu(b, func() { get(b, h, "?q=abc") }) })
+	}
+}
+
+func BenchmarkScrape(b *testing.B) {
+	reg := prometheus.NewRegistry()
+	NewMetricsTracer(WithRegisterer(reg))
+	rest(b, crowd(b, 10_000, 2))
+	h := promhttp.HandlerFor(reg, promhttp.HandlerOpts{})
+	cpu(b, func() { get(b, h, "") })
 }
