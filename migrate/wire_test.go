@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
@@ -556,4 +557,29 @@ func TestFinalSizeIDIsNotSpoken(t *testing.T) {
 	u := p.opens(0, tMultistream, tok("/portage/final-size/1.0.0"))
 	u.wantsReset(network.StreamNoError)
 	p.nothingLeft()
+}
+
+// TestLocalChoicesAreDocumented: what section 7 of docs/protocol.md says of this implementation.
+func TestLocalChoicesAreDocumented(t *testing.T) {
+	text, err := os.ReadFile("../docs/protocol.md")
+	require.NoError(t, err)
+	doc := strings.Join(strings.Fields(string(text)), " ")
+	cfg := defaults()
+	reread := rereadAfter * (1<<rereads - 1)
+	for _, says := range []string{
+		fmt.Sprintf("the negotiation of an inbound stream | takes %.0f s at most |", cfg.negotiation.Seconds()),
+		fmt.Sprintf("(W1) | for %d ms |", answerDelay.Milliseconds()),
+		fmt.Sprintf("(L4) | for %.0f s. %d at once for each peer;", cfg.labelWait.Seconds(), maxWaiting),
+		fmt.Sprintf("(M2) | for %.0f s |", cfg.busyWait.Seconds()),
+		fmt.Sprintf("leaves no room | is given up after %.0f s;", cfg.negotiation.Seconds()),
+		fmt.Sprintf("(L5) | can be migrated for %.0f s; %d such streams are kept |", cfg.labelWait.Seconds(), maxOrphans),
+		fmt.Sprintf("nothing has come on the new connection for %.0f s |", maxSilence.Seconds()),
+		fmt.Sprintf("(S4) | %d MiB at most,", maxDrained>>20),
+		fmt.Sprintf("(S12) | is read behind for about %d ms |", reread.Round(100*time.Millisecond).Milliseconds()),
+		fmt.Sprintf("after %.0f s, the new one is read ahead, up to %d MiB", stallNotice.Seconds(), maxAhead>>20),
+		fmt.Sprintf("brought nothing for %.0f s, S8 holds. After %.0f s without progress", maxHold.Seconds(), cfg.stall.Seconds()),
+	} {
+		require.Contains(t, doc, says)
+	}
+	require.Equal(t, 10, patience, "ten times the 5 s or 30 s")
 }
