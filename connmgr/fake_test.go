@@ -54,6 +54,7 @@ const (
 
 	quicAddr  = "/ip4/1.2.3.4/udp/4001/quic-v1"
 	tcpAddr   = "/ip4/1.2.3.4/tcp/4001"
+	wsAddr    = "/ip4/1.2.3.4/tcp/4002/ws"
 	relayAddr = "/ip4/5.6.7.8/udp/4001/quic-v1/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA/p2p-circuit"
 
 	// rtt is how long a fake migration takes.

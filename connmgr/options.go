@@ -167,8 +167,9 @@ const (
 	// closed, where that is a relayed one: it is the way to peers behind NATs, and 30 s are
 	// what QUIC takes to notice that a path is gone, and what the shortest-lived UDP mappings
 	// last. A direct one can be dialled again in a round trip by whoever could before, so a
-	// tenth of that is enough. What has died young is waited for longer: twice as long each
-	// time, up to an hour.
+	// tenth of that is enough, unless the winner is another kind of path and came later than
+	// that: then the loser is known to work, and the winner is not. What has died young is
+	// waited for longer: twice as long each time, up to an hour.
 	defaultProof      = 30 * time.Second
 	directProofShare  = 10
 	maxProofDoublings = 7
@@ -417,9 +418,11 @@ func WithTakeover(d time.Duration) Option {
 	return func(c *config) error { return positive("takeover", d, &c.takeover) }
 }
 
-// WithProof sets how long a winner has to live, and to answer, before the last other
-// connection without a limit is closed, where that one is relayed; where it is direct, a
-// tenth of d is enough. New streams use the winner meanwhile, and the others have moved.
+// WithProof sets how long a winner has to live, and to answer, before streams leave the last
+// other connection without a limit and it is closed. Where that one is direct, streams leave
+// it at once and a tenth of d is enough to close it, unless it is known to be the better
+// proven one: the winner is another kind of path (UDP, not TCP, or the other way about) and
+// came by more than a tenth of d later. New streams use the winner meanwhile.
 // Where a winner of the same kind to the same peer has died young, it takes twice as long
 // each time, an hour at most, and nothing moves before. Default: 30 s.
 func WithProof(d time.Duration) Option {

@@ -62,7 +62,7 @@ func (h health) String() string {
 type path struct {
 	health health
 	at     time.Time // alive: when what was answered was asked
-	since  time.Time // alive: from when on every question was answered
+	since  time.Time // how long it has worked goes back to here; zero: it has never been silent
 	asked  time.Time // last; zero: never
 	lost   time.Time // when the first was put of the questions in a row without an answer
 	wide   bool      // it has carried what is larger than a packet
@@ -83,7 +83,7 @@ func (p path) goneAt(wait time.Duration) time.Time { return p.lost.Add(2 * wait)
 
 // hear notes evidence that the path worked at some time.
 func (p *path) hear(at time.Time) {
-	if p.health == pathSilent || p.since.IsZero() {
+	if p.health == pathSilent {
 		p.since = at
 	}
 	p.health, p.at, p.tries, p.lost = pathAlive, later(p.at, at), 0, time.Time{}
@@ -95,7 +95,7 @@ func (p *path) miss(put bool) {
 		p.lost = p.asked
 	}
 	if put {
-		p.health = pathSilent
+		p.health, p.since = pathSilent, p.asked
 	} else {
 		p.health = pathUnknown
 	}
@@ -165,7 +165,10 @@ func packetsOn(c network.Conn) uint64 {
 type prober func(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error)
 
 // probe asks with a ping, limited connection or not. That a peer does not serve ping is an
-// answer, too.
+// answer, too. While there is no answer it asks again, on the same stream: after a while in
+// which nothing has passed, QUIC waits twice as long each time before it sends anything, and
+// for as long again after anything else that it sends. What follows soon finds the path up
+// when it is, and brings what was lost with it.
 func probe(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, openTimeout)
 	defer cancel()
@@ -203,6 +206,7 @@ func pingOn(ctx context.Context, c network.Conn, full bool, put func()) (time.Du
 			return 0, orDone(ctx, err)
 		}
 	}
+	defer nudge(s)()
 	if _, err := io.ReadFull(s, buf[:ping.PingSize]); err != nil {
 		return 0, orDone(ctx, err)
 	}
@@ -242,6 +246,26 @@ func refusalsOn(ctx context.Context, c network.Conn) error {
 
 // multistreamID is what either end of a stream begins its negotiation with.
 const multistreamID = "/multistream/1.0.0"
+
+// nudge repeats a ping until it is called off, or the stream fails.
+func nudge(s network.Stream) (stop func()) {
+	over := make(chan struct{})
+	go func() {
+		t := time.NewTicker(useProbe)
+		defer t.Stop()
+		for block := make([]byte, ping.PingSize); ; {
+			select {
+			case <-t.C:
+			case <-over:
+				return
+			}
+			if _, err := s.Write(block); err != nil {
+				return
+			}
+		}
+	}()
+	return func() { close(over) }
+}
 
 // orDone returns ctx's error in place of what its end made of a stream.
 func orDone(ctx context.Context, err error) error {
@@ -295,6 +319,11 @@ func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets b
 	came := make(chan outcome, 1)
 	ctx, cancel := context.WithTimeout(pa.tasks.ctx, lateFactor*pa.cfg.probeTime)
 	defer cancel()
+	if greets { // that cannot be repeated; see nudge
+		defer time.AfterFunc(useProbe, func() {
+			pa.tasks.start(func() { _, _ = pa.probe(ctx, cs.conn, false, func() {}) })
+		}).Stop()
+	}
 	go func() {
 		var out outcome
 		if greets {

@@ -478,12 +478,12 @@ func (pl *planner) dueProbe(c *connFacts) time.Time {
 		return p.asked.Add(reprobe(p.tries, pl.cfg.probeTime))
 	case pl.narrow(c) && p.denied > 0:
 		return p.asked.Add(reprobe(p.denied, pl.cfg.probeTime))
-	case pl.narrow(c):
+	case pl.narrow(c) && !pl.spared(c):
 		return f.now
 	case f.now.Sub(c.used) < pl.cfg.interval:
 		return later(p.asked, p.at).Add(useProbe) // something depends on it
-	case c.quiet.IsZero() && f.now.Sub(c.used) < idleProbe:
-		return later(p.asked, p.at).Add(pl.cfg.interval)
+	case c.quiet.IsZero() && (f.now.Sub(c.used) < idleProbe || p.at.Sub(p.asked) > useProbe):
+		return later(p.asked, p.at).Add(pl.cfg.interval) // a stream began, or more came than was asked for
 	case c.quiet.IsZero():
 		return later(p.asked, p.at).Add(idleProbe / 2)
 	case pl.proving(c):
@@ -499,11 +499,24 @@ func (pl *planner) narrow(c *connFacts) bool {
 	return c.path.alive() && !c.path.wide && c.unlimited() && !pl.first(c)
 }
 
+// spared says whether c is not asked for that now. A TCP connection whose path swallows what
+// is large does not survive the question, and a peer without Portage goes on using it. It is
+// asked when it has not been used for a while. Nothing is lost by that: no streams move, and
+// nothing is closed, before they have been idle, too.
+func (pl *planner) spared(c *connFacts) bool {
+	f := pl.f
+	if pl.manages == yes || f.migrates || kindOf(c.candidate).udp {
+		return false
+	}
+	return c.quiet.IsZero() || f.now.Sub(later(c.quiet, c.used)) < pl.cfg.plainQuietTime
+}
+
 // proving says whether c has yet to show that it lives for long enough.
 func (pl *planner) proving(c *connFacts) bool {
 	deaths := pl.f.deaths[kindOf(c.candidate)]
 	return c.unlimited() && pl.f.now.Before(c.livesSince().Add(pl.cfg.proof(true, deaths))) &&
-		(deaths > 0 && pl.unlimited > 1 || pl.relays > 0 && !c.candidate.Relayed)
+		(deaths > 0 && pl.unlimited > 1 || pl.relays > 0 && !c.candidate.Relayed ||
+			slices.ContainsFunc(pl.f.conns, func(o connFacts) bool { return o.unlimited() && pl.betterProven(&o, c) }))
 }
 
 // ruledOut says why c is not ranked; empty if it is.
@@ -697,7 +710,7 @@ func (pl *planner) vouched(best, order []*connFacts) (*connFacts, string) {
 			}
 			return c, ""
 		}
-		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(pl.newest) || pl.narrow(c) && !c.path.asking && c.path.denied == 0 {
+		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(pl.newest) || pl.narrow(c) && !pl.spared(c) && !c.path.asking && c.path.denied == 0 {
 			pl.asks = true
 			return nil, "asking which connections work"
 		}
@@ -786,6 +799,9 @@ func (pl *planner) steerMeanwhile(order []*connFacts) {
 	direct := slices.ContainsFunc(f.conns, func(c connFacts) bool {
 		return !c.candidate.Relayed && !c.closing && c.path.health != pathSilent
 	})
+	if pl.staying == 0 && !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.path.health == pathSilent || c.ending(f.now) }) {
+		return // each has a budget of its own: the swarm chooses, as it does for a plain host
+	}
 	for _, c := range append([]*connFacts{pl.find(f.winner)}, order...) {
 		if good(c) && (c.unlimited() || pl.staying == 0) && (!c.candidate.Relayed || !direct) {
 			pl.steer, pl.winner = true, pl.index(c.id())
@@ -970,10 +986,10 @@ func (pl *planner) moves(l, w *connFacts) moves {
 }
 
 // movesAt is from when on streams may leave l for w. Those on a relayed connection without a
-// limit are in no danger, so that they wait until w has proved itself: were it to die before,
-// they would have been better off where they were.
+// limit are in no danger, nor are those on a direct one that has proved itself, so that they
+// wait until w has, too: were it to die before, they would have been better off where they were.
 func (pl *planner) movesAt(l, w *connFacts) time.Time {
-	if l.limited() || !l.candidate.Relayed || pl.f.forced || l.path.health == pathSilent {
+	if l.limited() || pl.f.forced || l.path.health == pathSilent || !l.candidate.Relayed && !pl.betterProven(l, w) {
 		return time.Time{}
 	}
 	return w.livesSince().Add(pl.cfg.proof(true, pl.f.deaths[kindOf(w.candidate)]))
@@ -1069,7 +1085,15 @@ func (pl *planner) provenAt(l, w *connFacts) time.Time {
 	if others > 0 {
 		return time.Time{}
 	}
-	return w.livesSince().Add(pl.cfg.proof(l.candidate.Relayed, f.deaths[kindOf(w.candidate)]))
+	return w.livesSince().Add(pl.cfg.proof(l.candidate.Relayed || pl.betterProven(l, w), f.deaths[kindOf(w.candidate)]))
+}
+
+// betterProven says whether it is known of l that it works, and much less of w: w is another kind
+// of path, and came when l had lived for a while. What has come with it, or is of its kind,
+// may be dialled again where it could be before, and most likely fails where w does.
+func (pl *planner) betterProven(l, w *connFacts) bool {
+	return kindOf(l.candidate) != kindOf(w.candidate) &&
+		w.livesSince().Sub(l.livesSince()) > pl.cfg.proof(false, 0)
 }
 
 // standby returns the connection that is kept beside w: the best other unlimited one.

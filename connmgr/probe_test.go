@@ -31,7 +31,7 @@ func TestPathStates(t *testing.T) {
 			p.ask(at(1))
 			p.hear(at(1))
 			p.end()
-		}, path{health: pathAlive, at: at(1), since: at(1), asked: at(1)}},
+		}, path{health: pathAlive, at: at(1), asked: at(1)}},
 		"answered again": {func(p *path) {
 			p.ask(at(1))
 			p.hear(at(1))
@@ -39,11 +39,11 @@ func TestPathStates(t *testing.T) {
 			p.ask(at(5))
 			p.hear(at(5))
 			p.end()
-		}, path{health: pathAlive, at: at(5), since: at(1), asked: at(5)}},
+		}, path{health: pathAlive, at: at(5), asked: at(5)}},
 		"put, and nothing came": {func(p *path) {
 			p.ask(at(1))
 			p.miss(true)
-		}, path{health: pathSilent, asked: at(1), lost: at(1), asking: true, tries: 1}},
+		}, path{health: pathSilent, since: at(1), asked: at(1), lost: at(1), asking: true, tries: 1}},
 		"not put": {func(p *path) {
 			p.ask(at(1))
 			p.miss(false)
@@ -61,7 +61,7 @@ func TestPathStates(t *testing.T) {
 			p.ask(at(5))
 			p.miss(true)
 			p.end()
-		}, path{health: pathSilent, at: at(1), since: at(1), asked: at(5), lost: at(5), tries: 1}},
+		}, path{health: pathSilent, at: at(1), since: at(5), asked: at(5), lost: at(5), tries: 1}},
 		"and alive again": {func(p *path) {
 			p.ask(at(1))
 			p.hear(at(1))
@@ -73,12 +73,23 @@ func TestPathStates(t *testing.T) {
 			p.hear(at(9))
 			p.end()
 		}, path{health: pathAlive, at: at(9), since: at(9), asked: at(9)}},
+		"alive after a question that could not be put": {func(p *path) {
+			p.ask(at(1))
+			p.miss(true)
+			p.end()
+			p.ask(at(5))
+			p.miss(false)
+			p.end()
+			p.ask(at(9))
+			p.hear(at(9))
+			p.end()
+		}, path{health: pathAlive, at: at(9), since: at(1), asked: at(9)}},
 		"older evidence makes it no older": {func(p *path) {
 			p.ask(at(5))
 			p.hear(at(5))
 			p.hear(at(1))
 			p.end()
-		}, path{health: pathAlive, at: at(5), since: at(5), asked: at(5)}},
+		}, path{health: pathAlive, at: at(5), asked: at(5)}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var p path
@@ -231,11 +242,12 @@ func TestNothingIsClosedForAWinnerOfOld(t *testing.T) {
 		"delaying": func(c *fakeConn) { c.delay = time.Minute },
 	} {
 		t.Run(name, func(t *testing.T) {
-			for at := time.Duration(0); at < defaultProof/directProofShare; at += 290 * time.Millisecond {
+			const before = time.Second
+			for at := time.Duration(0); at < defaultProof/directProofShare-before; at += 290 * time.Millisecond {
 				inVirtualTime(t, func(t *testing.T) {
 					w := newWorld(t, higher)
 					quic := w.connect(quicAddr)
-					w.pass(time.Second)
+					w.pass(before)
 					tcp := w.connect(tcpAddr)
 					w.pass(at)
 					quic.set(func() { stop(quic) })

@@ -102,7 +102,7 @@ func TestSupplantedWhileYoung(t *testing.T) {
 		require.True(t, relay.pruned())
 		require.Empty(t, w.m.sched.peers, "only one is left")
 		w.connect(quicAddr)
-		w.pass(10 * time.Second)
+		w.pass(defaultProof + 5*time.Second)
 		require.True(t, tcp.pruned())
 		require.Empty(t, w.m.rounds.young.of(higher, time.Now()))
 	})

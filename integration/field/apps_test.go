@@ -126,6 +126,7 @@ type chat struct {
 	asked    time.Time // when the block was sent that was not answered yet; zero: all were
 	last     time.Time // when the last answer came
 	longest  time.Duration
+	waited   string // where and from when on it was without an answer for longest
 	rounds   int
 }
 
@@ -225,7 +226,9 @@ func (c *chat) run(size int) error {
 		out = nil
 		c.mu.Lock()
 		c.asked, c.last, c.rounds = time.Time{}, time.Now(), int(i)
-		c.longest = max(c.longest, time.Since(begun))
+		if took := time.Since(begun); took > c.longest {
+			c.longest, c.waited = took, fmt.Sprintf("from %s on, %s", begun.Format("04:05.000"), name(c.s.Conn()))
+		}
 		c.mu.Unlock()
 		tick.Reset(c.every - time.Since(begun))
 		select {
@@ -307,10 +310,21 @@ func (w *world) request(from, to *end, limit time.Duration) (took time.Duration,
 }
 
 func (w *world) requestWith(ctx context.Context, from, to *end, limit time.Duration) (took time.Duration, err error) {
+	return w.requestBy(byHost, ctx, from, to, limit)
+}
+
+// opener opens a stream.
+type opener func(ctx context.Context, from, to *end, id protocol.ID) (network.Stream, error)
+
+func byHost(ctx context.Context, from, to *end, id protocol.ID) (network.Stream, error) {
+	return from.host.NewStream(ctx, to.ID(), id)
+}
+
+func (w *world) requestBy(open opener, ctx context.Context, from, to *end, limit time.Duration) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	start := time.Now()
-	s, err := from.host.NewStream(ctx, to.ID(), requestID)
+	s, err := open(ctx, from, to, requestID)
 	if err != nil {
 		return time.Since(start), fmt.Errorf("open, after %v: %w", time.Since(start), err)
 	}

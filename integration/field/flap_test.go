@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stretchr/testify/assert"
+
 	. "github.com/go-portage/portage/internal/simtest"
 )
 
@@ -95,6 +97,39 @@ func TestDirectPathThatSwallowsWhatIsLarge(t *testing.T) {
 				}
 				w.noteAll("stream that was opened on the relay", chats, 5*time.Second, 5*time.Second)
 			})
+		})
+	}
+}
+
+// A QUIC path is down for some seconds while streams on it wait for answers. QUIC waits twice
+// as long each time before it sends again, and plain hosts have the answers up to as long
+// after the path is back as it was down. Beside a second connection the path is asked, and so
+// found up within about a second; and the streams, whether they have left it or not, go on.
+func TestPathThatComesBack(t *testing.T) {
+	for _, down := range []time.Duration{6500, 7500, 9000, 12_000} {
+		down *= time.Millisecond
+		t.Run(fmt.Sprint(down), func(t *testing.T) {
+			situation := func(w *world) {
+				w.hosts(setup{})
+				w.dial(w.attempt(QUIC, 1, 0), w.back(TCP, 0, 8*time.Second))
+				var chats []*chat
+				for range 2 {
+					chats = append(chats, w.chat(w.a, w.b, 100, 100*time.Millisecond), w.chat(w.b, w.a, 100, 100*time.Millisecond))
+				}
+				w.until("TCP", 20*time.Second, func() bool { return w.a.on(TCP, w.b) != nil && w.b.on(TCP, w.a) != nil })
+				w.pinned(w.a, w.b, w.a.on(TCP, w.b), 10, time.Hour) // so that it stays
+				time.Sleep(10 * time.Second)
+				w.Freeze(w.a.IPs()[1], w.b.IPs()[1])
+				time.Sleep(down)
+				w.Thaw(w.a.IPs()[1], w.b.IPs()[1])
+				time.Sleep(15 * time.Second)
+				for _, c := range chats {
+					assert.NoError(w, c.state(5*time.Second))
+					assert.Less(w, c.wait(), down+1300*time.Millisecond, "how long an answer took")
+				}
+			}
+			together(t, situation)
+			alone(t, situation)
 		})
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/circuitv2/relay"
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
@@ -49,6 +50,7 @@ const (
 // plan is all that follows from a seed.
 type plan struct {
 	seed    uint64
+	on      choice        // where streams are opened, in a run of plain hosts
 	base    string        // which connections come
 	second  time.Duration // when the second one comes
 	slow    bool          // the second networks carry 256 kB a second
@@ -74,6 +76,33 @@ type faultPlan struct {
 	what string
 	link int // of the IPs; 2: both ends' with the relay
 	last time.Duration
+}
+
+// A choice is the connection on which streams are opened while there are two. Plain hosts
+// leave it to how many streams each has at that moment, and to which is newer: whether a
+// stream finds itself on the one whose path fails is luck. So there is a run of plain hosts
+// with each, and where it matters the luckless one counts.
+type choice string
+
+const (
+	hostsChoice choice = "the host's"
+	olderOne    choice = "the older one"
+	newerOne    choice = "the newer one"
+)
+
+// opener returns how streams are opened.
+func (p plan) opener() opener {
+	return func(ctx context.Context, from, to *end, id protocol.ID) (network.Stream, error) {
+		conns := from.conns(to)
+		if p.on == hostsChoice || len(conns) < 2 {
+			return from.host.NewStream(ctx, to.ID(), id)
+		}
+		slices.SortFunc(conns, func(c, d network.Conn) int { return c.Stat().Opened.Compare(d.Stat().Opened) })
+		if p.on == newerOne {
+			slices.Reverse(conns)
+		}
+		return openOn(ctx, conns[0], id)
+	}
 }
 
 // The bases: what comes first, and what after it.
@@ -125,6 +154,7 @@ func planOf(seed uint64) plan {
 	r := rand.New(rand.NewPCG(seed, 1))
 	p := plan{
 		seed:   seed,
+		on:     hostsChoice,
 		base:   pick(r, unlimitedThenTCP, unlimitedThenQUIC, limitedThenTCP, limitedThenQUIC, tcpThenQUIC, quicThenTCP),
 		second: 4*time.Second + upTo(r, 5*time.Second),
 		ask:    pick(r, time.Second, 3*time.Second, 7*time.Second),
@@ -165,9 +195,6 @@ func planOf(seed uint64) plan {
 		p.faults = append(p.faults, f)
 	}
 	for range pick(r, 1, 2, 6, 30) {
-		if p.dies() && !p.relayed() {
-			break // they move from one direct connection to the other, and die with it
-		}
 		p.chats = append(p.chats, chatPlan{
 			at: upTo(r, pick(r, 3*time.Second, time.Minute)), back: r.IntN(2) == 0,
 			size: pick(r, size...), every: pick(r, 200*time.Millisecond, time.Second, 4*time.Second),
@@ -186,16 +213,30 @@ func planOf(seed uint64) plan {
 	return p
 }
 
-// dies says whether the second connection dies young.
-func (p plan) dies() bool {
-	return slices.ContainsFunc(p.faults, func(f faultPlan) bool { return f.what == young })
+// late is how much longer than on plain hosts something may take. Streams that have moved to
+// the second connection meet what befalls its path: that is no fault of whoever chose it. But
+// they move there only when it has proved itself, or off a relay that is going to cut them;
+// and they go on as soon as it does.
+func (p plan) late() time.Duration {
+	const soon = 2 * time.Second
+	if p.slow {
+		return 15 * time.Second // streams leave a relay for a direct path that is busy
+	}
+	moves := p.second + proof
+	if strings.HasPrefix(p.base, "limited") {
+		moves = p.second
+	}
+	for _, f := range p.faults {
+		if f.what == hiccup && f.link == p.link() && f.at+f.last > moves {
+			return f.last + soon
+		}
+	}
+	return soon
 }
 
-// swallows says whether the second connection swallows what is large. A TCP connection does
-// not survive the question whether it does.
-func (p plan) swallows() bool {
-	return slices.ContainsFunc(p.faults, func(f faultPlan) bool { return f.what == swallow })
-}
+// proof is how long a path has to have worked before streams leave one for it that is in no
+// danger.
+const proof = 30 * time.Second
 
 // link is the number of the IPs between which the second connection is.
 func (p plan) link() int {
@@ -214,12 +255,8 @@ func (p plan) play(w *world) {
 		}
 		w.SetBuffer(1 << 20)
 	}
-	// A winner has to prove itself for longer than any path lives here that dies soon.
-	w.hosts(setup{manager: []connmgr.Option{connmgr.WithConcurrency(2), connmgr.WithProof(20 * time.Minute)}})
-	wait := 2 * silence // how much longer something may take with Portage
-	if p.slow {
-		wait = 15 * time.Second // streams leave a relay for a direct path that is busy
-	}
+	w.hosts(setup{manager: []connmgr.Option{connmgr.WithConcurrency(2)}})
+	wait := p.late()
 	start := time.Now()
 	for _, f := range p.faults {
 		if f.what == swallow {
@@ -251,7 +288,7 @@ func (p plan) play(w *world) {
 			}
 			ctx, cancel := context.WithTimeout(allowing(w.ctx), 20*time.Second)
 			defer cancel()
-			s, err := from.host.NewStream(ctx, to.ID(), chatID)
+			s, err := p.opener()(ctx, from, to, chatID)
 			if opened[i] = err; err == nil {
 				chats[i] = w.talk(from, to, s, c.size, c.every)
 			}
@@ -277,23 +314,20 @@ func (p plan) play(w *world) {
 		}
 		time.Sleep(time.Until(start.Add(at)))
 		w.holds(fmt.Sprintf("a connection is there at %d", n), len(w.a.conns(w.b)) > 0 && len(w.b.conns(w.a)) > 0)
-		if p.inDoubt(at) || p.swallows() {
-			continue
-		}
 		for i, q := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
 			w.work.Go(func() { // so that one that waits holds no other one up
-				took, err := w.request(q[0], q[1], 12*time.Second)
-				w.takes(fmt.Sprintf("request %d of end %d", n, i), err, took, wait)
+				took, err := w.requestBy(p.opener(), allowing(w.ctx), q[0], q[1], 12*time.Second)
+				w.seen.add(observation{what: fmt.Sprintf("request %d of end %d", n, i), err: err, took: took, allow: wait, luck: p.inDoubt(at)})
 			})
 		}
 	}
 	time.Sleep(15 * time.Second)
 	for i, c := range chats {
 		if c == nil {
-			w.is(fmt.Sprintf("opening of stream %d", i), opened[i])
+			w.seen.add(observation{what: fmt.Sprintf("stream %d", i), err: fmt.Errorf("open: %w", opened[i]), luck: true})
 			continue
 		}
-		w.takes(fmt.Sprintf("stream %d", i), c.state(10*time.Second), c.wait(), wait)
+		w.seen.add(observation{what: fmt.Sprintf("stream %d", i), err: c.state(10 * time.Second), took: c.wait(), allow: wait, luck: true, note: c.waited})
 	}
 	for i, u := range uploads {
 		w.is(fmt.Sprintf("upload %d", i), u.state())
@@ -418,13 +452,16 @@ func TestNeverWorse(t *testing.T) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			p := planOf(seed)
 			these := []cast{{"both", true, true, p.flip}, {"one", p.single == 0, p.single == 1, p.flip}}
-			plain := new(outcome)
-			play(t, cast{"plain", false, false, p.flip}, plain, p.play)
+			plain := make(map[choice]*outcome)
+			for _, p.on = range []choice{olderOne, newerOne, hostsChoice} {
+				plain[p.on] = new(outcome)
+				play(t, cast{"plain", false, false, p.flip}, plain[p.on], p.play)
+			}
 			for _, c := range these {
 				t.Run(c.name, func(t *testing.T) {
 					here := new(outcome)
 					did := play(t, c, here, p.play)
-					if !here.noWorseThan(t, plain) {
+					if !here.noWorseThan(t, plain[hostsChoice], plain[olderOne], plain[newerOne]) {
 						t.Logf("To run it again:\n  go test ./integration/field -run TestNeverWorse -seed=%d\n%s\nwhat the managers did:\n%s", seed, p, did)
 					}
 				})
