@@ -131,3 +131,24 @@ func ExampleWithSlog() {
 	// Output:
 	// moved 1, by rule unlimited: true over false
 }
+
+// A program that is told when a peer that was reached over a relay is reached directly.
+func ExampleEvtPathChanged() {
+	a, b := newExampleNode(connmgr.Enable()), newExampleNode(connmgr.Enable())
+	defer a.Close()
+	defer b.Close()
+	sub := must(a.EventBus().Subscribe(new(connmgr.EvtPathChanged)))
+	defer sub.Close()
+
+	stop := connectThroughRelay(a, b)
+	defer stop()
+	connectDirectly(a, b)
+	for e := range sub.Out() {
+		if e := e.(connmgr.EvtPathChanged); e.Direct && !e.WasDirect {
+			fmt.Printf("%t: over %s instead of %s\n", e.Peer == b.ID(), e.To.Kind, e.From.Kind)
+			break
+		}
+	}
+	// Output:
+	// true: over quic direct instead of limited relay
+}

@@ -41,6 +41,28 @@ type patch struct {
 
 const movingImport = "\t\"github.com/go-portage/portage/integration/apps/moving\"\n"
 
+func TestSuiteOfPubsub(t *testing.T) {
+	run(t, suite{
+		module: "github.com/libp2p/go-libp2p-pubsub",
+		patches: []patch{
+			{"pubsub_test.go", "simlibp2p.SimpleLibp2pNetwork(", "moving.SimpleLibp2pNetwork(t, ", 1},
+			{"pubsub_test.go", "\t\"github.com/libp2p/go-libp2p/x/simlibp2p\"\n", "\t\"github.com/libp2p/go-libp2p/x/simlibp2p\"\n" + movingImport, 1},
+		},
+		long: []string{
+			"TestConfigurableMaxMessageSize", "TestDenseGossipsub", "TestGossipSubDiscoveryAfterBootstrap", "TestGossipsubControlPiggyback",
+			"TestGossipsubEnoughPeers", "TestGossipsubFanout", "TestGossipsubFanoutMaintenance", "TestGossipsubGossip", "TestGossipsubGossipPropagation",
+			"TestGossipsubGraft", "TestGossipsubGraftPruneRetry", "TestGossipsubNegativeScore", "TestGossipsubOpportunisticGrafting", "TestGossipsubPrune",
+			"TestGossipsubRPCFragmentation", "TestGossipsubRemovePeer", "TestGossipsubStarTopology", "TestGossipsubStarTopologyWithSignedPeerRecords",
+			"TestJSONTracer", "TestMessageBatchPublish", "TestMixedGossipsub", "TestPBTracer", "TestPartialMessagesEmitGossipWhenAllPeersPartial",
+			"TestRandomsubBig", "TestRandomsubEnoughPeers", "TestRandomsubMixed", "TestRemoteTracer", "TestRoundRobinMessageIDScheduler",
+			"TestSelfMessageFilter", "TestSparseGossipsub", "TestSubscriptionJoinNotification", "TestSubscriptionLeaveNotification",
+			"TestSubscriptionManyNotifications",
+		},
+		pass:  184,
+		moved: 300,
+	})
+}
+
 func TestSuiteOfKadDHT(t *testing.T) {
 	run(t, suite{
 		module: "github.com/libp2p/go-libp2p-kad-dht",
