@@ -59,7 +59,7 @@ func TestSuiteOfPubsub(t *testing.T) {
 			"TestSubscriptionManyNotifications",
 		},
 		pass:  183,
-		moved: 300,
+		moved: 150,
 	})
 }
 
