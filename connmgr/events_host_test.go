@@ -2,6 +2,7 @@ package connmgr_test
 
 import (
 	"io"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -9,6 +10,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	ma "github.com/multiformats/go-multiaddr"
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/connmgr"
@@ -56,6 +58,45 @@ func TestEventsOfBothEnds(t *testing.T) {
 			require.Equal(t, to, pruned.Kept.Kind)
 			require.Empty(t, sub.Out())
 		}
+		require.NoError(t, s.Reset())
+	})
+}
+
+// bufferTracer knows what handovers hold.
+type bufferTracer struct {
+	connmgr.MetricsTracer
+	now, most atomic.Int64
+}
+
+func (b *bufferTracer) Buffered(more int) { b.most.Store(max(b.most.Load(), b.now.Add(int64(more)))) }
+
+// What an application has not read when its stream moves is measured for as long as it waits.
+func TestBuffersAreMeasured(t *testing.T) {
+	simtest.Run(t, func(t *testing.T, n *simtest.Net) {
+		held := &bufferTracer{MetricsTracer: connmgr.NewMetricsTracer(connmgr.WithRegisterer(prometheus.NewRegistry()))}
+		opts := []connmgr.Option{connmgr.WithSettleDelay(time.Minute), connmgr.WithMetricsTracer(held)}
+		p := newDuo(t, n, opts, opts)
+		accepted := make(chan network.Stream, 1)
+		p.hosts[1].SetStreamHandler(plainID, func(s network.Stream) { accepted <- s })
+		p.join()
+		s, err := p.hosts[0].NewStream(t.Context(), p.nodes[1].ID(), plainID)
+		require.NoError(t, err)
+		unread := make([]byte, 100<<10)
+		_, err = s.Write(unread)
+		require.NoError(t, err)
+		pass(time.Second)
+		better := policy.QUIC
+		if _, err := s.Conn().RemoteMultiaddr().ValueForProtocol(ma.P_TCP); err != nil {
+			better = policy.TCP
+		}
+		require.NoError(t, p.mgrs[0].SetPolicy(policy.Chain(policy.TransportOrder(better))))
+		pass(time.Minute)
+		require.GreaterOrEqual(t, held.most.Load(), int64(len(unread)))
+		far := <-accepted
+		_, err = io.ReadFull(far, unread)
+		require.NoError(t, err)
+		require.Zero(t, held.now.Load())
+		require.NoError(t, far.Reset())
 		require.NoError(t, s.Reset())
 	})
 }

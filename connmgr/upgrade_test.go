@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/connmgr"
@@ -400,4 +401,36 @@ func TestUpgradeSaysNothingForged(t *testing.T) {
 		require.Less(t, len(said), 400)
 		require.NotContains(t, said, "\n")
 	})
+}
+
+// Attempts are counted, by what came of them; also one that Close ends.
+func TestUpgradesAreCounted(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		mt := newTally()
+		w := newWorld(t, higher, WithMetricsTracer(mt))
+		f := w.punches()
+		w.relayedIn().open(1)
+		w.pass(30 * time.Second)
+		require.Equal(t, 1, mt.has("upgrade started"))
+		require.Zero(t, mt.has("upgrade "+UpgradeNoHole), "it is under way")
+		w.pass(10 * time.Second)
+		require.Equal(t, 1, mt.has("upgrade "+UpgradeNoHole))
+		f.set(func() { f.outcome = func(peer.ID) error { w.connect(quicAddr); return nil } })
+		w.pass(time.Minute)
+		require.Equal(t, 1, mt.has("upgrade "+UpgradedDirect))
+
+		w = newWorld(t, higher, WithMetricsTracer(mt))
+		w.punches()
+		w.relayedIn().open(1)
+		w.pass(30 * time.Second)
+		require.NoError(t, w.m.Close())
+		synctest.Wait()
+		require.Equal(t, 1, mt.has("upgrade "+UpgradeEnded))
+		require.Equal(t, 3, mt.has("upgrade started"))
+	})
+	for err, outcome := range map[error]string{
+		punch.ErrUnsupported: UpgradeUnsupported, punch.ErrNotOurs: UpgradeGone, punch.ErrOff: UpgradeImpossible, punch.ErrNoAddress: UpgradeImpossible,
+	} {
+		require.Equal(t, outcome, upgradeOutcome(fmt.Errorf("attempt: %w", err), false))
+	}
 }

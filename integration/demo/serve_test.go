@@ -97,9 +97,10 @@ func TestStatusPageIsServed(t *testing.T) {
 			t.Errorf("%s: %d streams moved; want 1", path, s.Totals.Moved)
 		}
 	}
+	drained := regexp.MustCompile(`(?m)^libp2p_portage_drained_bytes_total [1-9]`)
 	moved := regexp.MustCompile(`(?m)^libp2p_portage_migrations_total\{from="limited relay",outcome="moved",to="quic-v1"\} [1-9]`)
-	if text := page(t, url+"/metrics"); !moved.MatchString(text) {
-		t.Errorf("the metrics do not count the migration:\n%s", text)
+	if text := page(t, url+"/metrics"); !moved.MatchString(text) || !drained.MatchString(text) {
+		t.Errorf("the metrics do not count the migration, or what was drained:\n%s", text)
 	}
 }
 
