@@ -3,6 +3,7 @@ package migrate
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -20,9 +21,48 @@ import (
 	"github.com/go-portage/portage/pb"
 )
 
+// mergers are messages whose fields come more than once, or in an order of their own, or
+// among others: what such bytes mean is told by the rules of protobuf alone.
+var mergers = []string{
+	lengthy("\x12\x02\x08\x02" + "\x12\x02\x10\x04"),                // Migrate in two parts
+	lengthy("\x12\x04\x08\x02\x10\x04" + "\x12\x02\x08\x06"),        // the last id counts
+	lengthy("\x12\x04\x10\x04\x08\x02"),                             // from comes first
+	lengthy("\x12\x06\x08\x02\x08\x06\x10\x04"),                     // id twice
+	lengthy("\x0a\x02\x08\x02" + "\x12\x04\x08\x02\x10\x04"),        // Label, and then Migrate
+	lengthy("\x12\x04\x08\x02\x10\x04" + "\x0a\x02\x08\x02"),        // the other way about
+	lengthy("\x0a\x02\x08\x02" + "\x1a\x00" + "\x0a\x00"),           // Label, ack, Label of nothing
+	lengthy("\x1a\x02\x08\x01" + "\x1a\x02\x08\x00"),                // a denial that is taken back
+	lengthy("\x1a\x02\x08\x01" + "\x1a\x03\xa0\x06\x01"),            // a denial, with a final size
+	lengthy("\x1a\x05\xa0\x06\x01\x08\x01"),                         // the same, in the other order
+	lengthy("\x1a\x02\x08\x02"),                                     // a truth that is 2
+	lengthy("\xa2\x06\x02\x08\x05" + "\xa2\x06\x02\x08\x07"),        // the last size counts
+	lengthy("\xa2\x06\x05\x08\x05\x10\x01\x08"),                     // the last field is cut off
+	lengthy("\xa2\x06\x03\x08\x85\x00"),                             // a number longer than need be
+	lengthy("\x8a\x00\x02\x08\x02"),                                 // a tag longer than need be
+	lengthy("\x0a\x82\x00\x08\x02"),                                 // a length longer than need be
+	lengthy("\x0a\x03\x88\x00\x02"),                                 // a field's tag longer than need be
+	lengthy("\x0a\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), // the largest label
+	lengthy("\x0a\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"), // more than 64 bits
+	lengthy("\x0a\x05\x0d\x02\x00\x00\x00"),                         // of another wire type
+	lengthy("\x0a\x04\x0b\x08\x02\x0c"),                             // in a group
+	lengthy("\x7a\x01\x00" + "\x0a\x02\x08\x02"),                    // behind an unknown field
+	lengthy("\x0a\x02\x08\x02" + "\x78\x05"),                        // before one
+	lengthy("\x0a\x04\x08\x02\x08\x06"),                             // a label twice
+	lengthy("\x0a\x02\x10\x02"),                                     // another number than the label
+	lengthy("\x0a\x01\x08\x02"), lengthy("\xa2\x06\x01\x08\x02"),    // a member that says it is shorter
+	lengthy("\x0a\x03\x08\x02"), // or longer
+	"\x85", "\x80\x80",          // cut within the length
+	lengthy("\x7a\x01\x00"),                                           // an unknown field alone
+	lengthy("\x02\x00"), lengthy("\x0a\x02\x00\x00"), lengthy("\x0c"), // field 0, the end of no group
+}
+
 // FuzzReadMessage: whatever a peer sends, the parser does not panic, takes the bytes of
-// one message and no more, obeys the bound, and understands what it writes (W4).
+// one message and no more, obeys the bound, makes of it what protobuf does, and understands
+// what it writes (W4).
 func FuzzReadMessage(f *testing.F) {
+	for _, m := range mergers {
+		f.Add([]byte(m))
+	}
 	for _, m := range malformed {
 		f.Add([]byte(m))
 	}
@@ -45,31 +85,99 @@ func FuzzReadMessage(f *testing.F) {
 		require.Equal(t, err == nil, err2 == nil, "%v, and byte by byte %v", err, err2)
 
 		size, n := binary.Uvarint(in)
-		whole := n > 0 && size <= maxMessage && uint64(len(in)-n) >= size
-		if whole {
-			require.Equal(t, n+int(size), taken)
-		} else {
-			require.Error(t, err)
-			require.LessOrEqual(t, taken, binary.MaxVarintLen64+maxMessage)
-		}
-		if err != nil {
+		if n <= 0 || size > maxMessage || uint64(len(in)-n) < size {
 			require.Nil(t, m)
+			require.LessOrEqual(t, taken, binary.MaxVarintLen64+maxMessage)
+			cut := n == 0 && len(in) < binary.MaxVarintLen64 || n > 0 && size <= maxMessage
+			require.Equal(t, cut, !errors.Is(err, errViolation), "a stream that ends is no violation: %v", err)
+			require.Equal(t, len(in) == 0, err == io.EOF)
 			return
 		}
-		require.True(t, whole)
-		require.True(t, proto.Equal(m, again))
+		require.Equal(t, n+int(size), taken)
 		ref := new(pb.StreamMigration) // the decoder that knows every encoding
-		require.NoError(t, proto.UnmarshalOptions{AllowPartial: true}.Unmarshal(in[n:taken], ref))
+		refErr := proto.UnmarshalOptions{AllowPartial: true}.Unmarshal(in[n:taken], ref)
+		label, isLabel := parseNumber(fieldLabel, in[n:taken])
+		final, isFinal := parseNumber(fieldFinalSize, in[n:taken])
+		if refErr != nil || ref.Type == nil {
+			require.Nil(t, m)
+			require.False(t, isLabel || isFinal, "%x", in)
+			require.ErrorIs(t, err, errViolation)
+			return
+		}
+		require.NoError(t, err)
+		require.True(t, proto.Equal(m, again))
 		zeros(ref)
 		require.True(t, proto.Equal(m, ref), "%v, not %v, of %x", m, ref, in)
-		require.NotNil(t, m.Type)
+		if isLabel {
+			require.NotNil(t, m.GetLabel(), "%x", in)
+			require.Equal(t, m.GetLabel().GetId(), label, "%x", in)
+		}
+		if isFinal {
+			require.NotNil(t, m.GetFinalSize(), "%x", in)
+			require.Equal(t, m.GetFinalSize().GetSize(), final, "%x", in)
+		}
+		if m.GetFinalSize() != nil {
+			v, err := readFinalSize(bytes.NewReader(in))
+			require.NoError(t, err)
+			require.Equal(t, m.GetFinalSize().GetSize(), v)
+		} else {
+			_, err := readFinalSize(bytes.NewReader(in))
+			require.ErrorIs(t, err, errViolation)
+		}
 		forgetUnknown(m.ProtoReflect()) // nothing that we send has any
-		encoded := appendMessage(nil, m)
+		encoded := appendMessage([]byte("before"), m)
+		require.Equal(t, "before", string(encoded[:6]))
+		encoded = encoded[6:]
+		require.LessOrEqual(t, len(encoded), 1+usualMessage)
+		inner := new(pb.StreamMigration)
+		require.NoError(t, proto.Unmarshal(encoded[1:], inner), "it is what protobuf reads")
+		require.True(t, proto.Equal(m, inner))
 		rest := strings.NewReader(string(encoded) + "rest")
 		decoded, err := readMessage(rest)
 		require.NoError(t, err, "%x, of %x", encoded, in)
 		require.True(t, proto.Equal(m, decoded), "%x, of %x", encoded, in)
 		require.Equal(t, len("rest"), rest.Len())
+	})
+}
+
+// FuzzMessages: what is written is read as it was, whatever the numbers are, and two messages
+// in one mean what protobuf makes of them.
+func FuzzMessages(f *testing.F) {
+	for _, n := range []uint64{0, 1, 127, 128, 1 << 32, 1<<63 - 1, 1<<64 - 1} {
+		for kind := range uint8(5) {
+			f.Add(n, n/2, kind, uint8(4-kind))
+		}
+	}
+	f.Fuzz(func(t *testing.T, a, b uint64, kind, behind uint8) {
+		of := func(kind uint8) *pb.StreamMigration {
+			switch kind % 5 {
+			case 0:
+				return &pb.StreamMigration{Type: &pb.StreamMigration_Label{Label: &pb.Label{Id: &a}}}
+			case 1:
+				return migrateMessage(a, b)
+			case 2:
+				return ackMessage(a%2 == 0)
+			case 3:
+				return denyMessage()
+			default:
+				return finalSizeMessage(b)
+			}
+		}
+		first, second := of(kind), of(behind)
+		encoded := appendMessage(nil, first)
+		m, err := readMessage(bytes.NewReader(encoded))
+		require.NoError(t, err)
+		require.True(t, proto.Equal(first, m), "%v, not %v", m, first)
+		size, err := readFinalSize(bytes.NewReader(encoded))
+		require.Equal(t, kind%5 == 4, err == nil)
+		require.Equal(t, first.GetFinalSize().GetSize(), size)
+
+		both := string(encoded[1:]) + string(appendMessage(nil, second)[1:])
+		m, err = readMessage(strings.NewReader(lengthy(both)))
+		require.NoError(t, err)
+		merged := proto.CloneOf(first)
+		proto.Merge(merged, second)
+		require.True(t, proto.Equal(merged, m), "%v, not %v", m, merged)
 	})
 }
 
