@@ -47,7 +47,8 @@ type fakeStream struct {
 	proto                             protocol.ID
 	writeClosed, readClosed, isClosed bool
 	resetWith                         *network.StreamErrorCode
-	deadlines                         []time.Time // of reading, as they were set
+	dead                              chan struct{} // closing for writing takes until it is closed, as on a dead path of yamux
+	deadlines                         []time.Time   // of reading, as they were set
 }
 
 // fakeRead is what one Read returns; where its data do not fit, so do several.
@@ -171,9 +172,17 @@ func (f *fakeStream) set(change func()) error {
 	return nil
 }
 
-func (f *fakeStream) CloseWrite() error { return f.set(func() { f.writeClosed = true }) }
-func (f *fakeStream) CloseRead() error  { return f.set(func() { f.readClosed = true }) }
+func (f *fakeStream) CloseWrite() error {
+	if f.dead != nil {
+		<-f.dead
+	}
+	return f.set(func() { f.writeClosed = true })
+}
+func (f *fakeStream) CloseRead() error { return f.set(func() { f.readClosed = true }) }
 func (f *fakeStream) Close() error {
+	if f.dead != nil {
+		<-f.dead
+	}
 	return f.set(func() { f.writeClosed, f.readClosed, f.isClosed = true, true, true })
 }
 func (f *fakeStream) Reset() error { return f.ResetWithError(network.StreamNoError) }

@@ -137,7 +137,6 @@ func (h *receiveHalf) reserveIn(in memory) {
 		h.budget = &span{parent: in}
 		_ = h.budget.reserve(h.cur.got.len) // a little that came with the opening
 	}
-	_ = h.budget.reserve(h.moving.next.got.len) // what has proved that the ack has arrived
 }
 
 // isRead says whether somebody is inside a Read of src.

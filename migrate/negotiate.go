@@ -387,12 +387,7 @@ func (n *negotiator) soon() {
 	case n.armed || len(n.out) == 0:
 		return
 	case n.timer == nil:
-		n.timer = time.AfterFunc(answerDelay, func() {
-			n.mu.Lock()
-			defer n.mu.Unlock()
-			n.armed = false
-			_ = n.flushLocked() // its error shows when we read
-		})
+		n.timer = time.AfterFunc(answerDelay, func() { _ = n.flush() }) // its error shows when we read
 	default:
 		n.timer.Reset(answerDelay)
 	}

@@ -1120,6 +1120,40 @@ func TestHandoverTwice(t *testing.T) {
 	})
 }
 
+// TestCloseReadWakes: a Read that waits for what an end that is kept back is worth returns when
+// the application closes its reading.
+func TestCloseReadWakes(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReceiver(t)
+		r.hold()
+		r.old.feeds("", io.EOF)
+		got := r.begins(1)
+		later(t, got, "the Read")
+		require.NoError(t, r.closeRead())
+		require.Equal(t, readResult{"", errReadClosed}, now(t, got, "the Read"))
+	})
+}
+
+// TestMemoryOfADraftHandover: what a responder reads of the old stream for a draft-only peer is
+// reserved on the new one. The scope of the old one ends with its connection.
+func TestMemoryOfADraftHandover(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h, old, next := verifyingHost(), newFake(), newFake()
+		s := acceptedOn(t, h, old)
+		next.conn.remote = playerLow
+		next.feeds(tMultistream+tMigration+migrateDraftBytes(s.Label()+2, s.Label()), nil)
+		go h.handleStream(next)
+		synctest.Wait()
+		old.feeds("data", nil)
+		synctest.Wait()
+		require.Zero(t, old.scope.reserved())
+		require.NotZero(t, next.scope.reserved())
+		require.NoError(t, s.Reset())
+		synctest.Wait()
+		require.Zero(t, next.scope.reserved())
+	})
+}
+
 // TestProofOnTheNextStream: what proves that the ack has arrived is not lost (S3), and nothing may
 // follow an end that was given (S11).
 func TestProofOnTheNextStream(t *testing.T) {

@@ -62,6 +62,27 @@ func (x *silentExchange) reading() chan readResult {
 	return got
 }
 
+// TestReadInsideADeadPath: a Read that is inside the old stream goes on with the new one at once,
+// although letting go of the old one takes long.
+func TestReadInsideADeadPath(t *testing.T) {
+	for role, initiator := range map[string]bool{"initiator": true, "responder": false} {
+		bubble(t, role, func(t *testing.T) {
+			x := newSilentExchange(t, initiator)
+			x.old.dead = make(chan struct{})
+			got := x.reading()
+			if initiator {
+				x.next.feeds(tMultistream+tMigration+ackVerified, nil)
+			}
+			x.next.feeds(finalSizeBytes(0)+"new", nil)
+			require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
+			later(t, x.over, "the exchange")
+			close(x.old.dead)
+			require.NoError(t, now(t, x.over, "the exchange"))
+			require.True(t, x.old.isClosed)
+		})
+	}
+}
+
 // TestBothPathsDead: an exchange that waits for the other end, over a new path that is dead
 // as well as the old one. Nothing can be undone (S10), but both streams can be reset, so
 // that the application hears of it within 5 s, as it does without a migration.

@@ -282,6 +282,30 @@ func TestReadsOfAnOpeningThatBlocks(t *testing.T) {
 	})
 }
 
+// TestOpeningThatIsSentAgain: where a Read cannot send the opening the next one does, from where
+// that has stopped. Else the acceptor never learns of the stream.
+func TestOpeningThatIsSentAgain(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		u := newFake()
+		u.conn.remote = playerLow
+		u.grants(3, os.ErrDeadlineExceeded)
+		s, err := verifyingHost().open(context.Background(), u, echoID, []protocol.ID{echoID})
+		require.NoError(t, err)
+		polls := func() {
+			require.NoError(t, s.SetReadDeadline(time.Now().Add(time.Millisecond)))
+			_, err := s.Read(make([]byte, 1))
+			require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+		}
+		polls()
+		require.Equal(t, tMultistream[:3], u.taken())
+		u.grants(-1, nil)
+		polls()
+		require.Equal(t, tMultistream+tMigration+labelBytes(s.Label())+tMultistream+tEcho, u.taken())
+		require.NoError(t, s.Reset())
+		synctest.Wait()
+	})
+}
+
 // TestPlaceThatBecomesFree: a stream that has moved and waits for a place under the limit of
 // its protocol gets the next one, also where that becomes free because a stream ends.
 func TestPlaceThatBecomesFree(t *testing.T) {
