@@ -290,6 +290,9 @@ func (c *fakeConn) dies() {
 	c.closed = true
 }
 
+// As implements network.Conn: there is nothing behind it.
+func (c *fakeConn) As(any) bool { return false }
+
 func (c *fakeConn) ConnState() network.ConnectionState { return network.ConnectionState{} }
 func (c *fakeConn) RemotePeer() peer.ID                { return c.remote }
 func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr {
