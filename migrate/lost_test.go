@@ -71,6 +71,21 @@ func TestStreamsThatNobodyCloses(t *testing.T) {
 	})
 }
 
+// TestStreamsThatNobodyUses: where nobody reads, writes or closes, the end of the connection is
+// enough, though not at once.
+func TestStreamsThatNobodyUses(t *testing.T) {
+	p := newPair(t, TCP, QUIC)
+	for _, h := range p.hosts {
+		h.cfg.labelWait = time.Millisecond
+	}
+	p.open(t, hangID, 0)
+	require.Equal(t, 1, p.hosts[0].labels.known())
+	require.NoError(t, p.conns[0][0].Close())
+	for _, h := range p.hosts {
+		WaitFor(t, "nothing to be kept", func() bool { return h.labels.known() == 0 })
+	}
+}
+
 // TestStreamThatThePeerResets: when the application was told that the stream has failed, its
 // label is free, though the connection lives and nobody closes the stream.
 func TestStreamThatThePeerResets(t *testing.T) {

@@ -404,3 +404,26 @@ func TestAckThatCrossesTheirs(t *testing.T) {
 	require.True(t, theirs.commit())
 	theirs.end(stays)
 }
+
+// TestNoWayBackFromTheAck: an exchange of ours that has the ack does not give way any more (S10):
+// what the peer asks for meanwhile waits for it to end.
+func TestNoWayBackFromTheAck(t *testing.T) {
+	h, old, next := verifyingHost(), newFake(), newFake()
+	s := newStream(h, old, echoID, 602)
+	ours := &exchange{initiator: true, id: 604}
+	busy, err := s.begin(ours)
+	require.NoError(t, err)
+	require.Nil(t, busy)
+	require.True(t, ours.attach(next))
+	require.True(t, ours.commit())
+	theirs := &exchange{from: ours.from, id: 605, verified: true}
+	w, err := s.beginNext(theirs, false)
+	require.NoError(t, err)
+	require.NotNil(t, w)
+	require.False(t, w.promised)
+	require.Nil(t, next.resetWith)
+	require.Equal(t, phaseCommitted, ours.phase)
+	ours.end(moved)
+	<-w.turn
+	require.True(t, s.stopWaiting(w))
+}

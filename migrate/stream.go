@@ -211,7 +211,6 @@ func (s *Stream) Close() error {
 	s.awaitAnswer()
 	// No exchange can begin any more, so that both halves are on one stream, and one call
 	// closes it for both.
-	s.recv.noteOwnEnd()
 	u, _, err := s.send.end()
 	s.recv.shut()
 	if e := u.Close(); err == nil {
