@@ -139,3 +139,24 @@ func TestDialBesideThatFails(t *testing.T) {
 	require.False(t, conns[0].IsClosed())
 	require.False(t, a.Network().(*swarm.Swarm).Backoff().Backoff(b.ID(), nobody))
 }
+
+// Enable has detours in it, unless it is told otherwise.
+func TestEnableHasDetours(t *testing.T) {
+	for name, test := range map[string]struct {
+		opts []Option
+		has  bool
+	}{
+		"by default": {nil, true},
+		"without":    {[]Option{WithoutDetours()}, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, b := newNode(t, Enable(test.opts...)), newNode(t)
+			m, ok := Of(a.Host)
+			require.True(t, ok)
+			require.NoError(t, a.Connect(t.Context(), peer.AddrInfo{ID: b.ID(), Addrs: b.Addrs()}))
+			_, aside := asideOf(a.Network().ConnsToPeer(b.ID())[0])
+			require.Equal(t, test.has, aside)
+			require.Equal(t, test.has, m.detours.asides.wrapped.Load())
+		})
+	}
+}

@@ -29,31 +29,42 @@ func (w *world) reach(ctx context.Context, from, to *end, since time.Time, limit
 }
 
 // The only connection to a peer dies, which its transport will not notice for half a minute,
-// and there is another way. Both ends have new streams again in seconds, and a stream on which
-// nothing was under way goes on.
+// and there is another way. Both ends have new streams again in seconds, and streams on which
+// nothing was under way go on.
 func TestOnlyPathDies(t *testing.T) {
 	for _, tr := range []Transport{QUIC, TCP} {
-		t.Run(fmt.Sprint(tr), func(t *testing.T) {
-			together(t, func(w *world) {
-				w.hosts(setup{})
-				w.direct(tr, 1)
-				time.Sleep(5 * time.Second)
-				talking := w.chat(w.a, w.b, 100, 500*time.Millisecond)
-				time.Sleep(10 * time.Second)
-				w.Freeze(w.a.IPs()[1], w.b.IPs()[1])
-				died := time.Now()
-				var took [2]time.Duration
-				var asking sync.WaitGroup
-				for i, p := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
-					asking.Go(func() { took[i] = w.reach(allowing(w.ctx), p[0], p[1], died, time.Minute) })
-				}
-				asking.Wait()
-				for i, of := range []string{"one end", "the other end"} {
-					assert.Less(w, took[i], 10*time.Second, "new streams of %s work again", of)
-				}
-				require.NotNil(w, talking)
+		for _, each := range []int{1, 150} {
+			t.Run(fmt.Sprintf("%s, %d streams of each end", tr, each), func(t *testing.T) {
+				together(t, func(w *world) { onlyPathDies(w, tr, each) })
 			})
-		})
+		}
+	}
+}
+
+func onlyPathDies(w *world, tr Transport, each int) {
+	w.hosts(setup{quietLog: true})
+	w.direct(tr, 1)
+	time.Sleep(5 * time.Second)
+	var idle []*chat
+	for range each {
+		idle = append(idle, w.chat(w.a, w.b, 100, 70*time.Second), w.chat(w.b, w.a, 100, 70*time.Second))
+	}
+	w.chat(w.a, w.b, 100, 500*time.Millisecond)
+	time.Sleep(10 * time.Second)
+	w.Freeze(w.a.IPs()[1], w.b.IPs()[1])
+	died := time.Now()
+	var took [2]time.Duration
+	var asking sync.WaitGroup
+	for i, p := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
+		asking.Go(func() { took[i] = w.reach(allowing(w.ctx), p[0], p[1], died, time.Minute) })
+	}
+	asking.Wait()
+	for i, of := range []string{"one end", "the other end"} {
+		assert.Less(w, took[i], 10*time.Second, "new streams of %s work again", of)
+	}
+	time.Sleep(time.Until(died.Add(90 * time.Second)))
+	for _, c := range idle {
+		require.NoError(w, c.state(5*time.Second))
 	}
 }
 
