@@ -17,6 +17,7 @@ import (
 	coreconnmgr "github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	ma "github.com/multiformats/go-multiaddr"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/stretchr/testify/require"
@@ -209,6 +210,29 @@ func TestPageShowsWhatIsAProblem(t *testing.T) {
 		at, _ = signs()
 		require.Equal(t, Sign{LevelAttention, "relay only"}, at)
 	})
+}
+
+// A peer of which nothing is heard is no green one, whatever connections it has.
+func TestPageShowsSilence(t *testing.T) {
+	conn := func(addr string, r Reason, health health) ExplainedConn {
+		c := ExplainedConn{Reason: r, Path: health.String(), Winner: r == ReasonKept || r == ReasonOnly}
+		c.Candidate.SetAddr(ma.StringCast(addr))
+		return c
+	}
+	for _, test := range []struct {
+		conns []ExplainedConn
+		peer  Sign
+		first Sign
+	}{
+		{[]ExplainedConn{conn(quicAddr, ReasonOnly, pathUnknown)}, Sign{LevelGood, "direct"}, Sign{LevelGood, "kept"}},
+		{[]ExplainedConn{conn(quicAddr, ReasonOnly, pathSilent)}, Sign{LevelProblem, "no answer"}, Sign{LevelProblem, "silent"}},
+		{[]ExplainedConn{conn(quicAddr, ReasonKept, pathSilent), conn(tcpAddr, ReasonPinned, pathAlive)}, Sign{LevelAttention, "held up"}, Sign{LevelProblem, "silent"}},
+		{[]ExplainedConn{conn(quicAddr, ReasonSilent, pathSilent), conn(tcpAddr, ReasonSilent, pathSilent)}, Sign{LevelProblem, "no answer"}, Sign{LevelProblem, "silent"}},
+		{[]ExplainedConn{conn(quicAddr, ReasonKept, pathAlive), conn(tcpAddr, ReasonQuiet, pathAlive)}, Sign{LevelBusy, "consolidating"}, Sign{LevelGood, "kept"}},
+	} {
+		require.Equal(t, test.peer, signOf(&Explanation{Conns: test.conns}, &plan{}))
+		require.Equal(t, test.first, test.conns[0].sign())
+	}
 }
 
 // When something is due stands there once.

@@ -240,6 +240,8 @@ func signOf(e *Explanation, p *plan) Sign {
 	switch {
 	case len(e.Conns) == 0:
 		return Sign{LevelIdle, "not connected"}
+	case !slices.ContainsFunc(e.Conns, func(c ExplainedConn) bool { return c.Path != pathSilent.String() }):
+		return Sign{LevelProblem, "no answer"}
 	case !slices.ContainsFunc(e.Conns, func(c ExplainedConn) bool { return !c.Candidate.Limited }):
 		return Sign{LevelProblem, "limited relay only"}
 	}
@@ -249,7 +251,7 @@ func signOf(e *Explanation, p *plan) Sign {
 		c := &e.Conns[i]
 		relayed = relayed && c.Candidate.Relayed
 		switch s := c.sign(); {
-		case c.Winner && s.Level == LevelProblem:
+		case c.Winner && s.Level == LevelProblem && c.Candidate.Limited:
 			return Sign{LevelProblem, "limited relay in use"}
 		case s.Level == LevelAttention || s.Level == LevelProblem:
 			level, text = LevelAttention, "held up"
@@ -270,6 +272,9 @@ func signOf(e *Explanation, p *plan) Sign {
 
 // sign is the sign of a connection.
 func (c *ExplainedConn) sign() Sign {
+	if c.Path == pathSilent.String() && c.Reason != ReasonClosing {
+		return Sign{LevelProblem, string(ReasonSilent)}
+	}
 	switch c.Reason {
 	case ReasonOnly, ReasonKept:
 		switch {
