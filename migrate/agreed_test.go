@@ -167,7 +167,7 @@ func TestMigrateThatFindsAnotherLabel(t *testing.T) {
 	WaitFor(t, "the second Migrate to wait for its turn", func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return len(s.waiting) == 1
+		return s.waiting != nil && s.waiting.next == nil
 	})
 	old.sends("y")
 	p.reads(s, "xy")

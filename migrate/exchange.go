@@ -51,6 +51,8 @@ func (s *Stream) begin(x *exchange) (busy *exchange, err error) {
 	switch {
 	case s.dead():
 		return nil, ErrClosed
+	case s.send.resumption.detached():
+		return nil, fmt.Errorf("%w: %w", ErrTryLater, errDropped)
 	case s.ex != nil:
 		return s.ex, nil
 	}
@@ -177,9 +179,12 @@ func (x *exchange) end(how ending) {
 	if over {
 		if life == lifeClosed { // else a reset is on its way, which a FIN must not overtake
 			_ = s.closeHalves()
-			_ = s.send.stream().Close()
+			if !s.send.replays() { // else that closes it
+				_ = s.send.stream().Close()
+			}
 		}
 		s.forget()
+		s.send.resumption.closed()
 		s.settle()
 	} else {
 		s.noteGone()
@@ -202,6 +207,11 @@ func (x *exchange) hold() bool {
 func (x *exchange) fail(cause error) error {
 	if errors.Is(cause, errViolation) {
 		x.s.host.warnViolation(x.s.peer, cause, zap.Uint64("label", x.from))
+	} else if r := x.s.send.resumption; r != nil && r.survives(x, cause) {
+		err := fmt.Errorf("%w: %w", ErrTryLater, cause)
+		x.trace(Failed, err)
+		x.end(stays)
+		return err
 	}
 	err := reset(cause)
 	x.trace(Failed, err)

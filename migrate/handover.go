@@ -117,7 +117,7 @@ func (f finalSize) reached(old *source, given bool) (bool, error) {
 func (h *receiveHalf) handover(next *source, g goal) (over bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.state == receiveFailed {
+	if h.state == receiveFailed || h.state == receiveLost {
 		return true
 	}
 	h.state, h.moving = receiveHandover, &handover{next: next, goal: g}
@@ -174,7 +174,7 @@ func (h *receiveHalf) await(stall, hold time.Duration, others func() time.Time) 
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state != receiveHandover {
-		return h.err
+		return h.broke()
 	}
 	ho, old := h.moving, h.cur
 	go h.pump(ho, old, &ho.old, maxDrained)
@@ -236,6 +236,14 @@ func (h *receiveHalf) await(stall, hold time.Duration, others func() time.Time) 
 		}
 		h.changed.wait(&h.mu, wake)
 	}
+	return h.broke()
+}
+
+// broke is the error of a handover that has ended without a switch. mu must be held.
+func (h *receiveHalf) broke() error {
+	if h.state == receiveLost {
+		return errDropped
+	}
 	return h.err
 }
 
@@ -289,7 +297,7 @@ func (h *receiveHalf) pump(ho *handover, src *source, lacks *pumped, bound int) 
 		}
 		h.take(src, byPump)
 		n, err := h.pull(src, buf[:min(size, held)])
-		if n > 0 && h.state < receiveBroken && !h.closed {
+		if n > 0 && h.state < receiveBroken && !h.closed && !src.gone {
 			held -= n
 			if src.got.add(buf[:n]) {
 				buf = nil

@@ -39,6 +39,8 @@ type Host struct {
 	// The host's own, not the package's: a timer must stay in its bubble of synctest.
 	negotiators sync.Pool // of *negotiator
 	acceptings  sync.Pool // of *accepting
+
+	resumer     *resumer // nil without WithResumption
 	autonat     autoNAT
 	orphans     atomic.Int64  // streams that are kept for a Migrate that may come; see lost.go
 	violations  sampled.Lines // which lines about a peer are logged; see sampled.go
@@ -77,6 +79,14 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 		mh.own = own
 	}
 	mh.told.watched = append([]protocol.ID{ID, FinalSizeID}, cfg.protocols...)
+	if cfg.resumes != nil {
+		if n := len(mh.told.watched); n == maxWatched {
+			mh.cancel()
+			return nil, fmt.Errorf("migrate: WithPeerProtocols: %d protocols; with WithResumption %d at most", len(cfg.protocols), maxWatched-3)
+		}
+		mh.told.watched = append(mh.told.watched, ResumeID)
+		mh.resumer = newResumer(mh)
+	}
 	if err := mh.told.follow(mh); err != nil {
 		mh.cancel()
 		return nil, fmt.Errorf("migrate: %w", err)
@@ -85,6 +95,12 @@ func Wrap(h host.Host, opts ...Option) (*Host, error) {
 	// comes behind a label must be neither.
 	// FinalSizeID goes first: identify may tell of one before it tells of the other.
 	h.SetStreamHandler(FinalSizeID, func(u network.Stream) { _ = u.Reset() })
+	if mh.resumer != nil {
+		h.SetStreamHandler(ResumeID, mh.serveReports)
+		h.Network().Notify(&network.NotifyBundle{
+			ConnectedF: func(_ network.Network, c network.Conn) { mh.resumer.connected(c) },
+		})
+	}
 	h.SetStreamHandler(ID, func(u network.Stream) { _ = u.ResetWithError(network.StreamProtocolViolation) })
 	h.Network().SetStreamHandler(mh.handleStream)
 	h.Network().Notify(&network.NotifyBundle{
@@ -136,6 +152,9 @@ func (h *Host) timeout() time.Duration {
 // Close closes the wrapped host, and with it all of its streams.
 func (h *Host) Close() error {
 	h.cancel()
+	if h.resumer != nil {
+		h.resumer.close()
+	}
 	h.autonat.close()
 	err := h.Host.Close()
 	h.told.close()

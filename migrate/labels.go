@@ -114,6 +114,23 @@ func (l *labels) remove(p peer.ID, label uint64, s *Stream) {
 	}
 }
 
+// end remembers a label as one that has ended, though no stream of it was seen: one that
+// comes later is refused (R9).
+func (l *labels) end(p peer.ID, label uint64) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	place, hash := l.place(p, label)
+	*place = hash
+}
+
+// hasEnded says whether a label is remembered as one that has ended.
+func (l *labels) hasEnded(p peer.ID, label uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	place, hash := l.place(p, label)
+	return *place == hash
+}
+
 // place is where a label is remembered when it is gone, and what is kept there. mu must be
 // held.
 func (l *labels) place(p peer.ID, label uint64) (*uint64, uint64) {

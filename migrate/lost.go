@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"errors"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -26,6 +27,9 @@ func (s *Stream) noteTold() { s.free(false) }
 // connection is gone. What may still be read of it is the application's.
 func (s *Stream) free(gone bool) {
 	s.mu.Lock()
+	if r := s.send.resumption; r != nil && r.state != resumeOver {
+		gone = false // it may be resumed
+	}
 	lost := s.ex == nil && s.life == lifeOpen &&
 		(s.told() || gone && aside.IsClosed(s.send.stream().Conn()))
 	if lost {
@@ -40,9 +44,12 @@ func (s *Stream) free(gone bool) {
 
 // disconnected is called when c is gone.
 func (h *Host) disconnected(c network.Conn) {
+	if h.resumer != nil {
+		h.resumer.disconnected(c)
+	}
 	var orphans []*Stream
 	for _, s := range h.labels.all(c.RemotePeer()) {
-		if s.send.stream().Conn() == c {
+		if s.send.stream().Conn() == c && !s.send.resumption.lives() {
 			orphans = append(orphans, s)
 		}
 	}
@@ -80,6 +87,10 @@ func (s *Stream) noteGone() {
 	s.mu.Lock()
 	gone := s.ex == nil && s.life == lifeOpen && aside.IsClosed(s.send.stream().Conn())
 	s.mu.Unlock()
+	if r := s.send.resumption; gone && r.lives() {
+		r.ended(s.send.stream(), errors.New("the connection is closed"))
+		gone = !r.lives()
+	}
 	if gone {
 		s.host.orphan([]*Stream{s})
 	}

@@ -2,7 +2,6 @@ package migrate
 
 import (
 	"errors"
-	"slices"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -15,6 +14,7 @@ import (
 // waiter is a responder's exchange, which may have to wait for its turn.
 type waiter struct {
 	x        *exchange
+	next     *waiter
 	turn     chan struct{} // closed when x has begun, or never will
 	promised bool          // an attempt of ours gave way to it (M1): it is owed the ack
 }
@@ -68,6 +68,9 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) (*waiter, error) {
 	case s.dead():
 		s.mu.Unlock()
 		return nil, ErrClosed
+	case s.send.resumption.detached():
+		s.mu.Unlock()
+		return nil, errDropped
 	case ours == nil:
 		s.enter(x)
 		s.mu.Unlock()
@@ -89,7 +92,11 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) (*waiter, error) {
 		}
 		dropped = ours.yield()
 	}
-	s.waiting = append(s.waiting, w)
+	last := &s.waiting
+	for *last != nil {
+		last = &(*last).next
+	}
+	*last = w
 	s.mu.Unlock()
 	if dropped != nil {
 		_ = breakOff(dropped, network.StreamNoError)
@@ -101,14 +108,14 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) (*waiter, error) {
 // does that was promised it, and none after a reset: closing the stream in between does
 // not abort what the peer takes for agreed (S7). mu must be held.
 func (s *Stream) giveTurn() {
-	if len(s.waiting) > 0 && !s.told() && (s.life == lifeOpen || s.waiting[0].promised && s.life != lifeReset) {
-		w := s.waiting[0]
-		s.waiting = s.waiting[1:]
+	if w := s.waiting; w != nil && !s.told() && !s.send.resumption.detached() &&
+		(s.life == lifeOpen || w.promised && s.life != lifeReset) {
+		s.waiting = w.next
 		s.enter(w.x)
 		close(w.turn)
 		return
 	}
-	for _, w := range s.waiting {
+	for w := s.waiting; w != nil; w = w.next {
 		close(w.turn)
 	}
 	s.waiting = nil
@@ -118,9 +125,11 @@ func (s *Stream) giveTurn() {
 func (s *Stream) stopWaiting(w *waiter) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.waiting = slices.DeleteFunc(s.waiting, func(other *waiter) bool { return other == w })
-	if len(s.waiting) == 0 {
-		s.waiting = nil
+	for at := &s.waiting; *at != nil; at = &(*at).next {
+		if *at == w {
+			*at = w.next
+			break
+		}
 	}
 	return s.ex == w.x
 }

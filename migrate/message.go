@@ -50,23 +50,46 @@ func appendMessage(b []byte, m *pb.StreamMigration) []byte {
 			number(field, protowire.EncodeBool(*v))
 		}
 	}
+	nested := func(field protowire.Number, fill func()) {
+		b = append(protowire.AppendTag(b, field, protowire.BytesType), 0)
+		at := len(b)
+		fill()
+		b[at-1] = byte(len(b) - at)
+	}
 	body := 0 // where the member's begins
 	switch t := m.Type.(type) {
 	case *pb.StreamMigration_Label:
 		begin(fieldLabel)
 		body = len(b)
 		number(1, t.Label.GetId())
+		truth(fieldResumes, t.Label.Resumes)
 	case *pb.StreamMigration_Migrate:
 		begin(fieldMigrate)
 		body = len(b)
 		number(1, t.Migrate.GetId())
 		number(2, t.Migrate.GetFrom())
 		truth(fieldFinalSize, t.Migrate.FinalSize)
+		if m := t.Migrate.Resume; m != nil {
+			nested(fieldResumes, func() {
+				number(1, m.GetOrigin())
+				number(2, m.GetEpoch())
+				number(3, m.GetReceived())
+			})
+		}
 	case *pb.StreamMigration_AckMigrate:
 		begin(fieldAckMigrate)
 		body = len(b)
 		truth(1, t.AckMigrate.DenyMigrate)
 		truth(fieldFinalSize, t.AckMigrate.FinalSize)
+		if v := t.AckMigrate.Received; v != nil {
+			number(fieldResumes, *v)
+		}
+		if m := t.AckMigrate.Stale; m != nil {
+			nested(fieldStale, func() {
+				number(1, m.GetEpoch())
+				truth(2, m.Wait)
+			})
+		}
 	case *pb.StreamMigration_FinalSize:
 		begin(fieldFinalSize)
 		body = len(b)
@@ -85,6 +108,8 @@ const (
 	fieldMigrate    = 2
 	fieldAckMigrate = 3
 	fieldFinalSize  = 100
+	fieldResumes    = 101
+	fieldStale      = 102
 )
 
 // readMessage reads one message, and no byte more. A message that is malformed, oversized or
@@ -147,7 +172,7 @@ func parsePlain(body []byte) *pb.StreamMigration {
 	switch member {
 	case fieldLabel:
 		id, _ := next(1)
-		m.Type = &pb.StreamMigration_Label{Label: &pb.Label{Id: &id}}
+		m.Type = &pb.StreamMigration_Label{Label: &pb.Label{Id: &id, Resumes: truth(fieldResumes)}}
 	case fieldMigrate:
 		id, _ := next(1)
 		from, _ := next(2)
@@ -255,10 +280,17 @@ func readExpected(r io.Reader, expect string, seen int) error {
 // opening is what the opener of a labelled stream sends before the first byte of the
 // application, in one flight (W1). Where it has yet to negotiate the application's
 // protocol, app is empty, and the opening ends with the label.
-func opening(label uint64, app protocol.ID) []byte {
+func opening(label uint64, app protocol.ID) []byte { return openingOf(label, app, false) }
+
+// openingOf is the opening of a stream that may outlive its connection, if resumes says so.
+func openingOf(label uint64, app protocol.ID, resumes bool) []byte {
 	b := make([]byte, 0, len(prelude)+16+len(header)+len(app)+4)
 	b = append(b, prelude...)
-	b = appendMessage(b, &pb.StreamMigration{Type: &pb.StreamMigration_Label{Label: &pb.Label{Id: &label}}})
+	m := &pb.Label{Id: &label}
+	if resumes {
+		m.Resumes = &resumes
+	}
+	b = appendMessage(b, &pb.StreamMigration{Type: &pb.StreamMigration_Label{Label: m}})
 	if app != "" {
 		b = append(append(b, header...), token(string(app))...)
 	}

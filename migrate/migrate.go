@@ -41,6 +41,10 @@ const ID protocol.ID = "/libp2p/stream-migration"
 // (S12). Nothing is spoken over it: a stream opened on it is reset.
 const FinalSizeID protocol.ID = "/portage/final-size/1.0.0"
 
+// ResumeID is advertised through identify by peers that resume streams (WithResumption), and
+// spoken beside these: how much of them was received, and where they end.
+const ResumeID protocol.ID = "/portage/resume/1.0.0"
+
 // perConnection are the protocols of libp2p itself that speak about the connection they
 // run on. Their streams must not move.
 var perConnection = map[protocol.ID]bool{
@@ -54,6 +58,7 @@ var perConnection = map[protocol.ID]bool{
 	"/libp2p/autonat/2/dial-back":      true,
 	ID:                                 true,
 	FinalSizeID:                        true,
+	ResumeID:                           true,
 }
 
 // Errors of Migrate. They are wrapped with the peer, the label and the step; test them

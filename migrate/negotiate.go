@@ -41,9 +41,13 @@ func (h *Host) openBehind(ctx context.Context, u network.Stream, before string, 
 	p := u.Conn().RemotePeer()
 	label := h.labels.fresh(p)
 	negotiated := len(prelude) - len(before)
-	begin := opening(label, pref)[negotiated:]
+	resumes := h.resumes(u.Conn(), pref, pids)
+	begin := openingOf(label, pref, resumes)[negotiated:]
 	if pref == "" {
 		var err error
+		if resumes {
+			defer h.resumer.opens(p, label)()
+		}
 		if pref, err = h.selectOneOf(ctx, pids, &labelled{Stream: u, before: begin, expect: before}); err != nil {
 			return nil, err
 		}
@@ -52,7 +56,7 @@ func (h *Host) openBehind(ctx context.Context, u network.Stream, before string, 
 			return nil, err
 		}
 		s := newStream(h, u, pref, label)
-		return s, h.enter(s)
+		return s, h.enterResumable(s, resumes)
 	}
 	if err := u.SetProtocol(pref); err != nil {
 		return nil, err
@@ -61,7 +65,7 @@ func (h *Host) openBehind(ctx context.Context, u network.Stream, before string, 
 	s.send.opening = begin
 	s.recv.cur.expect = answer(pref)[negotiated:]
 	s.opening.begin()
-	return s, h.enter(s)
+	return s, h.enterResumable(s, resumes)
 }
 
 // enter enters a stream that this host opens.
@@ -72,6 +76,18 @@ func (h *Host) enter(s *Stream) error {
 	}
 	s.noteGone()
 	return nil
+}
+
+// enterResumable is enter where resumes says whether the stream may outlive its connection.
+func (h *Host) enterResumable(s *Stream, resumes bool) error {
+	if resumes && !h.resumer.add(s) {
+		return fmt.Errorf("label %d is taken", s.label)
+	}
+	err := h.enter(s)
+	if r := s.send.resumption; err != nil && r != nil {
+		r.end()
+	}
+	return err
 }
 
 // labelled puts the opening before what is written, and takes the answer to it from
@@ -124,7 +140,11 @@ func (h *Host) handleStream(u network.Stream) {
 	case in.migrate != nil:
 		defer n.free()
 		h.observe(u.Conn(), ID, network.DirInbound)
-		if err := h.respond(n, in.migrate); err != nil {
+		respond := h.respond
+		if in.migrate.Resume != nil {
+			respond = h.answerResume
+		}
+		if err := respond(n, in.migrate); err != nil {
 			h.violation(u, err)
 		}
 	default:
@@ -139,7 +159,7 @@ func (h *Host) handleStream(u network.Stream) {
 			return
 		}
 		s := newStream(h, u, in.proto, in.label)
-		if a := h.admit(s, rest); a != nil {
+		if a := h.admit(s, rest, in.resumes); a != nil {
 			s.serve(a, in.handle)
 		}
 	}
@@ -151,6 +171,7 @@ type inbound struct {
 	migrate  *pb.Migrate
 	labelled bool
 	label    uint64
+	resumes  bool // the stream may outlive its connection
 	proto    protocol.ID
 	handle   msmux.HandlerFunc[protocol.ID]
 }
@@ -236,7 +257,7 @@ func (h *Host) hearLabelled(n *negotiator, in *inbound) error {
 		case m.GetLabel() == nil:
 			return fmt.Errorf("%w: a stream begins with Label or Migrate, not %T", errViolation, m.Type)
 		}
-		in.label = m.GetLabel().GetId()
+		in.label, in.resumes = m.GetLabel().GetId(), h.resumer != nil && m.GetLabel().GetResumes()
 	}
 	p := n.stream.Conn().RemotePeer()
 	if err := h.labels.check(p, in.label); err != nil {
@@ -244,6 +265,9 @@ func (h *Host) hearLabelled(n *negotiator, in *inbound) error {
 	}
 	if h.labels.alive(p, in.label) {
 		return fmt.Errorf("%w: label %d is alive", errViolation, in.label)
+	}
+	if in.resumes && h.labels.hasEnded(p, in.label) {
+		return errors.New("the stream was denied before it came")
 	}
 	in.proto, in.handle, err = h.Mux().Negotiate(n)
 	if err != nil {
@@ -321,14 +345,17 @@ func (h *Host) violation(u network.Stream, err error) {
 
 // admit enters a labelled stream that was accepted. rest is what has come of its data
 // already. It returns what toServe does, or nil where it has reset the stream.
-func (h *Host) admit(s *Stream, rest []byte) *accepting {
+func (h *Host) admit(s *Stream, rest []byte, resumes bool) *accepting {
 	if len(rest) > 0 {
 		s.recv.cur.got.add(rest)
 		s.recv.cur.count = uint64(len(rest))
 	}
 	a := s.toServe()
 	u := s.send.stream()
-	if !h.labels.add(s.peer, s.label, s) {
+	if resumes && !h.resumer.add(s) || !h.labels.add(s.peer, s.label, s) {
+		if r := s.send.resumption; r != nil {
+			r.end()
+		}
 		h.violation(u, fmt.Errorf("%w: label %d is alive", errViolation, s.label))
 		return nil
 	}

@@ -81,7 +81,7 @@ func TestNoMethodIsLost(t *testing.T) {
 		}
 	}
 
-	own := map[string]bool{"Migrate": true, "Speaks": true, "Streams": true, "Supports": true, "Traffic": true, "TrafficOfAll": true, "Unlabelled": true}
+	own := map[string]bool{"Leave": true, "Migrate": true, "Speaks": true, "Streams": true, "Supports": true, "Traffic": true, "TrafficOfAll": true, "Unlabelled": true}
 	for name := range has {
 		_, ofCore := core[name]
 		require.True(t, ofCore || own[name] || optional[name], "%s: no host of go-libp2p's has it any more, and it is none of ours", name)

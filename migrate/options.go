@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/bits"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -34,6 +35,7 @@ type config struct {
 	labelWait   time.Duration
 	busyWait    time.Duration
 	stall       time.Duration
+	resumes     *resumeConfig // nil: streams do not outlive their connections
 }
 
 func defaults() config {
@@ -194,7 +196,7 @@ func WithBufferObserver(changed func(more int)) Option {
 }
 
 // WithPeerProtocols names protocols that Host.Speaks can be asked about, besides those of
-// this package: six at most, all in all. Default: none.
+// this package: six at most, all in all; five with WithResumption. Default: none.
 func WithPeerProtocols(ids ...protocol.ID) Option {
 	return func(c *config) error {
 		c.protocols = append(c.protocols, ids...)
@@ -243,6 +245,81 @@ func WithStallTimeout(d time.Duration) Option {
 			return errors.New("WithStallTimeout: must be positive")
 		}
 		c.stall = d
+		return nil
+	}
+}
+
+// resumeConfig are the settings of WithResumption.
+type resumeConfig struct {
+	window           int
+	patience         time.Duration
+	perPeer, perHost int
+	tombstones       int           // of a peer
+	protocols        []protocol.ID // nil: all
+}
+
+// ResumeOption is a setting of WithResumption.
+type ResumeOption func(*resumeConfig) error
+
+// WithResumption has labelled streams outlive their connection. When that is lost (it was
+// reset, fell silent, or its relay has cut it), a stream goes on over another connection to
+// the peer, one that is there or one that is dialled, and nothing is lost, doubled or
+// reordered. The application sees a pause; its deadlines hold. It sees an error where the
+// other end has given the stream up, or no connection was found in time. What either end does
+// on purpose ends a stream as ever: a Reset, a Close of the connection, a shutdown.
+//
+// Both ends need the option. What was written is kept until the other end has confirmed it,
+// and Close returns at once while that is delivered. Default: off.
+func WithResumption(opts ...ResumeOption) Option {
+	return func(c *config) error {
+		r := &resumeConfig{window: maxDrained, patience: 30 * time.Second, perPeer: 4 * maxDrained, perHost: 16 * maxDrained, tombstones: 1 << 10}
+		for _, opt := range opts {
+			if err := opt(r); err != nil {
+				return fmt.Errorf("WithResumption: %w", err)
+			}
+		}
+		c.resumes = r
+		return nil
+	}
+}
+
+// ResumeWindow is how many bytes that the other end has not confirmed a stream keeps in each
+// direction, at most, rounded down to a power of two. Of more than these the oldest are not
+// kept any more, and the stream is lost with its connection if it is these that have not
+// arrived. All streams of a peer together keep four times as much, and all of a host sixteen
+// times. Memory is taken as it is needed, and reserved in the resource manager's system scope.
+// From 64 KiB to 1 GiB. Default: 16 MiB, the largest window of go-libp2p's muxers.
+func ResumeWindow(bytes int) ResumeOption {
+	return func(c *resumeConfig) error {
+		if bytes < 64<<10 || bytes > 1<<30 {
+			return errors.New("the window has to be from 64 KiB to 1 GiB")
+		}
+		c.window = 1 << (bits.Len(uint(bytes)) - 1)
+		c.perPeer, c.perHost = 4*c.window, 16*c.window
+		return nil
+	}
+}
+
+// ResumePatience is how long a stream waits for another connection, and for how long one that
+// was closed delivers what it has. Default: 30 s.
+func ResumePatience(d time.Duration) ResumeOption {
+	return func(c *resumeConfig) error {
+		if d <= 0 {
+			return errors.New("the patience has to be positive")
+		}
+		c.patience = d
+		return nil
+	}
+}
+
+// ResumeOnly names the protocols whose streams are to outlive their connection, of those that
+// this host opens. What a peer opens is as the peer wants it. Default: all.
+func ResumeOnly(ids ...protocol.ID) ResumeOption {
+	return func(c *resumeConfig) error {
+		if len(ids) == 0 {
+			return errors.New("no protocol; leave the setting out for all")
+		}
+		c.protocols = append(c.protocols, ids...)
 		return nil
 	}
 }

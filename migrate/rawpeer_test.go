@@ -83,6 +83,7 @@ type peerKind []protocol.ID
 var (
 	draftOnly = peerKind{ID, echoID}
 	verified  = peerKind{ID, FinalSizeID, echoID}
+	resuming  = peerKind{ID, FinalSizeID, ResumeID, echoID}
 )
 
 type rawPeer struct {
@@ -93,7 +94,9 @@ type rawPeer struct {
 	ends  [2]network.Conn // the host's ends of the same
 	came  chan *rawStream // what the host opens
 	app   chan *Stream    // what the host accepts
-	label uint64          // the last label that the raw peer gave
+
+	reports chan *rawStream // what the host opens for what it tells about streams that may be resumed
+	label   uint64          // the last label that the raw peer gave
 }
 
 // meeting is how a raw peer and a host come together, where it matters.
@@ -140,7 +143,7 @@ func (m meeting) meet(t testing.TB) *rawPeer {
 	}
 	p := &rawPeer{
 		t: t, Node: node(rawKey, m.rawOpts),
-		came: make(chan *rawStream, 64), app: make(chan *Stream, 64), label: 1 << 33,
+		came: make(chan *rawStream, 64), reports: make(chan *rawStream, 64), app: make(chan *Stream, 64), label: 1 << 33,
 	}
 	if !m.hostHigher {
 		p.label++ // L1: the higher one's labels are odd
@@ -201,6 +204,8 @@ func (p *rawPeer) deliver(s network.Stream) {
 		if id, handle, err := p.Mux().Negotiate(whole); err == nil && s.SetProtocol(id) == nil {
 			_ = handle(id, whole)
 		}
+	case strings.Contains(string(first), string(ResumeID)):
+		p.reports <- p.wire(s, r)
 	default:
 		p.came <- p.wire(s, r)
 	}

@@ -25,14 +25,17 @@ import (
 // Nothing that may block on a dead path is called with mu held.
 
 // receiveState is what an end of cur means. Its transitions are hold, release, handover,
-// switchOver, lose and failLocked, and no other.
+// switchOver, lose and failLocked, and for a resumable stream judge, giveEnd, endWith, disown
+// and takeUp, and no other.
 type receiveState uint8
 
 const (
 	receiveOpen     receiveState = iota // it is the application's
 	receiveHeld                         // it is kept back
 	receiveHandover                     // the handover under way tells
+	receiveDoubt                        // of a resumable stream: it has yet to be judged (R7)
 	receiveBroken                       // the handover has failed, with err; see lose
+	receiveLost                         // there is none, nor any that may come: Reads wait for the next source
 	receiveFailed                       // over, with err
 )
 
@@ -52,6 +55,8 @@ type receiveHalf struct {
 	budget   *span     // what sources have got is reserved in it; nil where no handover has left any
 	deadline time.Time
 	err      error // of receiveBroken and receiveFailed
+
+	resumption *resumption // of a resumable stream; immutable
 }
 
 func (h *receiveHalf) read(p []byte) (int, error) {
@@ -92,9 +97,12 @@ func (h *receiveHalf) readSlowly(p []byte) (int, error) {
 			return n, nil
 		case h.given:
 			return 0, io.EOF
+		case cur.end != nil && h.state == receiveOpen && h.resumption != nil:
+			h.judge()
+			continue
 		case cur.end != nil && h.state == receiveOpen:
 			return 0, h.end(cur.end) // it was kept back, and released
-		case cur.reader != byNobody || cur.end != nil:
+		case cur.reader != byNobody || cur.end != nil || h.state == receiveLost:
 			if !h.changed.wait(&h.mu, h.deadline) {
 				return 0, os.ErrDeadlineExceeded
 			}
@@ -123,6 +131,10 @@ func (h *receiveHalf) result(src *source, p []byte, n int, err error) (int, erro
 		return h.readSlowly(p) // these bytes may have broken the promise of the final size
 	case h.state == receiveFailed && err != nil:
 		return n, h.err
+	case src.gone && h.closed:
+		return 0, errReadClosed
+	case src.gone: // what it brought is sent again
+		return h.readSlowly(p)
 	case h.closed && kept:
 		return n, errReadClosed // what ended may have been the old stream only
 	case h.closed:
@@ -134,6 +146,9 @@ func (h *receiveHalf) result(src *source, p []byte, n int, err error) (int, erro
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		// The application's, whatever has become of the connection: that shows next.
 	case err == io.EOF || !isDeadline(err, src.stream):
+		if h.resumption != nil {
+			return h.doubted(src, p, n, err)
+		}
 		return n, h.end(err)
 	}
 	return n, err
@@ -170,10 +185,13 @@ func (h *receiveHalf) book(src *source, n int, err error) (kept bool) {
 		return true
 	case src != h.cur:
 		// Called out of the old stream: all of it was there before, or nobody wants it.
-		if n > 0 && !h.closed {
+		if n > 0 && !h.closed && !src.gone {
 			h.lose(errTooMuch)
 		}
 		return true
+	}
+	if h.resumption != nil {
+		h.progressed()
 	}
 	if by == byPump {
 		h.applyDeadline()
@@ -229,7 +247,7 @@ func (h *receiveHalf) end(err error) error {
 func (h *receiveHalf) hold() uint64 {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.state == receiveOpen {
+	if h.state == receiveOpen || h.state == receiveDoubt {
 		h.state = receiveHeld
 	}
 	return h.cur.count
@@ -251,12 +269,18 @@ func (h *receiveHalf) release() {
 	if h.state == receiveHeld {
 		h.state = receiveOpen
 		h.changed.broadcast()
+		if h.cur.end != nil && h.resumption != nil {
+			h.judge()
+		}
 	}
 }
 
 // switchOver makes next the source that Reads come from. mu must be held.
 func (h *receiveHalf) switchOver() {
 	old, next := h.cur, h.moving.next
+	if h.resumption != nil {
+		h.resumption.incoming.base += old.count
+	}
 	if old.got.len > 0 {
 		old.got.append(&next.got)
 		old.got, next.got = chunks{}, old.got
@@ -278,9 +302,11 @@ func (h *receiveHalf) switchOver() {
 // no exchange waits, Reads fail at once. mu must be held.
 func (h *receiveHalf) lose(cause error) {
 	switch h.state {
-	case receiveBroken, receiveFailed:
+	case receiveBroken, receiveLost, receiveFailed:
 	case receiveHandover:
-		h.dropAll()
+		if h.resumption == nil {
+			h.dropAll()
+		}
 		h.state, h.moving, h.err = receiveBroken, nil, reset(cause)
 		h.changed.broadcast()
 	default:
@@ -347,6 +373,9 @@ func (h *receiveHalf) shut() network.Stream {
 	old, listens := h.cur.stream, h.listens()
 	if h.state == receiveHandover {
 		h.settle()
+	}
+	if h.resumption != nil {
+		h.progressed()
 	}
 	h.changed.broadcast()
 	if listens {

@@ -78,6 +78,9 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	}
 	if !x.attach(u) {
 		x.end(stays)
+		if s.send.resumption.detached() {
+			return later(codeGivenUp, errDropped)
+		}
 		return fmt.Errorf("%w: label %d is alive", errViolation, id)
 	}
 	x.trace(Started, nil)
@@ -135,7 +138,11 @@ func (x *exchange) answer(n *negotiator) {
 	if !x.verified {
 		carry = x.draftCarrier()
 	}
-	x.commit()
+	if !x.commit() && x.s.send.resumption != nil { // dropped
+		_ = u.ResetWithError(codeGivenUp)
+		x.end(stays)
+		return
+	}
 	if whole, err := n.finish(ackMessage(x.verified), x.s.host.cfg.negotiation); !whole {
 		// It has not left whole, so the initiator cannot have read it.
 		x.trace(Failed, x.unmoved(err))

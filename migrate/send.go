@@ -24,12 +24,15 @@ import (
 //
 // Nothing that may block on a dead path is called with mu held.
 
-// sendState is where Writes go. Its transitions are pause, resume and fail, and no other.
+// sendState is where Writes go. Its transitions are pause, resume and fail, and for a resumable
+// stream disown, takeUp and replay, and no other.
 type sendState uint8
 
 const (
 	sendOpen   sendState = iota // Writes go to cur
 	sendPaused                  // Writes wait for the next underlying stream
+	sendLost                    // there is no underlying stream; Writes go to the ring (resume_send.go)
+	sendReplay                  // what the ring has goes to cur first; Writes wait
 	sendFailed                  // over, with err
 )
 
@@ -63,10 +66,14 @@ type sendHalf struct {
 	kept     bool // a Write that cur has failed, its connection being gone, is kept for that exchange
 	lost     bool // the application was told that cur's connection is gone, with err
 
-	seen sendLook // by Traffic
+	seen       sendLook    // by Traffic
+	resumption *resumption // of a resumable stream; immutable
 }
 
 func (h *sendHalf) write(p []byte) (int, error) {
+	if h.resumption != nil {
+		return h.writeKept(p)
+	}
 	h.mu.Lock()
 	if h.state != sendOpen || h.turn || h.closed || h.closing || h.opening != nil {
 		defer h.mu.Unlock()
@@ -184,6 +191,9 @@ func (h *sendHalf) enter(p []byte) (n int, err error) {
 		m, err = cur.Write(opening) // p follows, when it is noted that the opening has left
 	}
 	h.mu.Lock()
+	if h.cur != cur { // disowned meanwhile
+		return n, err
+	}
 	h.inside = false
 	h.written += uint64(n)
 	if opening != nil {
@@ -240,7 +250,10 @@ func (h *sendHalf) shut() {
 // closes the new stream in its stead (S6). It may block on a dead path.
 func (h *sendHalf) closeWrite() error {
 	cur, open, err := h.end()
-	if open {
+	switch {
+	case err == nil && h.resumption != nil:
+		return h.endKept(cur, open, cur.CloseWrite)
+	case open:
 		return cur.CloseWrite()
 	}
 	return err
@@ -260,6 +273,9 @@ func (h *sendHalf) end() (cur network.Stream, open bool, err error) {
 		// A Write returns when its stream is closed, with what was taken. QUIC would
 		// keep it until the window opens, which may be never.
 		_ = h.cur.SetWriteDeadline(past)
+	}
+	if h.resumption != nil {
+		open = h.awaitLast()
 	}
 	return h.cur, open, nil
 }
@@ -294,6 +310,8 @@ func (h *sendHalf) pause() (written uint64, err error) {
 		return 0, h.err
 	case h.lost:
 		return 0, h.err
+	case h.state == sendLost:
+		return 0, errDropped
 	}
 	h.state = sendPaused
 	h.changed.broadcast()
@@ -304,6 +322,9 @@ func (h *sendHalf) pause() (written uint64, err error) {
 			return 0, h.err
 		}
 	}
+	if h.state != sendPaused {
+		return 0, errDropped
+	}
 	return h.written, nil
 }
 
@@ -312,8 +333,13 @@ func (h *sendHalf) pause() (written uint64, err error) {
 func (h *sendHalf) resume(next network.Stream) (closed bool, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.state == sendFailed {
+	switch {
+	case h.state == sendFailed:
 		return false, h.err
+	case h.resumption != nil && h.state != sendPaused:
+		return false, errDropped
+	case h.resumption != nil && h.goesOnReplaying(next):
+		return false, nil
 	}
 	h.state, h.cur, h.written, h.held, h.kept = sendOpen, next, 0, false, false
 	h.seen = sendLook{}

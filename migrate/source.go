@@ -21,6 +21,7 @@ type source struct {
 	got    chunks // what the application has not read yet, of stream and of those before it
 	end    error  // how stream ended, where that is not yet settled
 	reader reader
+	gone   bool   // disowned: what a Read brings that is still inside belongs to nobody
 	seen   uint32 // how many bytes of expect were read
 }
 

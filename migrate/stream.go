@@ -26,20 +26,20 @@ type Stream struct {
 	send sendHalf
 	recv receiveHalf
 
-	opening openingState
+	opening    openingState
+	migrations uint32 // guarded by mu
 
-	mu         sync.Mutex // guards all below; taken before the halves'
-	migrations uint32
-	scope      *scope    // nil as long as nobody has asked for it and no exchange needs it
-	ex         *exchange // the migration under way, or nil
-	waiting    []*waiter // the peer's exchanges that begin when ex has ended, before any of ours
-	label      uint64
-	counted    chan struct{} // tells the accepting goroutine to return; nil: it may, see serve.go
-	serving    bool          // the application's handler runs
-	denied     bool          // M3
-	verifies   bool          // the peer is known to have the verified handover
-	life       life
-	code       network.StreamErrorCode // of lifeReset
+	mu       sync.Mutex // guards all below; taken before the halves'
+	scope    *scope     // nil as long as nobody has asked for it and no exchange needs it
+	ex       *exchange  // the migration under way, or nil
+	waiting  *waiter    // the peer's exchanges that begin when ex has ended, before any of ours; the first of a list
+	label    uint64
+	counted  chan struct{} // tells the accepting goroutine to return; nil: it may, see serve.go
+	serving  bool          // the application's handler runs
+	denied   bool          // M3
+	verifies bool          // the peer is known to have the verified handover
+	life     life
+	code     network.StreamErrorCode // of lifeReset
 }
 
 var _ network.Stream = (*Stream)(nil)
@@ -211,12 +211,18 @@ func (s *Stream) Close() error {
 	s.awaitAnswer()
 	// No exchange can begin any more, so that both halves are on one stream, and one call
 	// closes it for both.
-	u, _, err := s.send.end()
+	u, open, err := s.send.end()
 	s.recv.shut()
-	if e := u.Close(); err == nil {
+	if r := s.send.resumption; r != nil && err == nil {
+		if !open {
+			_ = u.CloseRead()
+		}
+		err = s.send.endKept(u, open, u.Close)
+	} else if e := u.Close(); err == nil {
 		err = e
 	}
 	s.forget()
+	s.send.resumption.closed()
 	s.settle()
 	return err
 }
@@ -256,6 +262,11 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 	code = s.kill(code)
 	if ex != nil {
 		ex.interrupt()
+	}
+	if r := s.send.resumption; r != nil {
+		if attempt := r.endLocked(); attempt != nil {
+			go breakOff(attempt, code)
+		}
 	}
 	s.mu.Unlock()
 	s.send.fail(err)

@@ -181,7 +181,7 @@ func TestMigrateThatOvertakesTheAck(t *testing.T) {
 			WaitFor(t, "theirs to wait for its turn", func() bool {
 				s.mu.Lock()
 				defer s.mu.Unlock()
-				return len(s.waiting) == 1
+				return s.waiting != nil && s.waiting.next == nil
 			})
 			next.acks(ackDraft)
 			next.wantsEOF()

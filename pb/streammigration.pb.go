@@ -145,7 +145,9 @@ func (*StreamMigration_FinalSize) isStreamMigration_Type() {}
 type Label struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Even where the sender has the lower peer ID, odd where it has the higher.
-	Id            *uint64 `protobuf:"varint,1,req,name=id" json:"id,omitempty"`
+	Id *uint64 `protobuf:"varint,1,req,name=id" json:"id,omitempty"`
+	// The stream may outlive its connection: see Resume. Not in the draft.
+	Resumes       *bool `protobuf:"varint,101,opt,name=resumes" json:"resumes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -187,6 +189,13 @@ func (x *Label) GetId() uint64 {
 	return 0
 }
 
+func (x *Label) GetResumes() bool {
+	if x != nil && x.Resumes != nil {
+		return *x.Resumes
+	}
+	return false
+}
+
 // Migrate asks to continue the stream labelled `from` on the stream that
 // carries this message, under the new label `id`.
 type Migrate struct {
@@ -194,7 +203,9 @@ type Migrate struct {
 	Id    *uint64                `protobuf:"varint,1,req,name=id" json:"id,omitempty"`
 	From  *uint64                `protobuf:"varint,2,req,name=from" json:"from,omitempty"`
 	// The sender offers the verified handover: see FinalSize. Not in the draft.
-	FinalSize     *bool `protobuf:"varint,100,opt,name=final_size,json=finalSize" json:"final_size,omitempty"`
+	FinalSize *bool `protobuf:"varint,100,opt,name=final_size,json=finalSize" json:"final_size,omitempty"`
+	// This is no migration: the stream has lost its connection. Not in the draft.
+	Resume        *Resume `protobuf:"bytes,101,opt,name=resume" json:"resume,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -250,20 +261,96 @@ func (x *Migrate) GetFinalSize() bool {
 	return false
 }
 
+func (x *Migrate) GetResume() *Resume {
+	if x != nil {
+		return x.Resume
+	}
+	return nil
+}
+
+// Resume asks to continue a stream that has lost its connection. Not in the draft.
+type Resume struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The label that the stream was opened with.
+	Origin *uint64 `protobuf:"varint,1,req,name=origin" json:"origin,omitempty"`
+	// Orders the attempts of both ends; its parity is that of the sender's labels.
+	Epoch *uint64 `protobuf:"varint,2,req,name=epoch" json:"epoch,omitempty"`
+	// How much of what the receiver of this message has written has been received:
+	// bytes, and one more for the end. The greatest number: no more is wanted.
+	Received      *uint64 `protobuf:"varint,3,req,name=received" json:"received,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Resume) Reset() {
+	*x = Resume{}
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Resume) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Resume) ProtoMessage() {}
+
+func (x *Resume) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Resume.ProtoReflect.Descriptor instead.
+func (*Resume) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Resume) GetOrigin() uint64 {
+	if x != nil && x.Origin != nil {
+		return *x.Origin
+	}
+	return 0
+}
+
+func (x *Resume) GetEpoch() uint64 {
+	if x != nil && x.Epoch != nil {
+		return *x.Epoch
+	}
+	return 0
+}
+
+func (x *Resume) GetReceived() uint64 {
+	if x != nil && x.Received != nil {
+		return *x.Received
+	}
+	return 0
+}
+
 // AckMigrate answers Migrate.
 type AckMigrate struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The migration is refused, and is not to be tried again for this stream.
 	DenyMigrate *bool `protobuf:"varint,1,opt,name=deny_migrate,json=denyMigrate" json:"deny_migrate,omitempty"`
 	// The sender accepts the verified handover. Not in the draft.
-	FinalSize     *bool `protobuf:"varint,100,opt,name=final_size,json=finalSize" json:"final_size,omitempty"`
+	FinalSize *bool `protobuf:"varint,100,opt,name=final_size,json=finalSize" json:"final_size,omitempty"`
+	// The stream is resumed: as received in Resume. Not in the draft.
+	Received *uint64 `protobuf:"varint,101,opt,name=received" json:"received,omitempty"`
+	// The attempt came too late. Not in the draft.
+	Stale         *Stale `protobuf:"bytes,102,opt,name=stale" json:"stale,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *AckMigrate) Reset() {
 	*x = AckMigrate{}
-	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[3]
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -275,7 +362,7 @@ func (x *AckMigrate) String() string {
 func (*AckMigrate) ProtoMessage() {}
 
 func (x *AckMigrate) ProtoReflect() protoreflect.Message {
-	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[3]
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -288,7 +375,7 @@ func (x *AckMigrate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AckMigrate.ProtoReflect.Descriptor instead.
 func (*AckMigrate) Descriptor() ([]byte, []int) {
-	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{3}
+	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *AckMigrate) GetDenyMigrate() bool {
@@ -305,6 +392,140 @@ func (x *AckMigrate) GetFinalSize() bool {
 	return false
 }
 
+func (x *AckMigrate) GetReceived() uint64 {
+	if x != nil && x.Received != nil {
+		return *x.Received
+	}
+	return 0
+}
+
+func (x *AckMigrate) GetStale() *Stale {
+	if x != nil {
+		return x.Stale
+	}
+	return nil
+}
+
+// Stale answers a Resume that another attempt has overtaken. Not in the draft.
+type Stale struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The highest epoch that the sender knows of.
+	Epoch *uint64 `protobuf:"varint,1,req,name=epoch" json:"epoch,omitempty"`
+	// An attempt of the sender is under way.
+	Wait          *bool `protobuf:"varint,2,opt,name=wait" json:"wait,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Stale) Reset() {
+	*x = Stale{}
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Stale) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Stale) ProtoMessage() {}
+
+func (x *Stale) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Stale.ProtoReflect.Descriptor instead.
+func (*Stale) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Stale) GetEpoch() uint64 {
+	if x != nil && x.Epoch != nil {
+		return *x.Epoch
+	}
+	return 0
+}
+
+func (x *Stale) GetWait() bool {
+	if x != nil && x.Wait != nil {
+		return *x.Wait
+	}
+	return false
+}
+
+// Progress is what is sent over the protocol /portage/resume/1.0.0, any number of
+// them behind each other. Not in the draft.
+type Progress struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The label that the stream was opened with.
+	Origin *uint64 `protobuf:"varint,1,req,name=origin" json:"origin,omitempty"`
+	// As in Resume.
+	Received *uint64 `protobuf:"varint,2,opt,name=received" json:"received,omitempty"`
+	// The sender has ended its writing behind so many bytes.
+	End           *uint64 `protobuf:"varint,3,opt,name=end" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Progress) Reset() {
+	*x = Progress{}
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Progress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Progress) ProtoMessage() {}
+
+func (x *Progress) ProtoReflect() protoreflect.Message {
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Progress.ProtoReflect.Descriptor instead.
+func (*Progress) Descriptor() ([]byte, []int) {
+	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Progress) GetOrigin() uint64 {
+	if x != nil && x.Origin != nil {
+		return *x.Origin
+	}
+	return 0
+}
+
+func (x *Progress) GetReceived() uint64 {
+	if x != nil && x.Received != nil {
+		return *x.Received
+	}
+	return 0
+}
+
+func (x *Progress) GetEnd() uint64 {
+	if x != nil && x.End != nil {
+		return *x.End
+	}
+	return 0
+}
+
 // FinalSize is the first message in each direction of the new stream when both
 // Migrate and AckMigrate carried final_size. Not in the draft.
 type FinalSize struct {
@@ -317,7 +538,7 @@ type FinalSize struct {
 
 func (x *FinalSize) Reset() {
 	*x = FinalSize{}
-	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[4]
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -329,7 +550,7 @@ func (x *FinalSize) String() string {
 func (*FinalSize) ProtoMessage() {}
 
 func (x *FinalSize) ProtoReflect() protoreflect.Message {
-	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[4]
+	mi := &file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -342,7 +563,7 @@ func (x *FinalSize) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FinalSize.ProtoReflect.Descriptor instead.
 func (*FinalSize) Descriptor() ([]byte, []int) {
-	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{4}
+	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *FinalSize) GetSize() uint64 {
@@ -364,19 +585,34 @@ const file_github_com_go_portage_portage_pb_streammigration_proto_rawDesc = "" +
 	"ackMigrate\x12F\n" +
 	"\n" +
 	"final_size\x18d \x01(\v2%.portage.streammigration.pb.FinalSizeH\x00R\tfinalSizeB\x06\n" +
-	"\x04type\"\x17\n" +
+	"\x04type\"1\n" +
 	"\x05Label\x12\x0e\n" +
-	"\x02id\x18\x01 \x02(\x04R\x02id\"L\n" +
+	"\x02id\x18\x01 \x02(\x04R\x02id\x12\x18\n" +
+	"\aresumes\x18e \x01(\bR\aresumes\"\x88\x01\n" +
 	"\aMigrate\x12\x0e\n" +
 	"\x02id\x18\x01 \x02(\x04R\x02id\x12\x12\n" +
 	"\x04from\x18\x02 \x02(\x04R\x04from\x12\x1d\n" +
 	"\n" +
-	"final_size\x18d \x01(\bR\tfinalSize\"N\n" +
+	"final_size\x18d \x01(\bR\tfinalSize\x12:\n" +
+	"\x06resume\x18e \x01(\v2\".portage.streammigration.pb.ResumeR\x06resume\"R\n" +
+	"\x06Resume\x12\x16\n" +
+	"\x06origin\x18\x01 \x02(\x04R\x06origin\x12\x14\n" +
+	"\x05epoch\x18\x02 \x02(\x04R\x05epoch\x12\x1a\n" +
+	"\breceived\x18\x03 \x02(\x04R\breceived\"\xa3\x01\n" +
 	"\n" +
 	"AckMigrate\x12!\n" +
 	"\fdeny_migrate\x18\x01 \x01(\bR\vdenyMigrate\x12\x1d\n" +
 	"\n" +
-	"final_size\x18d \x01(\bR\tfinalSize\"\x1f\n" +
+	"final_size\x18d \x01(\bR\tfinalSize\x12\x1a\n" +
+	"\breceived\x18e \x01(\x04R\breceived\x127\n" +
+	"\x05stale\x18f \x01(\v2!.portage.streammigration.pb.StaleR\x05stale\"1\n" +
+	"\x05Stale\x12\x14\n" +
+	"\x05epoch\x18\x01 \x02(\x04R\x05epoch\x12\x12\n" +
+	"\x04wait\x18\x02 \x01(\bR\x04wait\"P\n" +
+	"\bProgress\x12\x16\n" +
+	"\x06origin\x18\x01 \x02(\x04R\x06origin\x12\x1a\n" +
+	"\breceived\x18\x02 \x01(\x04R\breceived\x12\x10\n" +
+	"\x03end\x18\x03 \x01(\x04R\x03end\"\x1f\n" +
 	"\tFinalSize\x12\x12\n" +
 	"\x04size\x18\x01 \x02(\x04R\x04sizeB\"Z github.com/go-portage/portage/pb"
 
@@ -392,24 +628,29 @@ func file_github_com_go_portage_portage_pb_streammigration_proto_rawDescGZIP() [
 	return file_github_com_go_portage_portage_pb_streammigration_proto_rawDescData
 }
 
-var file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_github_com_go_portage_portage_pb_streammigration_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_github_com_go_portage_portage_pb_streammigration_proto_goTypes = []any{
 	(*StreamMigration)(nil), // 0: portage.streammigration.pb.StreamMigration
 	(*Label)(nil),           // 1: portage.streammigration.pb.Label
 	(*Migrate)(nil),         // 2: portage.streammigration.pb.Migrate
-	(*AckMigrate)(nil),      // 3: portage.streammigration.pb.AckMigrate
-	(*FinalSize)(nil),       // 4: portage.streammigration.pb.FinalSize
+	(*Resume)(nil),          // 3: portage.streammigration.pb.Resume
+	(*AckMigrate)(nil),      // 4: portage.streammigration.pb.AckMigrate
+	(*Stale)(nil),           // 5: portage.streammigration.pb.Stale
+	(*Progress)(nil),        // 6: portage.streammigration.pb.Progress
+	(*FinalSize)(nil),       // 7: portage.streammigration.pb.FinalSize
 }
 var file_github_com_go_portage_portage_pb_streammigration_proto_depIdxs = []int32{
 	1, // 0: portage.streammigration.pb.StreamMigration.label:type_name -> portage.streammigration.pb.Label
 	2, // 1: portage.streammigration.pb.StreamMigration.migrate:type_name -> portage.streammigration.pb.Migrate
-	3, // 2: portage.streammigration.pb.StreamMigration.ack_migrate:type_name -> portage.streammigration.pb.AckMigrate
-	4, // 3: portage.streammigration.pb.StreamMigration.final_size:type_name -> portage.streammigration.pb.FinalSize
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	4, // 2: portage.streammigration.pb.StreamMigration.ack_migrate:type_name -> portage.streammigration.pb.AckMigrate
+	7, // 3: portage.streammigration.pb.StreamMigration.final_size:type_name -> portage.streammigration.pb.FinalSize
+	3, // 4: portage.streammigration.pb.Migrate.resume:type_name -> portage.streammigration.pb.Resume
+	5, // 5: portage.streammigration.pb.AckMigrate.stale:type_name -> portage.streammigration.pb.Stale
+	6, // [6:6] is the sub-list for method output_type
+	6, // [6:6] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_github_com_go_portage_portage_pb_streammigration_proto_init() }
@@ -429,7 +670,7 @@ func file_github_com_go_portage_portage_pb_streammigration_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_github_com_go_portage_portage_pb_streammigration_proto_rawDesc), len(file_github_com_go_portage_portage_pb_streammigration_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -1,0 +1,277 @@
+package migrate
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/multiformats/go-varint"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/go-portage/portage/internal/aside"
+	"github.com/go-portage/portage/pb"
+)
+
+// Confirmations, and announced ends (R7, R12): what the peer is told about streams beside
+// these, on streams of ResumeID. Where one gets lost it is told again.
+
+const (
+	// reportAfter is after how many bytes the peer is told at once.
+	reportAfter = 1 << 20
+
+	// reportWithin is how long it may take until the peer is told of what is less.
+	reportWithin = 250 * time.Millisecond
+
+	// reportTimeout bounds the sending of a report.
+	reportTimeout = 5 * time.Second
+
+	// lingering is how long a stream of reports stays open that is not used: as long as more
+	// is likely to follow.
+	lingering = time.Second
+)
+
+// telling is what the peer is to be told. resumePeer.mu guards it.
+type telling struct {
+	due   map[*resumption]struct{}
+	timer *time.Timer // when to tell; nil: at no time
+	busy  bool        // report runs
+	now   bool        // and is to go on
+	on    map[network.Conn]*side
+}
+
+// side is a stream of reports.
+type side struct {
+	stream network.Stream
+	idle   *time.Timer
+	failed bool
+}
+
+// report notes that the peer is to be told of r, soon or now.
+func (p *resumePeer) report(r *resumption, now bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t := &p.tell
+	if t.due == nil {
+		t.due = make(map[*resumption]struct{})
+	}
+	t.due[r] = struct{}{}
+	switch {
+	case now && t.busy:
+		t.now = true
+	case now:
+		t.busy = true
+		go p.reportAll()
+	case t.timer == nil:
+		t.timer = time.AfterFunc(reportWithin, func() { p.reportDue() })
+	}
+}
+
+func (p *resumePeer) reportDue() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	t := &p.tell
+	t.timer = nil
+	switch {
+	case len(t.due) == 0:
+	case t.busy:
+		t.now = true
+	default:
+		t.busy = true
+		go p.reportAll()
+	}
+}
+
+// reportAgain has the peer told once more of streams, since what it was told may be lost.
+func (p *resumePeer) reportAgain(streams []*resumption) {
+	for _, r := range streams {
+		r.s.recv.mu.Lock()
+		r.incoming.pending, r.incoming.urgent = true, false
+		r.s.recv.mu.Unlock()
+		p.report(r, false)
+	}
+}
+
+// reportAll tells the peer of all that are due.
+func (p *resumePeer) reportAll() {
+	for {
+		p.mu.Lock()
+		t := &p.tell
+		due := t.due
+		t.due, t.now = nil, false
+		if t.timer != nil {
+			t.timer.Stop()
+			t.timer = nil
+		}
+		if len(due) == 0 {
+			t.busy = false
+			p.mu.Unlock()
+			return
+		}
+		p.mu.Unlock()
+		batches := make(map[network.Conn][]byte)
+		told := make(map[network.Conn][]*resumption)
+		for r := range due {
+			c := r.s.send.stream().Conn()
+			if aside.IsClosed(c) {
+				if conns := p.usable(); len(conns) > 0 {
+					c = conns[0]
+				}
+			}
+			if m := r.progress(); m != nil {
+				batches[c] = append(batches[c], m...)
+				told[c] = append(told[c], r)
+			}
+		}
+		for c, batch := range batches {
+			if aside.IsClosed(c) {
+				continue // who attaches tells, too, and the end of a connection has all told again
+			}
+			if err := p.send(c, batch); err != nil {
+				p.reportAgain(told[c])
+			}
+		}
+		p.mu.Lock()
+		again := t.now
+		if !again {
+			t.busy = false
+		}
+		p.mu.Unlock()
+		if !again {
+			return
+		}
+	}
+}
+
+// progress is the message about r, or nil where there is nothing to tell.
+func (r *resumption) progress() []byte {
+	m := &pb.Progress{Origin: &r.origin}
+	h := &r.s.recv
+	h.mu.Lock()
+	in := &r.incoming
+	now := h.received()
+	if now > 0 {
+		m.Received = &now
+	}
+	in.reported, in.pending, in.urgent = now, false, false
+	h.mu.Unlock()
+	w := &r.s.send
+	w.mu.Lock()
+	if w.closed && !w.inside && w.state != sendFailed && r.ring.confirmed <= r.ring.end {
+		m.End = proto.Uint64(r.ring.end)
+	}
+	w.mu.Unlock()
+	if m.Received == nil && m.End == nil {
+		return nil
+	}
+	return progressMessage(m)
+}
+
+// progressMessage is m with its length before it.
+func progressMessage(m *pb.Progress) []byte {
+	body, err := proto.Marshal(m)
+	if err != nil {
+		panic(err) // all required fields are set
+	}
+	return append(varint.ToUvarint(uint64(len(body))), body...)
+}
+
+// send sends a batch of messages on c.
+func (p *resumePeer) send(c network.Conn, batch []byte) error {
+	p.mu.Lock()
+	sd := p.tell.on[c]
+	if sd != nil && (sd.failed || !sd.idle.Stop()) {
+		sd = nil // it is about to be closed
+	}
+	p.mu.Unlock()
+	if sd == nil {
+		u, err := p.openSide(c)
+		if err != nil {
+			return err
+		}
+		batch = append([]byte(header+token(string(ResumeID))), batch...)
+		sd = &side{stream: u}
+	}
+	_ = sd.stream.SetWriteDeadline(time.Now().Add(reportTimeout))
+	if _, err := sd.stream.Write(batch); err != nil {
+		p.leave(c, sd)
+		_ = sd.stream.Reset()
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.tell.on == nil {
+		p.tell.on = make(map[network.Conn]*side)
+	}
+	p.tell.on[c] = sd
+	if sd.idle != nil {
+		sd.idle.Reset(lingering)
+		return nil
+	}
+	sd.idle = time.AfterFunc(lingering, func() {
+		p.leave(c, sd)
+		_ = sd.stream.Close()
+	})
+	return nil
+}
+
+func (p *resumePeer) leave(c network.Conn, sd *side) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.tell.on[c] == sd {
+		delete(p.tell.on, c)
+	}
+}
+
+// openSide opens a stream of reports. Nothing is waited for; what the peer answers is read
+// aside, and tells when it has no use for them.
+func (p *resumePeer) openSide(c network.Conn) (network.Stream, error) {
+	u := p.host.openAtOnce(network.WithAllowLimitedConn(p.host.ctx, "resume"), c)
+	if u == nil {
+		return nil, fmt.Errorf("the connection has no room for a stream of %s", ResumeID)
+	}
+	if err := u.SetProtocol(ResumeID); err != nil {
+		_ = u.Reset()
+		return nil, err
+	}
+	go func() {
+		if err := readExpected(u, header+token(string(ResumeID)), 0); err != nil {
+			_ = u.Reset()
+		}
+	}()
+	return u, nil
+}
+
+// serveReports reads what the peer tells.
+func (h *Host) serveReports(u network.Stream) {
+	p := u.Conn().RemotePeer()
+	in := bufio.NewReaderSize(u, 512)
+	buf := make([]byte, usualMessage)
+	for {
+		body, err := readBody(in, buf)
+		if err != nil {
+			if err == io.EOF {
+				_ = u.Close()
+			} else {
+				_ = u.ResetWithError(codeFor(err))
+			}
+			return
+		}
+		m := new(pb.Progress)
+		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(body, m); err != nil {
+			h.violation(u, fmt.Errorf("%w: %w", errViolation, err))
+			return
+		}
+		r := h.resumer.get(p, m.GetOrigin())
+		if r == nil {
+			continue // it has ended meanwhile
+		}
+		if m.Received != nil {
+			r.confirmed(m.GetReceived())
+		}
+		if m.End != nil {
+			r.ends(m.GetEnd())
+		}
+	}
+}

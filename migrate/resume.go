@@ -1,0 +1,584 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-yamux/v5"
+	"github.com/quic-go/quic-go"
+
+	"go.uber.org/zap"
+
+	"github.com/go-portage/portage/internal/aside"
+)
+
+// A stream that outlives its connection. Where it stands is its resumeState:
+//
+//	          lose                 begin (attempt.go)
+//	attached ------> lost --------------------------> asking
+//	   ^              | ^                               |
+//	   |       answer | | failed, stale                 | failed, stale: lost
+//	   |              v |                               | ack: attached
+//	   +---------- answering <-- answer ----------------+
+//	     attach
+//
+// and from everywhere to over, which is final. Nothing of an underlying stream that came
+// before the present one is ever read or written again: lose disowns it.
+//
+// While a stream is not attached no migration of it is under way: lose drops the one that is,
+// and who attaches waits until it has ended.
+
+type resumeState uint8
+
+const (
+	resumeAttached  resumeState = iota // both halves are on an underlying stream
+	resumeLost                         // they are on none; see attempt.go for what comes next
+	resumeAsking                       // an attempt of ours is open
+	resumeAnswering                    // one of the peer's has been promised, and is about to be acked
+	resumeOver                         // nothing is left of it: closed and confirmed, reset, denied, or too late
+)
+
+var (
+	errDropped      = errors.New("the stream has lost its connection, and is to be resumed")
+	errTooLate      = errors.New("the connection was lost, and no other was found in time")
+	errGone         = errors.New("the connection was lost, and the other end has given the stream up")
+	errDroppedBytes = errors.New("the connection was lost, and what has to be sent again is not kept any more")
+)
+
+// codeGivenUp is what an underlying stream is reset with whose logical stream lives on.
+const codeGivenUp = network.StreamSupplanted
+
+// resumption is what a stream has in addition that may outlive its connection.
+type resumption struct {
+	s      *Stream
+	of     *resumePeer
+	origin uint64 // the label that the stream was opened with
+
+	buried bool // it is a tombstone; guarded by resumer.mu
+
+	ring     ring     // guarded by s.send.mu
+	incoming incoming // guarded by s.recv.mu
+
+	// Guarded by s.mu.
+	state     resumeState
+	tries     uint32
+	promised  uint64         // the highest epoch that was promised: ours, or the peer's
+	heard     uint64         // the highest that was heard of
+	asked     uint64         // the label of the last attempt, either end's; 0: none. It is in the table
+	attempt   network.Stream // of resumeAsking, once it is open
+	notBefore time.Time      // of resumeLost: when to attempt, at the earliest
+	since     time.Time      // when the stream was lost, or closed
+	timer     *time.Timer    // of the patience
+	away      network.Conn   // the connection that was lost
+}
+
+// incoming is what a resumable stream has received.
+type incoming struct {
+	base     uint64 // the offset of the first byte of the present underlying stream
+	reported uint64 // what the peer has been told last
+	total    uint64 // where the peer's writing ends, if told
+	told     bool
+	pending  bool // more has been received than reported, and the peer is about to be told
+	urgent   bool // at once
+	over     bool // the end of the present source is the application's, whatever it is
+}
+
+// received is how much of the stream was received: R2's N. mu must be held.
+func (h *receiveHalf) received() uint64 {
+	switch {
+	case h.closed:
+		return everything
+	case h.given:
+		return h.resumption.incoming.base + h.cur.count + 1
+	}
+	return h.resumption.incoming.base + h.cur.count
+}
+
+// progressed notes that something was received; the peer is told of it soon, or at once where
+// it was much, or all. mu must be held.
+func (h *receiveHalf) progressed() {
+	r := h.resumption
+	in := &r.incoming
+	now := h.received()
+	if now <= in.reported {
+		return
+	}
+	urgent := now-in.reported >= r.of.every || h.given
+	if in.pending && (in.urgent || !urgent) {
+		return
+	}
+	in.pending, in.urgent = true, urgent
+	r.of.report(r, urgent)
+}
+
+// lose takes the stream off its connection (R1) if it is on u still.
+func (r *resumption) lose(u network.Stream, cause error) {
+	s := r.s
+	s.mu.Lock()
+	on := u == nil || s.send.stream() == u || s.recv.source().stream == u ||
+		s.ex != nil && (s.ex.old == u || s.ex.new == u)
+	lost := r.state == resumeAttached && on
+	unsent := lost && s.send.opens()
+	if lost && !unsent {
+		r.loseLocked(cause)
+	}
+	s.mu.Unlock()
+	switch {
+	case unsent: // the acceptor knows nothing of it
+		_ = s.abort(forGood(cause), network.StreamNoError)
+	case lost:
+		r.of.wake()
+	}
+}
+
+// loseLocked is lose where the stream is attached. s.mu must be held.
+func (r *resumption) loseLocked(cause error) {
+	s := r.s
+	r.state, r.tries = resumeLost, 0
+	r.away = s.send.stream().Conn()
+	now := time.Now()
+	r.notBefore = now
+	if s.dir == network.DirInbound {
+		r.notBefore = now.Add(acceptorWaits)
+	}
+	r.arm(now)
+	streams := []network.Stream{s.send.disown(), s.recv.disown()}
+	if ex := s.ex; ex != nil {
+		streams = append(streams, ex.old, ex.new)
+		if ex.phase < phaseCommitted {
+			ex.phase = phaseYielded
+		}
+		ex.interrupt()
+	}
+	breakOffAll(streams, codeGivenUp)
+	s.host.log.Debug("stream lost", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Error(cause))
+}
+
+func breakOffAll(streams []network.Stream, code network.StreamErrorCode) {
+	done := make(map[network.Stream]bool, len(streams))
+	for _, u := range streams {
+		if u != nil && !done[u] {
+			done[u] = true
+			go breakOff(u, code)
+		}
+	}
+}
+
+// arm gives the stream its patience from now on (R11). s.mu must be held.
+func (r *resumption) arm(now time.Time) {
+	r.since = now
+	if r.timer != nil {
+		r.timer.Stop()
+	}
+	r.timer = time.AfterFunc(r.of.host.cfg.resumes.patience, func() { r.expire(now) })
+}
+
+// disarm ends it. s.mu must be held.
+func (r *resumption) disarm() {
+	if r.timer != nil {
+		r.timer.Stop()
+		r.timer = nil
+	}
+}
+
+// expire is the end of a patience that has begun at since.
+func (r *resumption) expire(since time.Time) {
+	s := r.s
+	s.mu.Lock()
+	due := r.state != resumeOver && r.since.Equal(since) && (r.state != resumeAttached || s.life == lifeClosed)
+	leave := due && r.state == resumeAttached && !s.send.replays()
+	s.mu.Unlock()
+	switch {
+	case leave: // what the muxer still has of a stream that was closed may yet arrive
+		r.end()
+	case due:
+		r.fail(errTooLate)
+	}
+}
+
+// end ends the entry of a stream whose underlying one, if any, lives on.
+func (r *resumption) end() {
+	s := r.s
+	s.mu.Lock()
+	attempt := r.endLocked()
+	s.mu.Unlock()
+	if attempt != nil {
+		_ = breakOff(attempt, codeGivenUp)
+	}
+}
+
+// endLocked is end. It returns the stream of the attempt that is open, if any. s.mu must be held.
+func (r *resumption) endLocked() (attempt network.Stream) {
+	if r.state == resumeOver {
+		return nil
+	}
+	r.state = resumeOver
+	attempt, r.attempt = r.attempt, nil
+	r.disarm()
+	r.of.remove(r)
+	if r.asked != 0 && r.asked != r.s.label {
+		r.s.host.labels.remove(r.s.peer, r.asked, r.s)
+	}
+	r.s.send.mu.Lock()
+	r.ring.low, r.ring.over = r.ring.end, true
+	r.ring.release()
+	r.s.send.mu.Unlock()
+	return attempt
+}
+
+// fail ends a stream that cannot be resumed (R9, R11). The application reads what was
+// received, and then the error.
+func (r *resumption) fail(cause error) {
+	s := r.s
+	err := reset(cause)
+	s.mu.Lock()
+	if r.state == resumeOver {
+		s.mu.Unlock()
+		return
+	}
+	attempt := r.endLocked()
+	closed := s.life == lifeClosed
+	s.kill(network.StreamNoError)
+	s.mu.Unlock()
+	s.send.fail(err)
+	s.recv.endWith(err)
+	u := s.send.stream()
+	go breakOff(u, network.StreamNoError)
+	if attempt != nil {
+		go breakOff(attempt, network.StreamNoError)
+	}
+	s.forget()
+	s.settle()
+	if !closed {
+		s.host.log.Debug("stream not resumed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Error(cause))
+	}
+}
+
+// violated ends a stream about which the peer has sent what it must not.
+func (r *resumption) violated(err error) {
+	r.s.host.warnViolation(r.s.peer, err, zap.Uint64("origin", r.origin))
+	_ = r.s.abort(reset(err), network.StreamProtocolViolation)
+}
+
+// closed is called when the application has closed the stream and no migration is under way:
+// it is a tombstone from here on, until its end of writing is confirmed (R8).
+// r may be nil.
+func (r *resumption) closed() {
+	if r == nil {
+		return
+	}
+	s := r.s
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.state == resumeOver || s.life != lifeClosed {
+		return
+	}
+	if r.finished() || !r.of.bury(r) {
+		r.endLocked()
+		return
+	}
+	if r.state == resumeAttached {
+		r.arm(time.Now())
+	}
+}
+
+// finished says whether all that was written, and its end, is confirmed. s.mu must be held.
+func (r *resumption) finished() bool {
+	h := &r.s.send
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return r.ring.confirmed == everything || h.closed && !h.inside && r.ring.confirmed > r.ring.end
+}
+
+// needed says whether the stream has a use for an underlying one (R8). s.mu must be held.
+func (r *resumption) needed() bool {
+	if !r.finished() {
+		return r.s.life == lifeClosed || r.s.life == lifeOpen
+	}
+	if r.s.life != lifeOpen {
+		return false
+	}
+	r.s.send.mu.Lock()
+	writes := !r.s.send.closed
+	r.s.send.mu.Unlock()
+	given, closed := r.s.recv.view()
+	return writes || !given && !closed
+}
+
+// confirmed takes note of what the peer has received (R12).
+func (r *resumption) confirmed(received uint64) {
+	h := &r.s.send
+	h.mu.Lock()
+	err := r.checkReceived(received)
+	more := err == nil && received > r.ring.confirmed
+	if more {
+		r.ring.confirm(received)
+		h.changed.broadcast()
+	}
+	h.mu.Unlock()
+	if err != nil {
+		r.violated(err)
+		return
+	}
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	switch {
+	case r.s.life != lifeClosed || r.state == resumeOver || r.s.ex != nil:
+	case r.finished():
+		if attempt := r.endLocked(); attempt != nil {
+			go breakOff(attempt, codeGivenUp)
+		}
+	case more && r.state == resumeAttached: // the other end reads on
+		r.arm(time.Now())
+	}
+}
+
+// resumes says whether a stream of pref, which this host is about to open on c, can outlive
+// its connection.
+func (h *Host) resumes(c network.Conn, pref protocol.ID, pids []protocol.ID) bool {
+	if h.resumer == nil || h.answerOf(c, ResumeID) != certain || h.answerOf(c, FinalSizeID) != certain {
+		return false
+	}
+	only := h.cfg.resumes.protocols
+	if only == nil {
+		return true
+	}
+	if pref != "" {
+		return slices.Contains(only, pref)
+	}
+	return !slices.ContainsFunc(pids, func(id protocol.ID) bool { return !slices.Contains(only, id) })
+}
+
+// detached says whether the stream has lost its connection, so that it cannot migrate. r may be
+// nil. s.mu must be held.
+func (r *resumption) detached() bool {
+	return r != nil && r.state != resumeAttached && r.state != resumeOver
+}
+
+// lives says whether the stream may still be resumed. r may be nil.
+func (r *resumption) lives() bool {
+	if r == nil {
+		return false
+	}
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	return r.state != resumeOver
+}
+
+// survives says whether the stream lives on though the exchange x has failed after the ack
+// (R13): then it is lost.
+func (r *resumption) survives(x *exchange, cause error) bool {
+	s := r.s
+	s.mu.Lock()
+	if r.state == resumeOver || s.life == lifeReset {
+		s.mu.Unlock()
+		return false
+	}
+	lost := r.state == resumeAttached
+	if lost {
+		r.loseLocked(cause)
+	}
+	s.mu.Unlock()
+	if lost {
+		r.of.wake()
+	}
+	return true
+}
+
+// checkReceived says whether the peer may say that it has received so much. s.send.mu must
+// be held.
+func (r *resumption) checkReceived(received uint64) error {
+	if received == everything || received <= r.ring.end || received == r.ring.end+1 && r.s.send.closed {
+		return nil
+	}
+	return fmt.Errorf("%w: %d received of %d bytes", errViolation, received, r.ring.end)
+}
+
+// ends takes note of where the peer's writing ends (R7).
+func (r *resumption) ends(total uint64) {
+	h := &r.s.recv
+	h.mu.Lock()
+	in := &r.incoming
+	var err error
+	switch {
+	case in.told && in.total != total:
+		err = fmt.Errorf("%w: the end is at %d, and was at %d", errViolation, total, in.total)
+	case !h.closed && h.state != receiveFailed && in.base+h.cur.count > total:
+		err = fmt.Errorf("%w: the end is at %d, behind it came more", errViolation, total)
+	default:
+		in.told, in.total = true, total
+	}
+	doubt, src := h.state == receiveDoubt, h.cur
+	h.mu.Unlock()
+	if err != nil {
+		r.violated(err)
+	} else if doubt {
+		r.settleEnd(src, false)
+	}
+}
+
+// eofVouched is how long an EOF without an announcement is kept back on connections whose
+// muxer may report EOF for being closed: by then the connection is known to be closed.
+const eofVouched = time.Second
+
+// doubted is what the application's Read of src is to see that brought n bytes and err (R7):
+// an end that has to be judged first. mu must be held.
+func (h *receiveHalf) doubted(src *source, p []byte, n int, err error) (int, error) {
+	src.end = err
+	h.judge()
+	if n > 0 || len(p) == 0 && h.state == receiveOpen {
+		return n, nil
+	}
+	return h.readSlowly(p)
+}
+
+// judge looks at the end of the present source, which is the application's if anybody's. mu
+// must be held, and the state be receiveOpen.
+func (h *receiveHalf) judge() {
+	r, src := h.resumption, h.cur
+	switch eof := src.end == io.EOF; {
+	case eof && r.believes(src), eof && r.incoming.over && !r.incoming.told && !aside.IsClosed(src.stream.Conn()):
+		h.giveEnd()
+	case eof && r.incoming.over:
+		h.failLocked(reset(io.ErrUnexpectedEOF))
+	case r.incoming.over:
+		h.failLocked(forGood(src.end))
+	default:
+		h.state = receiveDoubt
+		go r.settleEnd(src, false)
+	}
+}
+
+// giveEnd has the application's Reads end cleanly. mu must be held.
+func (h *receiveHalf) giveEnd() {
+	h.state, h.given, h.cur.end = receiveOpen, true, nil
+	h.changed.broadcast()
+	h.progressed()
+}
+
+// believes says whether an EOF of src needs nothing more to be believed. s.recv.mu must be held.
+func (r *resumption) believes(src *source) bool {
+	if in := &r.incoming; in.told {
+		return in.base+src.count == in.total
+	}
+	// QUIC ends a stream with what the other end has sent, and nothing else.
+	return src.stream.Conn().As(new(*quic.Conn))
+}
+
+// settleEnd decides what the end of src means, as far as that can be told. waited says that it
+// was kept back for eofVouched.
+func (r *resumption) settleEnd(src *source, waited bool) {
+	h := &r.s.recv
+	h.mu.Lock()
+	err := src.end
+	if h.cur != src || h.state != receiveDoubt || err == nil {
+		h.mu.Unlock()
+		return
+	}
+	if err == io.EOF {
+		in := &r.incoming
+		switch open := !aside.IsClosed(src.stream.Conn()); {
+		case r.believes(src), !in.told && open && waited:
+			h.giveEnd()
+			h.mu.Unlock()
+			return
+		case !in.told && open:
+			h.mu.Unlock()
+			time.AfterFunc(eofVouched, func() { r.settleEnd(src, true) })
+			return
+		}
+	}
+	h.mu.Unlock()
+	r.ended(src.stream, err)
+}
+
+// ended takes note that u has ended with err, which no application caused that closes its
+// writing.
+func (r *resumption) ended(u network.Stream, err error) {
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	if !final(u, err) {
+		r.lose(u, err)
+		return
+	}
+	s := r.s
+	s.mu.Lock()
+	on := r.state == resumeAttached && (s.send.stream() == u || s.recv.source().stream == u)
+	if on {
+		r.endLocked()
+	}
+	s.mu.Unlock()
+	if on {
+		s.recv.endsHere()
+	}
+}
+
+// endsHere has the present source be the last one: how that ends is how the stream ends.
+func (h *receiveHalf) endsHere() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.resumption.incoming.over = true
+	if h.state == receiveDoubt {
+		h.state = receiveOpen
+		h.judge()
+	}
+	h.changed.broadcast()
+}
+
+// final says whether err, which a Read or Write of u reported, is the end of the logical
+// stream: the other end has reset that, or a connection was closed on purpose (R1).
+func final(u network.Stream, err error) bool {
+	c := u.Conn()
+	if aside.IsClosed(c) {
+		return closedForGood(c)
+	}
+	var reset *network.StreamError
+	if errors.As(err, &reset) && reset.Remote {
+		return reset.ErrorCode != codeGivenUp && c.ConnState().Transport != "webtransport"
+	}
+	var closed *network.ConnError
+	if errors.As(err, &closed) {
+		return closesStreams(closed.ErrorCode)
+	}
+	return false
+}
+
+// closedForGood says whether c, which is closed, was closed by one of its ends on purpose, as
+// far as can be told: then nobody wants its streams back.
+func closedForGood(c network.Conn) bool {
+	var session *yamux.Session
+	if c.As(&session) {
+		_, err := session.OpenStream(cancelled) // why it is closed
+		var away *yamux.GoAwayError
+		return errors.As(err, &away) && closesStreams(network.ConnErrorCode(away.ErrorCode))
+	}
+	var conn *quic.Conn
+	if c.As(&conn) {
+		var closed *quic.ApplicationError
+		return errors.As(context.Cause(conn.Context()), &closed) && closesStreams(network.ConnErrorCode(closed.ErrorCode))
+	}
+	return false
+}
+
+// cancelled is a context that is.
+var cancelled = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
+// closesStreams says whether who closes a connection with that code has done with its streams.
+func closesStreams(code network.ConnErrorCode) bool {
+	switch code {
+	case network.ConnNoError, network.ConnShutdown, network.ConnGated, network.ConnGarbageCollected:
+		return true
+	}
+	return false
+}

@@ -1,0 +1,404 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"io"
+	"math"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+	"github.com/go-portage/portage/pb"
+)
+
+// What a peer may send, and must not, about streams that outlive their connection; byte by byte.
+
+func resumableLabelBytes(id uint64) string {
+	return lengthy("\x0a" + lengthy("\x08"+uvarint(id)+"\xa8\x06\x01"))
+}
+
+func resumeBytes(id, from, origin, epoch, received uint64) string {
+	resume := lengthy("\x08" + uvarint(origin) + "\x10" + uvarint(epoch) + "\x18" + uvarint(received))
+	return lengthy("\x12" + lengthy("\x08"+uvarint(id)+"\x10"+uvarint(from)+"\xaa\x06"+resume))
+}
+
+func ackReceivedBytes(received uint64) string {
+	return lengthy("\x1a" + lengthy("\xa8\x06"+uvarint(received)))
+}
+
+func ackStaleBytes(epoch uint64, wait string) string {
+	return lengthy("\x1a" + lengthy("\xb2\x06"+lengthy("\x08"+uvarint(epoch)+"\x10"+wait)))
+}
+
+func receivedBytes(origin, received uint64) string {
+	return lengthy("\x08" + uvarint(origin) + "\x10" + uvarint(received))
+}
+
+func endBytes(origin, end uint64) string {
+	return lengthy("\x08" + uvarint(origin) + "\x18" + uvarint(end))
+}
+
+// meetResuming is a host that resumes streams, and a raw peer that says it does.
+func meetResuming(t *testing.T) *rawPeer {
+	return meeting{kind: resuming, opts: []Option{WithResumption()}}.meet(t)
+}
+
+// hostAcceptsResumable is hostAccepts with a stream that may outlive its connection.
+func (p *rawPeer) hostAcceptsResumable() (*Stream, *rawStream) {
+	p.t.Helper()
+	label := p.fresh()
+	u := p.opens(0, tMultistream, tMigration, resumableLabelBytes(label), tMultistream, tEcho, "!")
+	u.label = label
+	u.wants(tMultistream, tMigration, tMultistream, tEcho)
+	s := p.accepted()
+	p.reads(s, "!")
+	p.writes(s, "?")
+	u.wants("?")
+	return s, u
+}
+
+// epoch is the n-th one that the raw peer may give, n from 1 on: it is the higher peer.
+func epoch(n uint64) uint64 { return 2*n - 1 }
+
+// resumes asks on connection 1 to resume the stream that was opened as u.
+func (p *rawPeer) resumes(u *rawStream, e, received uint64) *rawStream {
+	p.t.Helper()
+	return p.opens(1, tMultistream, tMigration, resumeBytes(p.fresh(), u.label, u.label, e, received))
+}
+
+func TestPeerResumes(t *testing.T) {
+	p := meetResuming(t)
+	s, old := p.hostAcceptsResumable()
+	p.writes(s, "abc")
+	next := p.resumes(old, epoch(1), 1+1)
+	next.wants(tMultistream, tMigration, ackReceivedBytes(1), "bc")
+	old.wantsReset(network.StreamSupplanted)
+	p.talk(s, next)
+	require.NoError(t, s.Close())
+	next.wantsEOF()
+}
+
+// What was written meanwhile arrives, and the end of writing.
+func TestPeerResumesWhatHasEnded(t *testing.T) {
+	p := meetResuming(t)
+	s, old := p.hostAcceptsResumable()
+	p.host.resumer.get(p.ID(), old.label).lose(nil, errors.New("test"))
+	p.writes(s, strings.Repeat("x", 300))
+	require.NoError(t, s.Close())
+	first := p.arrives() // ours, which nobody answers
+	first.wants(tMultistream, tMigration)
+	next := p.resumes(old, epoch(2), 1)
+	next.wants(tMultistream, tMigration, ackReceivedBytes(everything), strings.Repeat("x", 300))
+	next.wantsEOF()
+	require.NotNil(t, p.host.resumer.get(p.ID(), old.label), "nobody has confirmed the end")
+	p.reportsTo(receivedBytes(old.label, 1+300+1))
+	WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.label) == nil })
+}
+
+// reportsTo sends reports on connection 1.
+func (p *rawPeer) reportsTo(parts ...string) *rawStream {
+	p.t.Helper()
+	return p.opens(1, tMultistream, tok(ResumeID), strings.Join(parts, ""))
+}
+
+func TestStaleAttempts(t *testing.T) {
+	p := meetResuming(t)
+	s, old := p.hostAcceptsResumable()
+	next := p.resumes(old, epoch(3), 1)
+	next.wants(tMultistream, tMigration, ackReceivedBytes(1))
+	for _, e := range []uint64{epoch(1), epoch(3)} {
+		late := p.resumes(old, e, 0)
+		late.wants(tMultistream, tMigration, ackStaleBytes(epoch(3), "\x00"))
+		late.wantsEOF()
+	}
+	p.talk(s, next)
+}
+
+func TestUnknownStreamsAreDenied(t *testing.T) {
+	p := meeting{kind: resuming, opts: []Option{WithResumption(), func(c *config) error {
+		c.labelWait = 50 * time.Millisecond
+		return nil
+	}}}.meet(t)
+	ours := p.host.labels.fresh(p.ID())
+	theirs := p.fresh()
+	for _, origin := range []uint64{ours, theirs} {
+		u := p.resumes(&rawStream{label: origin}, epoch(1), 0)
+		u.wants(tMultistream, tMigration, ackDenied)
+		u.wantsEOF()
+	}
+	// Its opening, which comes late, is refused: the peer has given it up.
+	u := p.opens(0, tMultistream, tMigration, resumableLabelBytes(theirs), tMultistream, tEcho, "!")
+	u.wantsReset(network.StreamProtocolNegotiationFailed)
+}
+
+func TestWithoutTheOptionResumptionsAreDenied(t *testing.T) {
+	p := meet(t, resuming)
+	s, old := p.hostAcceptsResumable()
+	u := p.resumes(old, epoch(1), 1)
+	u.wants(tMultistream, tMigration, ackDenied)
+	u.wantsEOF()
+	p.talk(s, old)
+}
+
+// A peer that lies harms its own stream.
+func TestViolationsOfResumption(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		lives   bool // the stream does
+		attempt func(p *rawPeer, old *rawStream) *rawStream
+	}{
+		{"more received than sent", false, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, epoch(1), 3) }},
+		{"epoch of the host's parity", true, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, epoch(1)+1, 1) }},
+		{"epoch from far away", true, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, 1<<20+1, 1) }},
+		{"no epoch", true, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, 0, 1) }},
+		{"label of the host's parity", true, func(p *rawPeer, old *rawStream) *rawStream {
+			return p.opens(1, tMultistream, tMigration, resumeBytes(old.label+1, old.label, old.label, epoch(1), 1))
+		}},
+		{"data before the ack", true, func(p *rawPeer, old *rawStream) *rawStream {
+			return p.opens(1, tMultistream+tMigration+resumeBytes(p.fresh(), old.label, old.label, epoch(1), 1)+"x")
+		}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := meetResuming(t)
+			s, old := p.hostAcceptsResumable()
+			other, otherOld := p.hostAcceptsResumable()
+			tc.attempt(p, old).wantsReset(network.StreamProtocolViolation)
+			if tc.lives {
+				p.talk(s, old)
+			} else {
+				p.failed(s)
+			}
+			p.talk(other, otherOld)
+		})
+	}
+}
+
+func TestReportsThatLie(t *testing.T) {
+	for name, report := range map[string]func(origin uint64) string{
+		"more received than sent":     func(origin uint64) string { return receivedBytes(origin, 1<<40) },
+		"an end before what has come": func(origin uint64) string { return endBytes(origin, 0) },
+		"two ends":                    func(origin uint64) string { return endBytes(origin, 5) + endBytes(origin, 6) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := meetResuming(t)
+			s, old := p.hostAcceptsResumable()
+			other, otherOld := p.hostAcceptsResumable()
+			p.reportsTo(report(old.label))
+			p.failed(s)
+			old.wantsReset(network.StreamProtocolViolation)
+			p.talk(other, otherOld)
+		})
+	}
+	t.Run("no message", func(t *testing.T) {
+		p := meetResuming(t)
+		s, old := p.hostAcceptsResumable()
+		p.reportsTo("\xff\xff\xff\x7f").wantsReset(network.StreamProtocolViolation)
+		p.talk(s, old)
+	})
+}
+
+// An EOF on a muxer that may report one for being closed counts at the end that was announced.
+func TestEndsAreBelievedWhereTheyWereAnnounced(t *testing.T) {
+	p := meetResuming(t)
+	s, old := p.hostAcceptsResumable()
+	p.reportsTo(endBytes(old.label, 1+3))
+	WaitFor(t, "the end to be known", func() bool {
+		s.recv.mu.Lock()
+		defer s.recv.mu.Unlock()
+		return s.recv.resumption.incoming.told
+	})
+	old.sends("ab")
+	p.reads(s, "ab")
+	old.closesWrite() // too early
+	got := make(chan error, 1)
+	go func() {
+		_, err := s.Read(make([]byte, 1))
+		got <- err
+	}()
+	next := p.arrivesAfter(old)
+	next.sends(tMultistream, tMigration, ackReceivedBytes(1), "c")
+	require.NoError(t, <-got)
+	next.closesWrite()
+	_, err := s.Read(make([]byte, 1))
+	require.Equal(t, io.EOF, err)
+}
+
+// arrivesAfter is the host's attempt to resume what was opened as u.
+func (p *rawPeer) arrivesAfter(u *rawStream) *rawStream {
+	p.t.Helper()
+	next := p.arrives()
+	next.wants(tMultistream, tMigration)
+	_, err := readMessage(next.r)
+	require.NoError(p.t, err)
+	return next
+}
+
+// A host leaves a connection that is open, where it is told to.
+func TestLeave(t *testing.T) {
+	p := meetResuming(t)
+	s, old := p.hostAcceptsResumable()
+	p.host.Leave(p.ends[0])
+	next := p.arrivesAfter(old)
+	require.Equal(t, p.conns[1], next.Conn(), "another connection")
+	next.sends(tMultistream, tMigration, ackReceivedBytes(1))
+	p.talk(s, next)
+}
+
+func TestRing(t *testing.T) {
+	const window = 64 << 10
+	budget := &ringBudget{perPeer: 4 * window, perHost: 4 * window, manager: &network.NullResourceManager{}}
+	fresh := func() *ring { return &ring{of: &ringMemory{host: budget, window: window}} }
+	data := bytes.Repeat([]byte("0123456789abcdefghijk"), window/10)
+	read := func(r *ring, from uint64) []byte {
+		p := make([]byte, window)
+		return p[:r.copyFrom(from, p)]
+	}
+
+	r := fresh()
+	require.Equal(t, 100, r.put(data[:100], false))
+	require.Equal(t, data[30:100], read(r, 30))
+	require.Len(t, r.buf, smallestRing)
+	r.confirm(40)
+	require.Equal(t, window-60, r.put(data[100:], false), "no more than the window")
+	require.Zero(t, r.put(data, false))
+	require.Equal(t, data[40:40+window], read(r, 40))
+	r.put(data[40+window:50+window], true) // drops the oldest
+	require.EqualValues(t, 50, r.low)
+	require.Equal(t, data[50:50+window], read(r, 50))
+	r.truncate(60)
+	require.Equal(t, data[50:60], read(r, 50))
+	r.confirm(60)
+	require.Nil(t, r.buf)
+	require.Zero(t, budget.used)
+	require.Nil(t, budget.span)
+
+	r = fresh()
+	r.put(data, true) // more than fits
+	require.Equal(t, uint64(len(data)), r.end)
+	require.Equal(t, data[len(data)-window:], read(r, r.low))
+	r.confirm(everything)
+	require.Nil(t, r.buf)
+	require.Equal(t, 5, r.put(data[:5], false), "nobody asks for it")
+	require.Equal(t, r.end, r.low)
+
+	full := fresh()
+	for range 4 {
+		fresh().put(data, true)
+	}
+	require.Zero(t, full.put(data[:10], false), "the budget is used up")
+	full.put(data[:10], true)
+	require.EqualValues(t, 10, full.low)
+}
+
+func TestEpochs(t *testing.T) {
+	for _, tc := range []struct{ above, parity, want uint64 }{{0, 0, 2}, {0, 1, 1}, {1, 0, 2}, {1, 1, 3}, {2, 0, 4}, {2, 1, 3}} {
+		require.Equal(t, tc.want, nextEpoch(tc.above, tc.parity), "above %d, parity %d", tc.above, tc.parity)
+	}
+}
+
+func TestResumptionOptions(t *testing.T) {
+	for name, opt := range map[string]ResumeOption{
+		"small window": ResumeWindow(1), "large window": ResumeWindow(math.MaxInt), "no patience": ResumePatience(0), "no protocol": ResumeOnly(),
+	} {
+		cfg := defaults()
+		require.Error(t, WithResumption(opt)(&cfg), name)
+	}
+	cfg := defaults()
+	require.NoError(t, WithResumption(ResumeWindow(100_000), ResumePatience(time.Minute), ResumeOnly(echoID))(&cfg))
+	require.Equal(t, 64<<10, cfg.resumes.window)
+}
+
+// Whose Label says nothing of it, because the peer lacks it or the application does not want
+// it, has no such stream.
+func TestWhichStreamsMayBeResumed(t *testing.T) {
+	for _, tc := range []struct {
+		name string
+		kind peerKind
+		opts []Option
+		want bool
+	}{
+		{"both", resuming, []Option{WithResumption()}, true},
+		{"the peer does not", verified, []Option{WithResumption()}, false},
+		{"this host does not", resuming, nil, false},
+		{"this protocol", resuming, []Option{WithResumption(ResumeOnly(echoID))}, true},
+		{"another protocol", resuming, []Option{WithResumption(ResumeOnly("/other"))}, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := meet(t, tc.kind, tc.opts...)
+			ctx, cancel := context.WithTimeout(t.Context(), rawPatience)
+			defer cancel()
+			s, err := p.host.NewStream(ctx, p.ID(), echoID)
+			require.NoError(t, err)
+			p.writes(s.(*Stream), "!")
+			u := p.arrives()
+			label := labelBytes(s.(*Stream).Label())
+			if tc.want {
+				label = resumableLabelBytes(s.(*Stream).Label())
+			}
+			u.wants(tMultistream, tMigration, label, tMultistream, tEcho, "!")
+			require.Equal(t, tc.want, s.(*Stream).send.resumption != nil)
+		})
+	}
+}
+
+// The bytes of docs/resumption.md.
+func TestExampleOfResumption(t *testing.T) {
+	text, err := os.ReadFile("../docs/resumption.md")
+	require.NoError(t, err)
+	var want []byte
+	for line := range strings.Lines(string(text)) {
+		if hexBytes, _, found := strings.Cut(line, "  length"); found || strings.HasPrefix(line, "   08 ") {
+			hexBytes, _, _ = strings.Cut(strings.TrimSpace(hexBytes), "      ")
+			b, err := hex.DecodeString(strings.ReplaceAll(strings.TrimSpace(hexBytes), " ", ""))
+			require.NoError(t, err, line)
+			want = append(want, b...)
+		}
+	}
+	const origin = 19088744
+	resumes, wait, three, received, end := true, true, uint64(3), uint64(600), uint64(700)
+	id := uint64(origin)
+	var got []byte
+	got = appendMessage(got, &pb.StreamMigration{Type: &pb.StreamMigration_Label{Label: &pb.Label{Id: &id, Resumes: &resumes}}})
+	got = appendMessage(got, resumeMessage(origin+2, origin, origin, 2, 1000))
+	for _, ack := range []*pb.AckMigrate{{Received: &received}, {Stale: &pb.Stale{Epoch: &three, Wait: &wait}}} {
+		got = appendMessage(got, &pb.StreamMigration{Type: &pb.StreamMigration_AckMigrate{AckMigrate: ack}})
+	}
+	got = append(got, progressMessage(&pb.Progress{Origin: &id, Received: &received})...)
+	got = append(got, progressMessage(&pb.Progress{Origin: &id, End: &end})...)
+	require.Equal(t, hex.Dump(want), hex.Dump(got))
+}
+
+// A peer that confirms nothing piles up no tombstones.
+func TestTombstonesAreBounded(t *testing.T) {
+	p := meeting{kind: resuming, opts: []Option{WithResumption(func(c *resumeConfig) error {
+		c.tombstones = 2
+		return nil
+	})}}.meet(t)
+	var all []uint64
+	for range 4 {
+		s, old := p.hostAcceptsResumable()
+		require.NoError(t, s.Close())
+		old.wantsEOF()
+		all = append(all, old.label)
+	}
+	var kept []uint64
+	for _, origin := range all {
+		if p.host.resumer.get(p.ID(), origin) != nil {
+			kept = append(kept, origin)
+		}
+	}
+	require.Equal(t, all[:2], kept)
+	p.reportsTo(receivedBytes(all[0], 1+1))
+	WaitFor(t, "the first to be forgotten", func() bool { return p.host.resumer.get(p.ID(), all[0]) == nil })
+	s, old := p.hostAcceptsResumable()
+	require.NoError(t, s.Close())
+	require.NotNil(t, p.host.resumer.get(p.ID(), old.label), "there is room again")
+}

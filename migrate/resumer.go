@@ -1,0 +1,391 @@
+package migrate
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/p2p/net/swarm"
+	ma "github.com/multiformats/go-multiaddr"
+)
+
+// resumer has all resumable streams of a host, by peer and origin. Safe for concurrent use.
+type resumer struct {
+	host   *Host
+	budget ringBudget
+
+	mu      sync.Mutex // guards all below, and what is in peers; before resumePeer.mu
+	peers   map[peer.ID]*resumePeer
+	opening map[named]struct{} // streams that this host opens, and negotiates still
+}
+
+// named is what names a stream.
+type named struct {
+	peer   peer.ID
+	origin uint64
+}
+
+// resumePeer are the resumable streams with a peer, and what is done for them.
+type resumePeer struct {
+	host   *Host
+	id     peer.ID
+	memory ringMemory
+	every  uint64 // after so many bytes the peer is told at once that they have come
+	// Guarded by resumer.mu.
+	streams map[uint64]*resumption
+	buried  int // how many of them are tombstones
+
+	mu         sync.Mutex // a leaf; guards all below
+	recovering bool       // recover runs
+	woken      chan struct{}
+	dialling   bool
+	dials      uint32
+	dialAfter  time.Time
+	addrs      []ma.Multiaddr // of connections that were lost
+	tell       telling
+}
+
+func newResumer(h *Host) *resumer {
+	return &resumer{
+		host: h, peers: make(map[peer.ID]*resumePeer), opening: make(map[named]struct{}),
+		budget: ringBudget{perPeer: h.cfg.resumes.perPeer, perHost: h.cfg.resumes.perHost, manager: h.Network().ResourceManager()},
+	}
+}
+
+// add makes s resumable, under its present label. It says false where there is such a stream
+// already.
+func (rs *resumer) add(s *Stream) bool {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	p := rs.peers[s.peer]
+	if p == nil {
+		cfg := rs.host.cfg.resumes
+		p = &resumePeer{host: rs.host, id: s.peer, every: uint64(min(cfg.window/4, reportAfter)), streams: make(map[uint64]*resumption), woken: make(chan struct{}, 1)}
+		p.memory = ringMemory{host: &rs.budget, window: cfg.window}
+		rs.peers[s.peer] = p
+	}
+	if p.streams[s.label] != nil {
+		return false
+	}
+	r := &resumption{s: s, of: p, origin: s.label}
+	r.ring.of = &p.memory
+	p.streams[s.label] = r
+	s.send.resumption, s.recv.resumption = r, r
+	return true
+}
+
+// opens notes that a stream is being negotiated, until the function is called that it returns:
+// the acceptor may have it already.
+func (rs *resumer) opens(p peer.ID, origin uint64) (opened func()) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	rs.opening[named{p, origin}] = struct{}{}
+	return func() {
+		rs.mu.Lock()
+		defer rs.mu.Unlock()
+		delete(rs.opening, named{p, origin})
+	}
+}
+
+func (rs *resumer) isOpening(p peer.ID, origin uint64) bool {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	_, is := rs.opening[named{p, origin}]
+	return is
+}
+
+func (rs *resumer) get(p peer.ID, origin uint64) *resumption {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if of := rs.peers[p]; of != nil {
+		return of.streams[origin]
+	}
+	return nil
+}
+
+func (rs *resumer) all(p peer.ID) (all []*resumption) {
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if of := rs.peers[p]; of != nil {
+		for _, r := range of.streams {
+			all = append(all, r)
+		}
+	}
+	return all
+}
+
+func (p *resumePeer) remove(r *resumption) {
+	rs := p.host.resumer
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if p.streams[r.origin] == r && r.buried {
+		p.buried--
+	}
+	delete(p.streams, r.origin)
+	if len(p.streams) == 0 && rs.peers[p.id] == p {
+		delete(rs.peers, p.id)
+	}
+}
+
+// bury notes that r is a tombstone from here on. It says false where there are too many: a
+// peer that confirms nothing must not pile them up.
+func (p *resumePeer) bury(r *resumption) bool {
+	rs := p.host.resumer
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	if r.buried {
+		return true
+	}
+	if p.buried >= p.host.cfg.resumes.tombstones {
+		return false
+	}
+	p.buried++
+	r.buried = true
+	return true
+}
+
+// close ends everything that is under way.
+func (rs *resumer) close() {
+	rs.mu.Lock()
+	var all []*resumption
+	for _, p := range rs.peers {
+		for _, r := range p.streams {
+			all = append(all, r)
+		}
+	}
+	rs.mu.Unlock()
+	for _, r := range all {
+		r.s.mu.Lock()
+		done := r.state == resumeAttached && r.s.life == lifeOpen
+		r.s.mu.Unlock()
+		if done {
+			continue // it ends with its connection
+		}
+		r.fail(errors.New("the host is closed"))
+	}
+}
+
+// connected is called when there is a connection to a peer.
+func (rs *resumer) connected(c network.Conn) {
+	rs.mu.Lock()
+	p := rs.peers[c.RemotePeer()]
+	rs.mu.Unlock()
+	if p != nil {
+		p.wakeIfRecovering()
+	}
+}
+
+// disconnected is called when c is gone.
+func (rs *resumer) disconnected(c network.Conn) {
+	err := errors.New("the connection is closed")
+	all := rs.all(c.RemotePeer())
+	for _, r := range all {
+		send, recv := r.s.send.stream(), r.s.recv.source().stream
+		switch {
+		case send.Conn() == c:
+			r.ended(send, err)
+		case recv.Conn() == c:
+			r.ended(recv, err)
+		}
+	}
+	if len(all) > 0 {
+		all[0].of.reportAgain(all)
+	}
+}
+
+// Leave takes all streams off c that may be resumed, as if it had been lost: they go on over
+// another connection. It is for a connection that is open and brings nothing, while another is
+// known to work. Without WithResumption it does nothing. It does not block.
+func (h *Host) Leave(c network.Conn) {
+	if h.resumer == nil {
+		return
+	}
+	for _, r := range h.resumer.all(c.RemotePeer()) {
+		if send, recv := r.s.send.stream(), r.s.recv.source().stream; send.Conn() == c || recv.Conn() == c {
+			r.lose(nil, errSilent)
+		}
+	}
+}
+
+func (p *resumePeer) wakeIfRecovering() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.recovering {
+		p.signal()
+	}
+}
+
+// signal has recover look. mu must be held.
+func (p *resumePeer) signal() {
+	select {
+	case p.woken <- struct{}{}:
+	default:
+	}
+}
+
+// wake sees to it that the streams that are lost are resumed.
+func (p *resumePeer) wake() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.recovering {
+		p.signal()
+		return
+	}
+	p.recovering = true
+	go p.recover()
+}
+
+// recover makes attempts for the streams that are lost, and dials where there is no connection
+// to make them on, for as long as there are such streams.
+func (p *resumePeer) recover() {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for p.host.ctx.Err() == nil {
+		lost := p.lost()
+		if len(lost) == 0 && p.retire() {
+			return
+		}
+		conns := p.usable()
+		now := time.Now()
+		next := now.Add(longestPause)
+		futile := false
+		for _, r := range lost {
+			r.s.mu.Lock()
+			waits := r.state == resumeLost
+			at, tries, away := r.notBefore, r.tries, r.away
+			r.s.mu.Unlock()
+			switch {
+			case !waits:
+			case at.After(now):
+				next = earlier(next, at)
+			case len(conns) > 0:
+				go r.ask(choose(conns, away, tries))
+			}
+			futile = futile || int(tries) >= len(conns)
+		}
+		if futile {
+			next = earlier(next, p.dial(lost))
+		}
+		timer.Reset(time.Until(next))
+		select {
+		case <-p.woken:
+		case <-timer.C:
+		case <-p.host.ctx.Done():
+		}
+	}
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// retire ends recover, unless there is something new to do.
+func (p *resumePeer) retire() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.woken:
+		return false
+	default:
+	}
+	p.recovering, p.dials, p.addrs = false, 0, nil
+	return true
+}
+
+// lost are the streams that are not attached and have to be.
+func (p *resumePeer) lost() (lost []*resumption) {
+	for _, r := range p.host.resumer.all(p.id) {
+		r.s.mu.Lock()
+		if r.state != resumeAttached && r.state != resumeOver && r.needed() {
+			lost = append(lost, r)
+		}
+		r.s.mu.Unlock()
+	}
+	return lost
+}
+
+// usable are the connections that an attempt can be made on, the best first.
+func (p *resumePeer) usable() []network.Conn {
+	conns := slices.DeleteFunc(p.host.Network().ConnsToPeer(p.id), func(c network.Conn) bool {
+		if c.IsClosed() {
+			return true
+		}
+		speaks, known := p.host.told.speaks(c, ResumeID)
+		return known && !speaks
+	})
+	slices.SortStableFunc(conns, func(a, b network.Conn) int {
+		x, y := a.Stat(), b.Stat()
+		return cmp.Or(
+			first(!x.Limited, !y.Limited),
+			first(!relayed(a), !relayed(b)),
+			y.Opened.Compare(x.Opened), // who was dialled last is known to have worked last
+		)
+	})
+	return conns
+}
+
+// choose returns the connection for an attempt after so many have failed. The one that the
+// stream has left comes last.
+func choose(conns []network.Conn, left network.Conn, tries uint32) network.Conn {
+	order := slices.Clone(conns)
+	slices.SortStableFunc(order, func(a, b network.Conn) int { return first(a != left, b != left) })
+	return order[int(tries)%len(order)]
+}
+
+// dial dials the peer, if it is time to, and returns when to look again.
+func (p *resumePeer) dial(lost []*resumption) time.Time {
+	left := make(map[network.Conn]bool)
+	for _, r := range lost {
+		r.s.mu.Lock()
+		left[r.away] = true
+		r.s.mu.Unlock()
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.dialling {
+		return time.Now().Add(longestPause)
+	}
+	if time.Until(p.dialAfter) > 0 {
+		return p.dialAfter
+	}
+	for away := range left {
+		if away != nil && away.Stat().Direction == network.DirOutbound && !slices.ContainsFunc(p.addrs, away.RemoteMultiaddr().Equal) {
+			p.addrs = append(p.addrs, away.RemoteMultiaddr())
+		}
+	}
+	p.dialling = true
+	go p.connect(slices.Clone(p.addrs))
+	return time.Now().Add(longestPause)
+}
+
+// connect dials the peer at all addresses that are known, of relays, too.
+func (p *resumePeer) connect(addrs []ma.Multiaddr) {
+	h := p.host
+	ctx, cancel := context.WithTimeout(network.WithAllowLimitedConn(h.ctx, "resume"), dialTimeout)
+	defer cancel()
+	if s, ok := h.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
+		s.Backoff().Clear(p.id) // which addresses have failed says little of a network that has changed
+	}
+	err := h.Host.Connect(ctx, peer.AddrInfo{ID: p.id, Addrs: addrs})
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dialling = false
+	pause := min(firstPause<<min(p.dials, 8), longestPause)
+	if err != nil {
+		p.dials++
+	}
+	p.dialAfter = time.Now().Add(pause/2 + rand.N(pause/2))
+	p.signal()
+}
+
+// dialTimeout bounds one dial of a peer with which streams are lost.
+const dialTimeout = 10 * time.Second
