@@ -1,0 +1,111 @@
+package sim
+
+import (
+	"bytes"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/simtest"
+	"github.com/go-portage/portage/migrate"
+)
+
+// lasting are two hosts whose streams outlive their connections.
+type lasting struct {
+	*Net
+	t     *testing.T
+	nodes [2]*Node
+	hosts [2]*migrate.Host
+
+	swapped bool // the sides have each other's IPs, and keys
+}
+
+func newLasting(t *testing.T, n *Net, opts ...migrate.ResumeOption) *lasting {
+	t.Helper()
+	l := &lasting{Net: n, t: t}
+	for side, ips := range [][]string{ipsOfA, ipsOfB} {
+		l.nodes[side] = n.NewNode(ips, unlimited(t))
+		h, err := migrate.Wrap(l.nodes[side], migrate.WithResumption(opts...))
+		require.NoError(t, err)
+		t.Cleanup(func() { _ = h.Close() })
+		l.hosts[side] = h
+	}
+	for i := range 2 {
+		n.SetLatency(ipsOfA[i], ipsOfB[i], ms(10))
+	}
+	return l
+}
+
+// stream opens a stream from a to b.
+func (l *lasting) stream() [2]network.Stream {
+	l.t.Helper()
+	accepted := make(chan network.Stream, 1)
+	l.hosts[1].SetStreamHandler(testID, func(s network.Stream) { accepted <- s })
+	s, err := l.hosts[0].NewStream(l.t.Context(), l.nodes[1].ID(), testID)
+	require.NoError(l.t, err)
+	_, err = s.Write([]byte{'!'})
+	require.NoError(l.t, err)
+	far := <-accepted
+	_, err = io.ReadFull(far, make([]byte, 1))
+	require.NoError(l.t, err)
+	return [2]network.Stream{s, far}
+}
+
+// carry writes data to one end, closes that, and reads what comes at the other.
+func carry(from, to network.Stream, data []byte, pace time.Duration) (got []byte, errs [2]error) {
+	done := make(chan error, 1)
+	go func() {
+		for rest := data; len(rest) > 0; {
+			n, err := from.Write(rest[:min(len(rest), 10_000)])
+			if err != nil {
+				done <- err
+				return
+			}
+			rest = rest[n:]
+			time.Sleep(pace)
+		}
+		done <- from.CloseWrite()
+	}()
+	got, errs[1] = io.ReadAll(to)
+	errs[0] = <-done
+	return got, errs
+}
+
+func pattern(n int) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte(i) ^ byte(i>>8) ^ byte(i>>16)
+	}
+	return p
+}
+
+// A transfer goes on over a connection that is dialled when its own is cut, in whichever
+// direction it goes.
+func TestTransferOutlivesItsConnection(t *testing.T) {
+	for _, via := range []string{tcp, quic} {
+		t.Run(via, func(t *testing.T) {
+			eachSide(t, func(t *testing.T, writer int) {
+				Run(t, func(t *testing.T, n *Net) {
+					l := newLasting(t, n)
+					c := n.Dial(l.nodes[0], l.nodes[1], Path{Transport: Transport(via), From: ipsOfA[0], To: ipsOfB[0]})
+					s := l.stream()
+					go func() {
+						time.Sleep(200 * time.Millisecond)
+						_ = c.CloseWithError(network.ConnSupplanted)
+					}()
+					data := pattern(1_000_000)
+					got, errs := carry(s[writer], s[1-writer], data, 10*time.Millisecond)
+					require.Equal(t, [2]error{}, errs)
+					require.True(t, bytes.Equal(data, got), "%d of %d bytes", len(got), len(data))
+					require.NotEqual(t, c, s[0].Conn())
+					_ = s[0].Close()
+					_ = s[1].Close()
+					time.Sleep(time.Minute)
+				})
+			})
+		})
+	}
+}
