@@ -13,6 +13,7 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 
 	"github.com/go-portage/portage/internal/aside"
+	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
 
@@ -276,7 +277,7 @@ func streamsOn(c network.Conn, managed bool) streamCount {
 // ownProtocol says whether a stream of this protocol is the managers' own, or of a kind that
 // each connection has for itself. managed: the peer runs a manager, too.
 func ownProtocol(id protocol.ID, managed bool) bool {
-	return id == DrainID || id == identify.ID || id == identify.IDPush || id == ping.ID && managed
+	return id == DrainID || id == migrate.ResumeID || id == identify.ID || id == identify.IDPush || id == ping.ID && managed
 }
 
 // room returns how many streams this side may still open on a connection, without those that

@@ -249,7 +249,7 @@ func (m *Manager) attach(h host.Host, mv mover) {
 // began is told of each stream that a wrapped host opens or gets.
 func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
 	m.detours.began()
-	if m.usage.count.Load() == 0 && m.upgrades.of.count.Load() == 0 || id == DrainID || id == identify.ID || id == identify.IDPush {
+	if m.usage.count.Load() == 0 && m.upgrades.of.count.Load() == 0 || id == DrainID || id == migrate.ResumeID || id == identify.ID || id == identify.IDPush {
 		return
 	}
 	if id == ping.ID && managed(m.watch.network(), c.RemotePeer()) == yes {

@@ -281,6 +281,32 @@ func answered(err error) bool {
 	return err == nil || isNotSupported(err) || errors.As(err, &reset) && reset.Remote
 }
 
+// leaveSilent has streams that may outlive their connection go on elsewhere at once, where
+// theirs is silent while another is alive.
+func leaveSilent(d *peerState, mv mover) {
+	leaver, ok := mv.(interface{ Leave(c network.Conn) })
+	if !ok {
+		return
+	}
+	var silent []network.Conn
+	alive := false
+	d.mu.Lock()
+	for _, cs := range d.conns {
+		switch {
+		case cs.path.health == pathSilent:
+			silent = append(silent, cs.conn)
+		case cs.path.alive() && !cs.conn.IsClosed():
+			alive = true
+		}
+	}
+	d.mu.Unlock()
+	for _, c := range silent {
+		if alive {
+			leaver.Leave(c)
+		}
+	}
+}
+
 // pathAsker asks connections whether their paths work.
 type pathAsker struct {
 	cfg   *config
@@ -368,6 +394,7 @@ func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets b
 		if silent {
 			pa.tells.silent(d.peer, cs.info(), time.Since(start))
 		}
+		leaveSilent(d, mv)
 	}
 	timer := time.NewTimer(pa.cfg.probeTime)
 	defer timer.Stop()
