@@ -19,6 +19,9 @@ import (
 	"github.com/go-portage/portage/migrate"
 )
 
+// resumption says whether streams may outlive their connection.
+var resumption bool
+
 const benchID protocol.ID = "/bench/1.0.0"
 
 var transports = []hosttest.Transport{hosttest.TCP, hosttest.QUIC}
@@ -66,6 +69,9 @@ func newPair(t *tb, wrapped bool, over []hosttest.Transport) *pair {
 			continue
 		}
 		var opts []migrate.Option
+		if resumption {
+			opts = append(opts, migrate.WithResumption())
+		}
 		if i == 0 && len(over) > 1 {
 			opts = append(opts, migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return p.named }))
 		}

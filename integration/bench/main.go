@@ -38,6 +38,7 @@ func main() {
 	rounds := flag.Int("rounds", 25, "`rounds` of each comparison, six at least")
 	streams := flag.Int("streams", 20_000, "`streams` whose memory is measured")
 	only := flag.String("only", "", "measure rows whose name matches the `expression`")
+	flag.BoolVar(&resumption, "resumption", false, "measure streams that may outlive their connection")
 	profile := flag.String("profile", "", "write a CPU profile to `file`")
 	flag.Parse()
 	if *quick {
