@@ -24,11 +24,11 @@ import (
 //	                                      |                            |
 //	                                      +--alive--> asked later      +--> a peer with two connections
 //
-// It is looked at once a second what the labelled streams have carried, as long as there are
-// any. A question follows where something was sent or was being received, a Read or Write
-// waits, and nothing comes for a while: never where all is idle, since a question wakes the
-// radio of a telephone. A peer that answers, and has nothing to say, is asked after twice as
-// long each time.
+// As long as there are labelled streams, what they have carried is looked at once a second. A
+// question follows where something was sent, or was being received, and a Read or Write waits,
+// and nothing comes for a while. Where all is idle there is none: it would wake the radio of a
+// telephone. A peer that answers the question, and has nothing else to say, is asked after
+// twice as long each time.
 
 // detours are the connections on which streams wait.
 type detours struct {
@@ -176,7 +176,7 @@ type detourer struct {
 	asides  *asides
 }
 
-// began is told of each stream that begins: from now on it is looked at connections.
+// began is told of each stream that begins: while there are any, the loop runs.
 func (dt *detourer) began() {
 	d := dt.of
 	d.begun.Add(1)
