@@ -1235,7 +1235,7 @@ func (pl *planner) inWords() string {
 			inWords(pl.since.Add(patienceIntervals*pl.cfg.interval).Sub(f.now))
 	case retries > 0 && pl.role.moves:
 		return fmt.Sprintf("%s failed to move, next attempt in %s", streams(retries), inWords(soonest.Sub(f.now)))
-	case !pl.role.decides && f.takeover.times > 0:
+	case pl.role.over:
 		return "taken over, since the peer did nothing"
 	case !pl.role.decides && !f.forced:
 		return "following, takes over in " + inWords(f.takeover.due(pl.cfg).Sub(f.now)) + " if nothing happens"
