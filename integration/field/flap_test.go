@@ -133,3 +133,42 @@ func TestPathThatComesBack(t *testing.T) {
 		})
 	}
 }
+
+// A machine sleeps, or its network is away for a while: nothing passes on any of its paths, and
+// then everything does again. Nobody can tell which connection is better while none answers; so
+// all are kept, and what lives on plain hosts lives.
+func TestAllPathsPause(t *testing.T) {
+	for _, relayed := range []bool{false, true} {
+		for _, down := range []time.Duration{5 * time.Second, 12 * time.Second, 20 * time.Second} {
+			t.Run(fmt.Sprintf("relayed %v, %v", relayed, down), func(t *testing.T) {
+				compare(t, func(w *world) {
+					w.hosts(setup{})
+					if relayed {
+						w.relayed(false)
+						w.direct(QUIC, 1)
+					} else {
+						w.doubled(time.Second)
+					}
+					chats := w.chats(2)
+					time.Sleep(10 * time.Second)
+					links := [][2]string{{w.a.IPs()[0], w.b.IPs()[0]}, {w.a.IPs()[1], w.b.IPs()[1]}, {w.a.IPs()[0], ipRelay}}
+					for _, l := range links {
+						w.Freeze(l[0], l[1])
+					}
+					time.Sleep(down)
+					for _, l := range links {
+						w.Thaw(l[0], l[1])
+					}
+					time.Sleep(15 * time.Second)
+					w.holds("a connection is left", len(w.a.conns(w.b)) > 0 && len(w.b.conns(w.a)) > 0)
+					w.noteRequest("request", w.a, w.b, 5*time.Second, time.Second)
+					w.noteRequest("request back", w.b, w.a, 5*time.Second, time.Second)
+					time.Sleep(time.Minute)
+					for i, c := range chats {
+						w.is(fmt.Sprintf("chat %d", i), c.state(5*time.Second))
+					}
+				})
+			})
+		}
+	}
+}
