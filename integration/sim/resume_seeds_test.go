@@ -122,7 +122,8 @@ func lossPlanOf(seed uint64) lossPlan {
 		s.chunk, s.buffer = max(s.chunk, largest/200), max(s.buffer, largest/200)
 		for i, calls := range [2]int{largest / s.chunk, largest / s.buffer} {
 			if chance(r, 0.7) {
-				s.pause[i] = upTo(r, 1+4*horizon/time.Duration(1+calls))
+				// Who reads nothing for longer than the patience may lose what a writer has closed.
+				s.pause[i] = min(upTo(r, 1+4*horizon/time.Duration(1+calls)), 10*time.Second)
 			}
 		}
 		p.streams = append(p.streams, s)
