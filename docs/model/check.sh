@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks switching.pml with Spin: that nothing goes wrong where nothing should, and that
+# Checks switching.pml and resuming.pml with Spin: that nothing goes wrong where nothing should, and that
 # something does where a rule is broken or a hole is known. README.md has the results.
 #
 #   check.sh            everything but the long searches: some minutes on two cores
@@ -16,9 +16,8 @@
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
-model=$here/switching.pml
 
-# A line for each configuration: its name; when it runs (q: also in quick, n: normally,
+# A line for each configuration, of resuming.pml where its name begins with resume: its name; when it runs (q: also in quick, n: normally,
 # l: only in all); how it is searched (dfs: all states; bfs: until the first error, which
 # is then the nearest; ltl: all runs); the verdict that is expected; the definitions.
 #
@@ -29,6 +28,11 @@ order='a byte was lost, doubled or out of order'
 denied='denied for good without a reason'
 unheard='one has failed, and the other cannot tell'
 stuck='a peer is stuck'
+less='less received than was confirmed'
+abandoned='a stream was lost although nobody gave up'
+unsent='what was written before Close was lost'
+untold='one has given up, and the other is not told'
+apart='the two do not come together'
 quiet='-DNEW_FAILS=0 -DOLD_FAILS=0'
 both='-DINIT_B=1 -DMIGRATIONS=2'
 ours='-DCHECK_DRAFT=0 -DCLOSE_READ=1'
@@ -107,7 +111,55 @@ configurations() {
 	reach-both|q|bfs|one of two attempts at once succeeds|-DREACH=3 $both $quiet
 	reach-draft-initiator|q|bfs|the migration succeeds|-DREACH=4 -DDRAFT_A=1 -DDRAFT_HOLDS=1 $quiet
 	reach-draft-responder|q|bfs|the migration succeeds|-DREACH=4 -DDRAFT_B=1 $quiet
+
+	# A stream that outlives its connections.
+	resume|q|dfs|no error|-DFAULTS=2
+	resume-lies|n|dfs|no error|-DFAULTS=2 -DLIES=1 -DCLOSES=1 -DTIMEOUTS=1 -DSILENT=1
+	resume-resets|q|dfs|no error|-DFAULTS=1 -DLIES=1 -DCLOSES=1 -DTIMEOUTS=1 -DSILENT=1 -DRESETS=1 -DPATIENCE_ENDS=1
+	resume-purpose|q|dfs|no error|-DFAULTS=1 -DPURPOSE=1 -DRESETS=1 -DCLOSES=1 -DPATIENCE_ENDS=1 -DTIMEOUTS=1
+	resume-restarts|q|dfs|no error|-DFAULTS=1 -DRESTARTS=1 -DCLOSES=1 -DTIMEOUTS=1
+	resume-codeless|q|dfs|no error|-DFAULTS=1 -DCODELESS=1 -DRESETS=1 -DCLOSES=1 -DPATIENCE_ENDS=1 -DTIMEOUTS=1 -DSILENT=1
+	resume-close-read|l|dfs|no error|-DFAULTS=2 -DCLOSE_READ=1 -DCLOSES=1 -DTIMEOUTS=1
+	resume-races|n|dfs|no error|-DFAULTS=2 -DLIES=1 -DRACES=1 -DTOLD=2 -DCLOSES=1
+	resume-told|q|dfs|no error|-DFAULTS=1 -DLIES=1 -DTOLD=1 -DCLOSES=1 -DTIMEOUTS=1
+	resume-short-ring|q|dfs|no error|-DKA=2 -DKB=1 -DRING=1 -DFAULTS=2 -DTIMEOUTS=1
+	resume-only-a|q|dfs|no error|-DOPENS_B=0 -DFAULTS=2 -DTIMEOUTS=1 -DLIES=1 -DCLOSES=1
+	resume-only-b|q|dfs|no error|-DOPENS_A=0 -DFAULTS=2 -DTIMEOUTS=1 -DLIES=1 -DCLOSES=1
+	resume-more-bytes|l|dfs|no error|-DKA=2 -DKB=1 -DFAULTS=2 -DLIES=1 -DCLOSES=1 -DTIMEOUTS=1 -DSILENT=1
+	resume-and-migrate|n|dfs|no error|-DFAULTS=1 -DMIGRATIONS=1 -DLIES=1 -DCLOSES=1
+	resume-and-migrate-resets|n|dfs|no error|-DKB=0 -DFAULTS=1 -DMIGRATIONS=1 -DRESETS=1 -DPATIENCE_ENDS=1 -DTIMEOUTS=1 -DSILENT=1
+	resume-and-migrate-twice|l|dfs|no error|-DFAULTS=1 -DMIGRATIONS=2 -DLIES=1
+
+	# A rule of resumption is broken.
+	resume-no-epochs|q|bfs|$less|-DNO_EPOCHS -DFAULTS=2
+	resume-no-stale|q|bfs|$less|-DNO_STALE -DFAULTS=2 -DSILENT=1
+	resume-no-freeze|q|bfs|$less|-DNO_FREEZE -DFAULTS=1 -DSILENT=1
+	resume-no-ring|q|bfs|$abandoned|-DNO_RING -DFAULTS=2
+	resume-no-offsets|q|bfs|$order|-DNO_OFFSETS -DFAULTS=1
+	resume-no-end-again|q|bfs|$apart|-DNO_END_AGAIN -DFAULTS=1
+	resume-no-end-confirmed|q|bfs|$unsent|-DNO_END_CONFIRMED -DFAULTS=2 -DCLOSES=1
+	resume-no-tombstone|q|bfs|$unsent|-DNO_TOMBSTONE -DFAULTS=1 -DCLOSES=1
+	resume-no-wait|q|bfs|attempts without end|-DNO_WAIT -DKA=0 -DFAULTS=2 -DMAX_EPOCH=9
+	resume-no-max|q|bfs|$abandoned|-DNO_MAX -DFAULTS=2 -DCLOSE_READ=1
+	resume-no-code|q|bfs|$abandoned|-DNO_CODE -DFAULTS=1 -DSILENT=1
+	resume-no-final-reset|q|bfs|$untold|-DNO_FINAL_RESET -DFAULTS=1 -DPATIENCE_ENDS=1 -DTIMEOUTS=1 -DSILENT=1
+	resume-believes|q|bfs|$truncated|-DBELIEVES -DFAULTS=1 -DLIES=1
+	resume-believes-open|q|bfs|$truncated|-DFAULTS=1 -DRACES=1 -DTOLD=1
+	resume-ends-early|q|bfs|$truncated|-DENDS_EARLY -DFAULTS=1 -DMIGRATIONS=1
+	resume-ignores-reset|q|bfs|$untold|-DIGNORES_RESET -DKB=0 -DFAULTS=1 -DMIGRATIONS=1 -DRESETS=1
+
+	# And that does something, too.
+	resume-reach-once|q|bfs|the stream outlives its connections|-DREACH=1 -DFAULTS=1
+	resume-reach-twice|n|bfs|the stream outlives its connections|-DREACH=2 -DFAULTS=2
 	END
+}
+
+# model NAME says which file a configuration is of; without, where it has been changed.
+model() {
+	case $1 in
+	resume*) echo "${without:-$here}/resuming.pml" ;;
+	*) echo "${without:-$here}/switching.pml" ;;
+	esac
 }
 
 fail() {
@@ -122,11 +174,13 @@ field() {
 
 # prepare NAME DIR builds the search of a configuration in DIR.
 prepare() {
-	local when how flags opts
+	local when how flags opts unmerged=
 	when=$(field "$1" 2) how=$(field "$1" 3) flags=$(field "$1" 5)
-	case $flags in *-DK=*) ;; *) flags="-DK=1 $flags" ;; esac
+	# Steps that begin with enabled() cannot be replayed once they are merged with the next.
+	case $1 in resume*) unmerged=-o3 ;; esac
+	case $1$flags in resume* | *-DK=*) ;; *) flags="-DK=1 $flags" ;; esac
 	echo "$flags" >"$2/flags"
-	cp "$model" "$2/"
+	cp "$(model "$1")" "$2/model.pml"
 	cd "$2"
 	# No state is left out: neither by partial order reduction nor by hashing.
 	case $how in
@@ -136,7 +190,7 @@ prepare() {
 	esac
 	[ "$when" != l ] || opts="$opts -DCOLLAPSE" # half the memory, a third more time
 	# shellcheck disable=SC2086 # flags and options are words
-	spin $flags -a switching.pml >spin.out 2>&1 || { cat spin.out >&2; fail "$1: spin does not take the model"; }
+	spin $unmerged $flags -a model.pml >spin.out 2>&1 || { cat spin.out >&2; fail "$1: spin does not take the model"; }
 	# shellcheck disable=SC2086
 	gcc -w -DNOREDUCE -DMEMLIM=3800 $opts -o pan pan.c || fail "$1: gcc does not take what spin made of the model"
 }
@@ -155,12 +209,12 @@ verdict() {
 	local out=$1/pan.out
 	if grep -qE 'max search depth too small|out of memory|reached -?DMEMLIM|aborting|hash table .*full|truncat' "$out" "$1/pan.err"; then
 		echo "not exhaustive"
-	elif [ -e "$1/switching.pml.trail" ]; then
+	elif [ -e "$1/model.pml.trail" ]; then
 		local line
 		# shellcheck disable=SC2046 # flags are words
-		line=$(cd "$1" && spin $(cat flags) -t switching.pml 2>&1 | sed -n 's/.*switching.pml:\([0-9]*\), Error: assertion.*/\1/p' | head -1)
+		line=$(cd "$1" && spin $(cat flags) -t model.pml 2>&1 | sed -n 's/.*model.pml:\([0-9]*\), Error: assertion.*/\1/p' | head -1)
 		if [ -n "$line" ]; then
-			sed -n "${line}s/.*\(VIOLATED\|REACHED\): \(.*\) \*\/.*/\2/p" "$model"
+			sed -n "${line}s/.*\(VIOLATED\|REACHED\): \(.*\) \*\/.*/\2/p" "$1/model.pml"
 		elif grep -q 'invalid end state' "$out"; then
 			echo "$stuck"
 		elif grep -q 'acceptance cycle' "$out"; then
@@ -202,39 +256,50 @@ trail() {
 	mkdir "$dir"
 	(prepare "$1" "$dir") || exit 1
 	search "$dir" "$(field "$1" 3)"
-	[ -e "$dir/switching.pml.trail" ] || fail "$1: $(verdict "$dir" "$(field "$1" 3)")"
+	[ -e "$dir/model.pml.trail" ] || fail "$1: $(verdict "$dir" "$(field "$1" 3)")"
 	# shellcheck disable=SC2046
-	(cd "$dir" && spin -T $(cat flags) -t switching.pml 2>&1) | sed '/^spin: [Ww]arning/d; /^spin:/,$d; /^ltl /d'
+	(cd "$dir" && spin -T $(cat flags) -t model.pml 2>&1) | sed '/^spin: [Ww]arning/d; /^spin:/,$d; /^ltl /d'
 	echo "=> $(verdict "$dir" "$(field "$1" 3)")"
 }
 
-# texts prints the line and the text of each assertion.
+# texts prints the file, the line and the text of each assertion.
 texts() {
-	sed -n '/assert(/{=;s/.*\(VIOLATED\|REACHED\): \(.*\) \*\/.*/\2/p;}' "$here/switching.pml" | paste - -
+	local file
+	for file in switching.pml resuming.pml; do
+		sed -n '/assert(.*\(VIOLATED\|REACHED\)/{=;s/.*\(VIOLATED\|REACHED\): \(.*\) \*\/.*/\2/p;}' "$here/$file" | paste - - | sed "s/^/$file\t/"
+	done
 }
 
-# assertion LINE TEXT takes the assertion out of the model. The verdict of the first
-# configuration that expects its violation has to change.
+# assertion FILE LINE TEXT takes the assertion out of the model. The verdict of the first
+# configuration of that model that expects its violation has to change.
 assertion() {
-	local name dir found
-	name=$(configurations | awk -F'|' -v text="$2" '$4 == text { print $1; exit }')
-	[ -n "$name" ] || fail "no configuration expects: $2"
-	model=$work/without-$1/switching.pml
-	mkdir "${model%/*}"
-	sed "$1s/assert(.*);/skip;/" "$here/switching.pml" >"$model"
+	local name dir found without
+	name=$(expecting "$1" "$3" | head -1)
+	[ -n "$name" ] || fail "no configuration expects: $3"
+	without=$work/without-$1-$2
+	mkdir "$without"
+	sed "$2s/assert(.*)\(;\?\)\(\s*\/\*\)/skip\1\2/" "$here/$1" >"$without/$1"
 	dir=$(mktemp -d "$work/$name.XXXX")
 	(prepare "$name" "$dir") || exit 1
 	search "$dir" "$(field "$name" 3)"
 	found=$(verdict "$dir" "$(field "$name" 3)")
 	rm -rf "$dir"
-	printf '%-46s %-30s %s\n' "$2" "$name" "$found"
-	[ "$found" != "$2" ]
+	printf '%-46s %-30s %s\n' "$3" "$name" "$found"
+	[ "$found" != "$3" ]
+}
+
+# expecting FILE TEXT names the configurations of a model that expect a verdict.
+expecting() {
+	local name
+	configurations | awk -F'|' -v text="$2" '$4 == text { print $1 }' | while read -r name; do
+		case $(model "$name") in */"$1") echo "$name" ;; esac
+	done
 }
 
 # assertions does that with each of them.
 assertions() {
-	while IFS=$'\t' read -r line text; do
-		begin "without-$line" assertion "$line" "$text"
+	while IFS=$'\t' read -r file line text; do
+		begin "without-$file-$line" assertion "$file" "$line" "$text"
 	done < <(texts)
 	report all
 	[ $bad = 0 ] || fail "$bad assertions were not missed"
@@ -294,9 +359,8 @@ all) when=qnl ;;
 esac
 
 # An assertion that no configuration violates might as well not be there.
-while IFS=$'\t' read -r _ text; do
-	configurations | awk -F'|' -v text="$text" '$4 == text { found = 1 } END { exit !found }' ||
-		fail "no configuration expects: $text"
+while IFS=$'\t' read -r file _ text; do
+	[ -n "$(expecting "$file" "$text")" ] || fail "no configuration expects: $text"
 done < <(texts)
 
 if [ -n "$when" ]; then
