@@ -125,10 +125,8 @@ configurations() {
 	resume-short-ring|q|dfs|no error|-DKA=2 -DKB=1 -DRING=1 -DFAULTS=2 -DTIMEOUTS=1
 	resume-only-a|q|dfs|no error|-DOPENS_B=0 -DFAULTS=2 -DTIMEOUTS=1 -DLIES=1 -DCLOSES=1
 	resume-only-b|q|dfs|no error|-DOPENS_A=0 -DFAULTS=2 -DTIMEOUTS=1 -DLIES=1 -DCLOSES=1
-	resume-more-bytes|l|dfs|no error|-DKA=2 -DKB=1 -DFAULTS=2 -DLIES=1 -DCLOSES=1 -DTIMEOUTS=1 -DSILENT=1
 	resume-and-migrate|n|dfs|no error|-DFAULTS=1 -DMIGRATIONS=1 -DLIES=1 -DCLOSES=1
 	resume-and-migrate-resets|n|dfs|no error|-DKB=0 -DFAULTS=1 -DMIGRATIONS=1 -DRESETS=1 -DPATIENCE_ENDS=1 -DTIMEOUTS=1 -DSILENT=1
-	resume-and-migrate-twice|l|dfs|no error|-DFAULTS=1 -DMIGRATIONS=2 -DLIES=1
 
 	# A rule of resumption is broken.
 	resume-no-epochs|q|bfs|$less|-DNO_EPOCHS -DFAULTS=2

@@ -12,7 +12,10 @@ import (
 // rows are the configurations that say most in a few seconds: everything may fail, and
 // what goes wrong without the rules that matter most. Continuous integration runs the
 // others as well.
-var rows = []string{"one", "causes", "no-S1", "no-S3", "no-S5", "no-S12", "no-M1", "reach-survival"}
+var rows = []string{
+	"one", "causes", "no-S1", "no-S3", "no-S5", "no-S12", "no-M1", "reach-survival",
+	"resume", "resume-no-epochs", "resume-no-freeze", "resume-no-tombstone", "resume-believes", "resume-reach-once",
+}
 
 // TestModel checks these rows. It needs Spin and gcc, and is skipped where they are not.
 func TestModel(t *testing.T) {

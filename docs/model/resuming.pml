@@ -1,5 +1,5 @@
 /*
- * One logical stream that outlives its connections: docs/protocol.md, section 9, as a
+ * One logical stream that outlives its connections: docs/resumption.md, as a
  * model for Spin. README.md tells what is modelled, what is not and why that does no
  * harm; check.sh runs everything. Migrations without a loss are in switching.pml.
  *
