@@ -66,7 +66,11 @@ type sendHalf struct {
 	kept     bool // a Write that cur has failed, its connection being gone, is kept for that exchange
 	lost     bool // the application was told that cur's connection is gone, with err
 
-	seen       sendLook    // by Traffic
+	// What the last looks of Traffic have seen. Beside the fields above these cost no room.
+	blocked bool
+	freed   uint32 // how often what was blocked went on
+	seen    sendLook
+
 	resumption *resumption // of a resumable stream; immutable
 }
 
@@ -342,7 +346,7 @@ func (h *sendHalf) resume(next network.Stream) (closed bool, err error) {
 		return false, nil
 	}
 	h.state, h.cur, h.written, h.held, h.kept = sendOpen, next, 0, false, false
-	h.seen = sendLook{}
+	h.seen, h.blocked, h.freed = sendLook{}, false, 0
 	h.opening = nil // a peer that names a label which it was not sent has no use for the rest
 	if !h.deadline.IsZero() {
 		_ = next.SetWriteDeadline(h.deadline)

@@ -65,7 +65,7 @@ func (s *Stream) traffic(now time.Time, counted func(network.Conn) *Traffic) {
 	s.send.mu.Lock()
 	s.send.look(now)
 	sends, sent, inside := s.send.cur.Conn(), s.send.written, s.send.inside
-	blocked, freed := s.send.seen.blocked, s.send.seen.freed
+	blocked, freed := s.send.blocked, s.send.freed
 	s.send.mu.Unlock()
 	s.recv.mu.Lock()
 	reads, received, waits := s.recv.cur.stream.Conn(), s.recv.cur.count, s.recv.cur.reader == byApplication
@@ -90,25 +90,23 @@ func (s *Stream) traffic(now time.Time, counted func(network.Conn) *Traffic) {
 // done with in less, also on a machine that is busy.
 const blockedFor = 100 * time.Millisecond
 
-// sendLook is what the last looks at a sending half have seen.
+// sendLook is when a look at a sending half has last seen something new.
 type sendLook struct {
 	at      int64  // since when written has been the same, and a Write inside; 0: none is
 	written uint64 // then
-	freed   uint32
-	blocked bool
 }
 
 // look notes whether the Write that is inside cur waits there. mu must be held.
 func (h *sendHalf) look(now time.Time) {
 	l := &h.seen
 	if h.inside && l.at != 0 && h.written == l.written {
-		l.blocked = now.UnixNano()-l.at >= int64(blockedFor)
+		h.blocked = now.UnixNano()-l.at >= int64(blockedFor)
 		return
 	}
-	if l.blocked && h.written > l.written {
-		l.freed++
+	if h.blocked && h.written > l.written {
+		h.freed++
 	}
-	l.at, l.written, l.blocked = 0, h.written, false
+	l.at, l.written, h.blocked = 0, h.written, false
 	if h.inside {
 		l.at = now.UnixNano()
 	}
