@@ -26,7 +26,7 @@ func (cl *closer) close(d *peerState, v *view, p *plan, i int) {
 	if !cl.tasks.start(func() { // a transport may block in closing
 		err := loser.conn.CloseWithError(network.ConnSupplanted)
 		d.mu.Lock()
-		moved, took := loser.moved+loser.byPeer.streams, loser.took
+		moved, took := loser.left()
 		asked := loser.drain.since
 		d.mu.Unlock()
 		cl.tells.pruned(pruned{d.peer, winner.info(), loser.info(), verdict, asked, moved, took, err})

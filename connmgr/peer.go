@@ -110,6 +110,13 @@ type byPeer struct {
 	to          *connState
 }
 
+// left returns how many streams have moved from here, whoever has moved them, and how long that
+// took: both ends do it at the same time. d.mu must be held.
+func (cs *connState) left() (streams int, took time.Duration) {
+	b := &cs.byPeer
+	return cs.moved + b.streams, max(cs.took, b.last.Sub(b.first))
+}
+
 func newConnState(c network.Conn) *connState {
 	stat := c.Stat()
 	cs := &connState{conn: c, opened: stat.Opened}

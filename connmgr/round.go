@@ -188,13 +188,17 @@ func (r *rounds) lost(d *peerState, cs *connState, now time.Time) []byPeerLine {
 		return nil
 	}
 	to := cmp.Or(b.to, d.named, d.winner)
-	return []byPeerLine{{cs, to, b.streams, b.last.Sub(b.first), agreed}}
+	streams, took := b.streams, b.last.Sub(b.first)
+	if agreed { // the line sums up what was done about it
+		streams, took = cs.left()
+	}
+	return []byPeerLine{{cs, to, streams, took, agreed}}
 }
 
 // byPeerLine is what the peer has done to a connection, to be told in the log.
 type byPeerLine struct {
 	cs, to  *connState
-	streams int // that it moved
+	streams int // that it moved; where it is closed, that have moved
 	took    time.Duration
 	closed  bool
 }

@@ -135,3 +135,45 @@ func TestFollowerTellsWhatThePeerDoes(t *testing.T) {
 		require.Len(t, w.messages(), 2)
 	})
 }
+
+// Each end moves what it has opened, and the last line of each counts what both have moved.
+func TestBothEndsCountAllStreamsThatMoved(t *testing.T) {
+	migrateTheirs := func(w *world, p peer.ID, from, to *fakeConn, streams []*fakeStream) {
+		for _, s := range streams {
+			w.m.moves.migrated(migrate.Event{Peer: p, Kind: migrate.Started, From: from, To: to, Time: time.Now()})
+			w.pass(20 * time.Millisecond)
+			s.moveTo(to)
+			w.m.moves.migrated(migrate.Event{Peer: p, Kind: migrate.Finished, From: from, To: to, Time: time.Now()})
+		}
+	}
+	t.Run("decides", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, higher)
+			relay := w.connectLimited()
+			theirs := relay.openTheirs(3)
+			direct := w.connect(quicAddr)
+			w.pass(20 * time.Millisecond)
+			migrateTheirs(w, higher, relay, direct, theirs)
+			w.pass(time.Minute)
+			require.True(t, relay.pruned())
+			last := w.messages()[len(w.messages())-1]
+			require.Equal(t, "peer "+shortID(higher)+": kept quic direct, dropped limited relay (rule unlimited: true over false), 3 streams moved in 60 ms", last)
+		})
+	})
+	t.Run("follows", func(t *testing.T) {
+		inVirtualTime(t, func(t *testing.T) {
+			w := newWorld(t, lower)
+			relay := w.connectLimited()
+			relay.open(2)
+			direct := w.connect(quicAddr)
+			w.pass(5 * time.Second)
+			require.Equal(t, 2, direct.count(), "off a limited relay each end moves its own")
+			require.NotNil(t, w.request(relay, drainMessage(0)).GetDrained())
+			w.pass(time.Second)
+			relay.Close()
+			w.pass(minRoundGap)
+			last := w.messages()[len(w.messages())-1]
+			require.Equal(t, "peer "+shortID(lower)+": the peer kept quic direct, dropped limited relay, 2 streams moved in 100 ms", last)
+		})
+	})
+}
