@@ -233,7 +233,8 @@ func TestPeerThatResetsAndThenHangs(t *testing.T) {
 		for range 60 {
 			w.chat(w.a, w.b, 100, time.Second)
 		}
-		w.until("a first attempt", 30*time.Second, func() bool { mu.Lock(); defer mu.Unlock(); return !first.IsZero() })
+		// The younger connection has to live for 30 s first.
+		w.until("a first attempt", time.Minute, func() bool { mu.Lock(); defer mu.Unlock(); return !first.IsZero() })
 		before := asked.times.Load()
 		const most = 200
 		w.within(30*time.Second, func() bool { return asked.times.Load()-before > most })
