@@ -28,7 +28,7 @@ type suite struct {
 	module  string
 	patches []patch
 	long    []string // tests that are left out without -all: together they take most of the time
-	never   []string // tests that fail on doubled hosts without Portage, too
+	never   []string // tests that fail on doubled hosts without Portage, too, or when a machine is busy
 	pass    int      // how many tests pass at least
 	moved   int      // how many streams move at least
 }
@@ -71,9 +71,12 @@ func TestSuiteOfKadDHT(t *testing.T) {
 			{"dht_test.go", "*bhost.BasicHost", "*moving.Host", 1},
 			{"dht_test.go", "\tbhost \"github.com/libp2p/go-libp2p/p2p/host/basic\"\n", "\tbhost \"github.com/libp2p/go-libp2p/p2p/host/basic\"\n" + movingImport, 1},
 		},
-		long:  []string{"TestProvidesMany", "TestFindPeerQueryMinimal", "TestOptimisticProvide"},
-		never: []string{"TestBootstrappersReplacable"}, // a peer that is identified again comes back into the table
-		pass:  75,
+		long: []string{"TestProvidesMany", "TestFindPeerQueryMinimal", "TestOptimisticProvide"},
+		never: []string{
+			"TestBootstrappersReplacable", // a peer that is identified again comes back into the table
+			"TestClientModeFindPeer",      // it asks a server that may not have identified the client yet
+		},
+		pass:  74,
 		moved: 200,
 	})
 }

@@ -42,10 +42,10 @@ import (
 	"github.com/go-portage/portage/migrate"
 )
 
-// On a machine that has nothing else to do, -limit 5s holds, ten times of ten: it takes 3 to
-// 4 s, of which 3 are WithProof's. How long a machine takes that does other things, too, says
-// nothing of Portage, so without the flag only that it happens is demanded; integration/field
-// demands times, in virtual time.
+// The second connection has to live for 30 s beside one that is known to work (WithProof), and
+// for 3 s beside one that came with it. How long a machine takes beyond that, which does other
+// things, too, says nothing of Portage, so without the flag only that it happens is demanded;
+// integration/field demands times, in virtual time.
 var limitFlag = flag.Duration("limit", hosttest.Patience, "how long a node may keep two connections to a peer")
 
 // newNode returns a node of Kubo on loopback, that knows nobody.
@@ -94,7 +94,7 @@ func connect(t *testing.T, ctx context.Context, a, b *core.IpfsNode, tr hosttest
 
 func conns(a, b *core.IpfsNode) []network.Conn { return a.PeerHost.Network().ConnsToPeer(b.Identity) }
 
-// With the options that everybody has, a second connection is gone in seconds, although the
+// With the options that everybody has, the worse connection is gone in the end, although the
 // DHT asks the peer over it all the time.
 func TestOneConnectionWhileTheDHTIsUsed(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 2*hosttest.Patience)
@@ -122,16 +122,19 @@ func TestOneConnectionWhileTheDHTIsUsed(t *testing.T) {
 	}
 	defer use.Wait()
 	defer idle()
-	var took []time.Duration
+	before := asked.Load()
+	began := make([]time.Time, len(peers))
 	for i, p := range peers {
 		hosttest.WaitFor(t, "the peer in the table of the DHT", func() bool { return hub.DHT.LAN.RoutingTable().Find(p.Identity) != "" })
-		before := asked.Load()
 		require.NoError(t, d.Dial(ctx, p.Identity, addr(t, p, hosttest.QUIC)))
-		start := time.Now()
-		hosttest.WaitFor(t, "the second connection", func() bool { return len(conns(hub, p)) == 2 || time.Since(start) > time.Second })
+		began[i] = time.Now()
+		hosttest.WaitFor(t, "the second connection", func() bool { return len(conns(hub, p)) == 2 || time.Since(began[i]) > time.Second })
+	}
+	var took []time.Duration
+	for i, p := range peers {
 		for len(conns(hub, p)) != 1 || len(conns(p, hub)) != 1 {
-			if time.Since(start) > *limitFlag {
-				t.Fatalf("peer %d still has two connections after %v\n%s\n%s", i, time.Since(start), explain(hub, p), explain(p, hub))
+			if time.Since(began[i]) > *limitFlag {
+				t.Fatalf("peer %d still has two connections after %v\n%s\n%s", i, time.Since(began[i]), explain(hub, p), explain(p, hub))
 			}
 			select {
 			case <-time.After(5 * time.Millisecond):
@@ -139,10 +142,10 @@ func TestOneConnectionWhileTheDHTIsUsed(t *testing.T) {
 				t.Fatal(ctx.Err())
 			}
 		}
-		took = append(took, time.Since(start).Round(time.Millisecond))
+		took = append(took, time.Since(began[i]).Round(time.Millisecond))
 		require.Equal(t, hosttest.Transport(hosttest.QUIC), hosttest.Of(conns(hub, p)[0].RemoteMultiaddr()))
-		require.Greater(t, asked.Load(), before, "the DHT was used meanwhile")
 	}
+	require.Greater(t, asked.Load(), before, "the DHT was used meanwhile")
 	t.Logf("one connection after %v; %d questions to the DHT", took, asked.Load())
 }
 
