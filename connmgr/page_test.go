@@ -393,9 +393,7 @@ func rest(b *testing.B, m *Manager) {
 		defer d.mu.Unlock()
 		return d.winner == nil
 	}
-	for slices.ContainsFunc(m.sched.all(), undecided) {
-		time.Sleep(50 * time.Millisecond)
-	}
+	require.Eventually(b, func() bool { return !slices.ContainsFunc(m.sched.all(), undecided) }, time.Minute, 50*time.Millisecond)
 	require.NoError(b, m.Close())
 }
 

@@ -23,18 +23,9 @@ const pieceOf = 32 << 10
 func (h *sendHalf) writeKept(p []byte) (int, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for h.turn && !h.closing {
-		if !h.changed.wait(&h.mu, h.deadline) {
-			return 0, os.ErrDeadlineExceeded
-		}
+	if err := h.takeTurn(); err != nil {
+		return 0, err
 	}
-	switch {
-	case h.closing && h.state == sendFailed:
-		return 0, h.err
-	case h.closing:
-		return 0, errWriteClosed
-	}
-	h.turn = true
 	defer func() {
 		h.turn = false
 		h.changed.broadcast()

@@ -104,19 +104,27 @@ func (h *sendHalf) write(p []byte) (int, error) {
 
 // writeInTurn waits for its turn and writes p. mu must be held.
 func (h *sendHalf) writeInTurn(p []byte) (int, error) {
+	if err := h.takeTurn(); err != nil {
+		return 0, err
+	}
+	return h.goOn(p, 0, nil)
+}
+
+// takeTurn waits for the Writes before this one. mu must be held.
+func (h *sendHalf) takeTurn() error {
 	for h.turn && !h.closing {
 		if !h.changed.wait(&h.mu, h.deadline) {
-			return 0, os.ErrDeadlineExceeded
+			return os.ErrDeadlineExceeded
 		}
 	}
 	switch {
 	case h.closing && h.state == sendFailed:
-		return 0, h.err
+		return h.err
 	case h.closing:
-		return 0, errWriteClosed
+		return errWriteClosed
 	}
 	h.turn = true
-	return h.goOn(p, 0, nil)
+	return nil
 }
 
 // goOn carries on with a Write that has its turn, of whose buffer p cur has taken n

@@ -16,11 +16,10 @@ import (
 // judged is a run without hosts: one stream, from a to b, that stays on connection 0 of two.
 func judged() (*world, *simStream) {
 	w := &world{
-		plan:    plan{draft: -1, streams: []streamPlan{{labelled: true}}},
-		tally:   newTally(),
-		running: make(map[string]int),
-		links:   []*simLink{{}, {path: 1}},
-		start:   time.Now().Add(-time.Hour),
+		plan:  plan{draft: -1, streams: []streamPlan{{labelled: true}}},
+		tally: newTally(),
+		links: []*simLink{{}, {path: 1}},
+		start: time.Now().Add(-time.Hour),
 	}
 	st := newSimStream(w, 0)
 	w.streams = append(w.streams, st)

@@ -168,11 +168,11 @@ type lossy struct {
 	relay *Node
 	start time.Time
 	tally *tally
+	tasks
 
 	mu       sync.Mutex // guards all below
 	log      []string
 	failures []string
-	running  map[string]int
 	ended    map[int]string // streams that somebody has ended on purpose
 	accepted map[int]bool   // streams whose acceptor has them
 	opened   map[int]bool   // and whose opener
@@ -193,34 +193,9 @@ func (w *lossy) failf(format string, args ...any) {
 	w.failures = append(w.failures, fmt.Sprintf(format, args...))
 }
 
-func (w *lossy) task(name string, f func()) {
-	w.mu.Lock()
-	w.running[name]++
-	w.mu.Unlock()
-	go func() {
-		defer func() {
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			if w.running[name]--; w.running[name] == 0 {
-				delete(w.running, name)
-			}
-		}()
-		f()
-	}()
-}
-
-func (w *lossy) unfinished() (names []string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for name := range w.running {
-		names = append(names, name)
-	}
-	return names
-}
-
 func (p lossPlan) run(t *testing.T, tally *tally) {
 	Run(t, func(t *testing.T, n *Net) {
-		w := &lossy{plan: p, start: time.Now(), tally: tally, running: make(map[string]int), ended: make(map[int]string),
+		w := &lossy{plan: p, start: time.Now(), tally: tally, ended: make(map[int]string),
 			accepted: make(map[int]bool), opened: make(map[int]bool), open: make(map[int][2]network.Stream)}
 		var log func(side int, line string)
 		if *seedFlag != 0 {
@@ -640,21 +615,5 @@ func (w *lossy) report() {
 }
 
 func TestResumeSeeds(t *testing.T) {
-	tally := newTally()
-	one := func(seed uint64) {
-		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) { lossPlanOf(seed).run(t, tally) })
-	}
-	switch {
-	case *seedFlag != 0:
-		one(*seedFlag)
-	case *seedsFlag != 0:
-		for i := range *seedsFlag {
-			one(*fromFlag + i)
-		}
-	default:
-		for i := range uint64(150) {
-			one(1 + i)
-		}
-	}
-	fmt.Printf("seeds:\n%s", tally)
+	runSeeds(t, 150, 0, func(t *testing.T, seed uint64, tally *tally) { lossPlanOf(seed).run(t, tally) })
 }

@@ -398,9 +398,14 @@ func (t *tally) String() string {
 }
 
 func TestSeeds(t *testing.T) {
+	runSeeds(t, fixedSeeds, freshSeeds, func(t *testing.T, seed uint64, tally *tally) { planOf(seed).run(t, tally) })
+}
+
+// runSeeds runs what the flags say, or so many fixed and fresh seeds.
+func runSeeds(t *testing.T, fixed, fresh uint64, run func(t *testing.T, seed uint64, tally *tally)) {
 	tally := newTally()
 	one := func(seed uint64) {
-		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) { planOf(seed).run(t, tally) })
+		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) { run(t, seed, tally) })
 	}
 	switch {
 	case *seedFlag != 0:
@@ -410,13 +415,16 @@ func TestSeeds(t *testing.T) {
 			one(*fromFlag + i)
 		}
 	default:
-		for i := range uint64(fixedSeeds) {
+		for i := range fixed {
 			one(1 + i)
 		}
-		fresh := uint64(time.Now().UnixNano())
-		fmt.Printf("fresh seeds: %d from %d on\n", freshSeeds, fresh)
-		for i := range uint64(freshSeeds) {
-			one(fresh + i)
+		if fresh == 0 {
+			break
+		}
+		from := uint64(time.Now().UnixNano())
+		fmt.Printf("fresh seeds: %d from %d on\n", fresh, from)
+		for i := range fresh {
+			one(from + i)
 		}
 	}
 	fmt.Printf("seeds:\n%s", tally)

@@ -46,6 +46,7 @@ type world struct {
 	streams []*simStream
 	redials chan struct{} // holds a token while connections are made again
 	again   chan struct{} // closed when the last restart or redial of the plan is over
+	tasks
 
 	mu       sync.Mutex // guards all below
 	nodes    [2]*Node
@@ -56,8 +57,7 @@ type world struct {
 	struck   [maxLinks]time.Time // when something has happened to connections over the path last
 	log      []string
 	failures []string
-	running  map[string]int // what has begun and not ended
-	renewals int            // restarts and redials that are not over
+	renewals int // restarts and redials that are not over
 }
 
 // wrapped is a host whose streams migrate: Portage's, or one that has only the draft.
@@ -105,7 +105,7 @@ func nameHash(name string) uint64 {
 
 // newWorld makes what the plan says: nodes, connections, handlers.
 func newWorld(t *testing.T, n *Net, p plan, tally *tally) *world {
-	w := &world{Net: n, t: t, plan: p, tally: tally, running: make(map[string]int), start: time.Now(),
+	w := &world{Net: n, t: t, plan: p, tally: tally, start: time.Now(),
 		redials: make(chan struct{}, 1), again: make(chan struct{})}
 	for _, f := range p.faults {
 		if f.what.renews() {
@@ -369,34 +369,6 @@ func (w *world) failf(rule, format string, args ...any) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.failures = append(w.failures, text)
-}
-
-// task runs f beside everything else. What has not ended when the run should be over is a
-// hang, and reported by its name.
-func (w *world) task(name string, f func()) {
-	w.mu.Lock()
-	w.running[name]++
-	w.mu.Unlock()
-	go func() {
-		defer func() {
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			if w.running[name]--; w.running[name] == 0 {
-				delete(w.running, name)
-			}
-		}()
-		f()
-	}()
-}
-
-func (w *world) unfinished() (names []string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for name := range w.running {
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return names
 }
 
 // trace gets every step of every migration at a side.
