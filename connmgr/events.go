@@ -31,6 +31,22 @@ type EvtStreamMigrated struct {
 	Took time.Duration
 }
 
+// EvtStreamResumed is emitted on the host's event bus when a stream that has lost its
+// connection goes on over another one, which migrate.WithResumption allows.
+type EvtStreamResumed struct {
+	Peer     peer.ID
+	Protocol protocol.ID
+	// Label is what both ends know the stream by now.
+	Label    uint64
+	From, To ConnInfo
+	// Initiator is whether this end has asked the other to go on.
+	Initiator bool
+	// Took is the time since this end has known that the connection is lost.
+	Took time.Duration
+	// Again is how many bytes of the application's this end sends again.
+	Again uint64
+}
+
 // EvtPathChanged is emitted on the host's event bus when another connection than before
 // carries what is new to a peer: where hole punching has won a direct connection beside a
 // relayed one, that one is To, and Direct is true.
@@ -108,7 +124,7 @@ const maxEvents = 4096
 
 // kindsOfEvents are the events, in the order of emitter.of.
 var kindsOfEvents = [...]any{
-	new(EvtStreamMigrated), new(EvtPathChanged), new(EvtConnectionPruned), new(EvtConnectionStays), new(EvtUpgrade),
+	new(EvtStreamMigrated), new(EvtPathChanged), new(EvtConnectionPruned), new(EvtConnectionStays), new(EvtUpgrade), new(EvtStreamResumed),
 }
 
 func kindOfEvent(ev any) int {
@@ -121,8 +137,10 @@ func kindOfEvent(ev any) int {
 		return 2
 	case EvtConnectionStays:
 		return 3
-	default:
+	case EvtUpgrade:
 		return 4
+	default:
+		return 5
 	}
 }
 

@@ -43,6 +43,13 @@ const (
 	MigrationReset  = "reset"  // it was reset
 )
 
+// What ResumptionFinished says of a stream that had lost its connection.
+const (
+	StreamResumed = "resumed"  // it goes on over another one
+	StreamGivenUp = "given up" // there was no other in time, or the other end has given it up
+	StreamEnded   = "ended"    // nobody needed it any more
+)
+
 // What DrainAnswered says of a request.
 const (
 	DrainDrained = "drained" // the peer has done with the connection
@@ -96,6 +103,10 @@ type MetricsTracer interface {
 	// stream to move to. drained is how many bytes came over the old connection since it
 	// began, where it has succeeded.
 	MigrationFinished(outcome string, initiator bool, from, to network.Conn, took time.Duration, drained uint64)
+	// ResumptionFinished is called when a stream that had lost its connection has found another
+	// one or is over. took is the time since it was lost, and again how many bytes this side
+	// sends again.
+	ResumptionFinished(outcome string, took time.Duration, again uint64)
 	// Buffered is called when handovers hold so many more bytes for applications that do not
 	// read, or, if negative, fewer.
 	Buffered(more int)
@@ -182,6 +193,19 @@ var (
 		Namespace: metricNamespace, Name: "buffered_bytes",
 		Help: "Memory that handovers hold for applications that do not read",
 	})
+	resumptionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: metricNamespace, Name: "resumptions_total",
+		Help: "Streams that had lost their connection, by what became of them",
+	}, []string{"outcome"})
+	resumptionSeconds = prometheus.NewHistogram(prometheus.HistogramOpts{
+		Namespace: metricNamespace, Name: "resumption_duration_seconds",
+		Help:    "From the loss of a stream's connection until it went on over another",
+		Buckets: prometheus.ExponentialBuckets(0.001, 2, 16),
+	})
+	resentBytes = prometheus.NewCounter(prometheus.CounterOpts{
+		Namespace: metricNamespace, Name: "resent_bytes_total",
+		Help: "Bytes that resumed streams have sent again, since they had not arrived over the connection that was lost",
+	})
 	upgradesInProgress = prometheus.NewGauge(prometheus.GaugeOpts{
 		Namespace: metricNamespace, Name: "upgrades_in_progress",
 		Help: "Attempts under way to get a direct connection to a peer that has none",
@@ -221,6 +245,7 @@ var (
 		migrationsInProgress, drainsInProgress, roundsTotal, migrationsTotal, migrationSeconds,
 		drainAnswersTotal, drainSeconds, prunesTotal, savedTotal, takeoversTotal, violationsTotal,
 		drainedBytes, bufferedBytes, upgradesInProgress, upgradesTotal,
+		resumptionsTotal, resumptionSeconds, resentBytes,
 	}
 )
 
@@ -301,6 +326,7 @@ var (
 	roundOutcomes     = []string{RoundAlone, RoundWaiting, RoundLeft, RoundUndecided, RoundDecided, RoundMoved, RoundPruned}
 	migrationOutcomes = []string{MigrationMoved, MigrationDenied, MigrationLater, MigrationReset}
 	upgradeOutcomes   = []string{UpgradedDirect, UpgradeNoHole, UpgradeUnsupported, UpgradeImpossible, UpgradeGone, UpgradeEnded}
+	resumeOutcomes    = []string{StreamResumed, StreamGivenUp, StreamEnded}
 	drainAnswers      = []string{DrainDrained, DrainBusy, DrainRefused, DrainFailed, DrainVoid}
 )
 
@@ -352,6 +378,9 @@ func NewMetricsTracer(opts ...MetricsTracerOption) MetricsTracer {
 	}
 	for _, answer := range drainAnswers {
 		drainAnswersTotal.WithLabelValues(answer)
+	}
+	for _, outcome := range resumeOutcomes {
+		resumptionsTotal.WithLabelValues(outcome)
 	}
 	for _, outcome := range upgradeOutcomes {
 		upgradesTotal.WithLabelValues(outcome)
@@ -419,6 +448,14 @@ func (*metricsTracer) MigrationFinished(outcome string, initiator bool, from, to
 	*tags = append(*tags, role)
 	migrationSeconds.WithLabelValues(*tags...).Observe(took.Seconds())
 	drainedBytes.Add(float64(drained))
+}
+
+func (*metricsTracer) ResumptionFinished(outcome string, took time.Duration, again uint64) {
+	increase(resumptionsTotal, outcome)
+	if outcome == StreamResumed {
+		resumptionSeconds.Observe(took.Seconds())
+		resentBytes.Add(float64(again))
+	}
 }
 
 func (*metricsTracer) DrainAnswered(answer string) { increase(drainAnswersTotal, answer) }

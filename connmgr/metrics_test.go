@@ -80,6 +80,10 @@ func (t *tally) MigrationFinished(outcome string, initiator bool, from, to netwo
 	})
 }
 
+func (t *tally) ResumptionFinished(outcome string, took time.Duration, again uint64) {
+	t.count(fmt.Sprintf("%s after %v, %d again", outcome, took, again))
+}
+
 func (t *tally) ConnectionPruned(by, rule string, waited time.Duration) {
 	t.do(func() {
 		t.counts["pruned by "+by+", rule "+rule]++
@@ -268,12 +272,13 @@ func TestMetricsDoNotAllocate(t *testing.T) {
 		"MigrationFinished": func() {
 			mt.MigrationFinished(one(migrationOutcomes), true, conns[rand.IntN(4)], conns[rand.IntN(4)], time.Second, 1000)
 		},
-		"DrainAnswered":    func() { mt.DrainAnswered(one(drainAnswers)) },
-		"ConnectionPruned": func() { mt.ConnectionPruned(ByThisSide, one(knownRules), time.Second) },
-		"TookOver":         mt.TookOver,
-		"Violation":        mt.Violation,
-		"Buffered":         func() { mt.Buffered(1000); mt.Buffered(-1000) },
-		"Upgrade":          func() { mt.UpgradeStarted(); mt.UpgradeFinished(one(upgradeOutcomes)) },
+		"DrainAnswered":      func() { mt.DrainAnswered(one(drainAnswers)) },
+		"ConnectionPruned":   func() { mt.ConnectionPruned(ByThisSide, one(knownRules), time.Second) },
+		"ResumptionFinished": func() { mt.ResumptionFinished(one(resumeOutcomes), time.Second, 1000) },
+		"TookOver":           mt.TookOver,
+		"Violation":          mt.Violation,
+		"Buffered":           func() { mt.Buffered(1000); mt.Buffered(-1000) },
+		"Upgrade":            func() { mt.UpgradeStarted(); mt.UpgradeFinished(one(upgradeOutcomes)) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			for range 1000 {

@@ -54,6 +54,7 @@ func TestEachMetricIsDocumented(t *testing.T) {
 	for name, values := range map[string][]string{
 		"rounds_total": roundOutcomes, "migrations_total": migrationOutcomes, "drain_answers_total": drainAnswers,
 		"upgrade_attempts_total": upgradeOutcomes, "connections_saved_total": {ByThisSide, ByPeer},
+		"resumptions_total": resumeOutcomes,
 	} {
 		line := regexp.MustCompile("(?m)^\\| `" + name + "` .*$").FindString(table)
 		require.Contains(t, line, strings.Join(values, ", "), "the values of its label")

@@ -43,6 +43,8 @@ type Totals struct {
 	Denied uint64 `json:"migrations_denied"`
 	Later  uint64 `json:"migrations_to_be_tried_again"`
 	Reset  uint64 `json:"migrations_reset"`
+	// Streams that have lost their connection and go on over another, with migrate.WithResumption.
+	Resumed uint64 `json:"streams_resumed"`
 	// Connections that are gone since nothing was left on them.
 	Closed       uint64 `json:"connections_closed"`
 	ClosedByPeer uint64 `json:"connections_closed_by_peers"`
@@ -52,7 +54,7 @@ type Totals struct {
 type totals struct {
 	since                               time.Time // immutable
 	moved, denied, later, reset, closed atomic.Uint64
-	byPeer                              atomic.Uint64
+	byPeer, resumed                     atomic.Uint64
 }
 
 func (t *totals) migrated(e migrate.Event) {
@@ -72,7 +74,7 @@ func (t *totals) migrated(e migrate.Event) {
 func (t *totals) report() Totals {
 	return Totals{
 		Since: t.since, Moved: t.moved.Load(), Denied: t.denied.Load(), Later: t.later.Load(), Reset: t.reset.Load(),
-		Closed: t.closed.Load(), ClosedByPeer: t.byPeer.Load(),
+		Resumed: t.resumed.Load(), Closed: t.closed.Load(), ClosedByPeer: t.byPeer.Load(),
 	}
 }
 

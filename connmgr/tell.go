@@ -25,6 +25,7 @@ type teller struct {
 	events  emitter
 	totals  totals
 	history history
+	outages outages
 
 	bareOnce sync.Once
 	silences sampled.Lines // which lines about peers are logged; see sampled
@@ -42,8 +43,9 @@ func newTeller(cfg *config) *teller {
 	return t
 }
 
-// migrated is told of each step of each migration.
+// migrated is told of each step of each migration, and of each resumption.
 func (t *teller) migrated(e migrate.Event) {
+	t.resumed(e)
 	t.totals.migrated(e)
 	t.measureMigration(e)
 	t.emitMigrated(e)

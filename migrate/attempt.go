@@ -261,6 +261,7 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 		<-done
 		s.mu.Lock()
 	}
+	resumed := Event{Kind: Resumed, Initiator: r.state == resumeAsking, To: u.Conn(), Took: time.Since(r.since)}
 	r.state, r.attempt = resumeAttached, nil
 	if s.life == lifeOpen {
 		r.disarm()
@@ -279,7 +280,8 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 		}
 	}
 	reads := s.recv.takeUp(u)
-	replays := s.send.takeUp(u, start)
+	replays, again := s.send.takeUp(u, start)
+	resumed.Again = again
 	named := gone != s.label
 	s.mu.Unlock()
 	if named {
@@ -291,11 +293,12 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 	if replays {
 		go s.send.replay(u)
 	}
+	s.host.log.Debug("stream resumed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Uint64("epoch", epoch),
+		zap.Stringer("on", u.Conn().RemoteMultiaddr()))
+	r.trace(resumed)
 	if aside.IsClosed(u.Conn()) {
 		r.ended(u, errors.New("the connection is closed"))
 	}
-	s.host.log.Debug("stream resumed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Uint64("epoch", epoch),
-		zap.Stringer("on", u.Conn().RemoteMultiaddr()))
 	return true
 }
 
@@ -375,12 +378,17 @@ func (h *Host) answerResume(n *negotiator, m *pb.Migrate) error {
 	r.promised, r.heard = epoch, max(r.heard, epoch)
 	dropped := r.attempt
 	r.attempt = nil
-	if r.state == resumeAttached {
-		r.loseLocked(errors.New("the other end has lost it"))
+	cause := errors.New("the other end has lost it")
+	lost := r.state == resumeAttached
+	if lost {
+		r.loseLocked(cause)
 	}
 	r.state = resumeAnswering
 	named := r.name(id)
 	s.mu.Unlock()
+	if lost {
+		r.trace(Event{Kind: Lost, Err: cause})
+	}
 	if dropped != nil {
 		go breakOff(dropped, codeGivenUp)
 	}

@@ -151,6 +151,12 @@ func (h *sendHalf) disown() network.Stream {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state != sendFailed {
+		ring := &h.resumption.ring
+		handed := ring.end
+		if h.state == sendReplay {
+			handed = ring.base + h.written
+		}
+		ring.handed = max(ring.handed, handed)
 		h.state, h.held, h.kept, h.inside = sendLost, false, false, false
 		h.changed.broadcast()
 	}
@@ -158,14 +164,16 @@ func (h *sendHalf) disown() network.Stream {
 }
 
 // takeUp makes u the stream that Writes go to, behind what the ring has from offset start on.
-// It says whether replay has something to do for that.
-func (h *sendHalf) takeUp(u network.Stream, start uint64) (replays bool) {
+// It says whether replay has something to do for that, and how much of it was handed to another
+// underlying stream before.
+func (h *sendHalf) takeUp(u network.Stream, start uint64) (replays bool, again uint64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.state == sendFailed {
-		return false
+		return false, 0
 	}
 	r := &h.resumption.ring
+	again = max(min(r.handed, r.end), start) - start
 	h.cur, h.written, h.opening, r.base = u, 0, nil, start
 	replays = start < r.end || h.closed && r.confirmed <= r.end
 	if replays {
@@ -174,7 +182,7 @@ func (h *sendHalf) takeUp(u network.Stream, start uint64) (replays bool) {
 		h.reopen()
 	}
 	h.changed.broadcast()
-	return replays
+	return replays, again
 }
 
 // reopen has Writes go to cur. mu must be held.

@@ -131,8 +131,8 @@ func WithSlog(log *slog.Logger) Option {
 	}
 }
 
-// WithTracer has every step of every migration reported to trace, on the goroutine of
-// the migration: it is called concurrently and must not block. It may be given several
+// WithTracer has every step of every migration and resumption reported to trace, on the
+// goroutine of it: it is called concurrently and must not block. It may be given several
 // times, and all are called. Default: none.
 func WithTracer(trace func(Event)) Option {
 	return func(c *config) error {

@@ -76,6 +76,7 @@ type resumption struct {
 	since     time.Time      // when the stream was lost, or closed
 	timer     *time.Timer    // of the patience
 	away      network.Conn   // the connection that was lost
+	cause     error          // of resumeOver, where the stream has failed
 }
 
 // incoming is what a resumable stream has received.
@@ -133,8 +134,22 @@ func (r *resumption) lose(u network.Stream, cause error) {
 	case unsent: // the acceptor knows nothing of it
 		_ = s.abort(forGood(cause), network.StreamNoError)
 	case lost:
+		r.trace(Event{Kind: Lost, Err: cause})
 		r.of.wake()
 	}
+}
+
+// trace reports a step of the resumption. s.mu must not be held.
+func (r *resumption) trace(e Event) {
+	s := r.s
+	if s.host.cfg.tracer == nil {
+		return
+	}
+	s.mu.Lock()
+	e.From = r.away
+	s.mu.Unlock()
+	e.Time, e.Peer, e.Stream = time.Now(), s.peer, s
+	s.host.cfg.tracer(e)
 }
 
 // loseLocked is lose where the stream is attached. s.mu must be held.
@@ -218,6 +233,9 @@ func (r *resumption) endLocked() (attempt network.Stream) {
 	if r.state == resumeOver {
 		return nil
 	}
+	if r.detached() {
+		go r.trace(Event{Kind: GivenUp, Err: r.cause, Took: time.Since(r.since)})
+	}
 	r.state = resumeOver
 	attempt, r.attempt = r.attempt, nil
 	r.disarm()
@@ -242,6 +260,7 @@ func (r *resumption) fail(cause error) {
 		s.mu.Unlock()
 		return
 	}
+	r.cause = cause
 	attempt := r.endLocked()
 	closed := s.life == lifeClosed
 	s.kill(network.StreamNoError)
@@ -386,6 +405,7 @@ func (r *resumption) survives(x *exchange, cause error) bool {
 	}
 	s.mu.Unlock()
 	if lost {
+		r.trace(Event{Kind: Lost, Err: cause})
 		r.of.wake()
 	}
 	return true

@@ -24,6 +24,7 @@ type ring struct {
 	buf       []byte // a power of two long, or nil; the byte at offset o is buf[o%len]
 	low, end  uint64 // it has the bytes from low on, to end
 	base      uint64 // the offset of the first byte of the present underlying stream
+	handed    uint64 // up to where the underlying streams before that one were handed it
 	confirmed uint64
 	over      bool // nothing is kept any more
 }

@@ -7,11 +7,12 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 )
 
-// EventKind is a step of a migration.
+// EventKind is a step of a migration, or of a resumption.
 type EventKind int
 
 // The steps, in the order in which a migration that succeeds takes them. The two
-// switches may come in either order.
+// switches may come in either order. The last three are those of a stream that outlives its
+// connection (WithResumption).
 const (
 	// Started: Migrate is about to leave (initiator), or has come (responder).
 	Started EventKind = iota
@@ -29,6 +30,13 @@ const (
 	// (ErrTryLater, or ErrClosed where it is not to migrate any more), or was reset
 	// (network.ErrReset alone).
 	Failed
+	// Lost: the connection From is lost, as Err says, and the stream waits for another.
+	Lost
+	// Resumed: a stream that was lost goes on over the connection To.
+	Resumed
+	// GivenUp: a stream that was lost is over, without another connection. Err says why; it is
+	// nil where the application has ended it meanwhile, or nothing was missing.
+	GivenUp
 )
 
 // String implements fmt.Stringer.
@@ -48,11 +56,17 @@ func (k EventKind) String() string {
 		return "denied"
 	case Failed:
 		return "failed"
+	case Lost:
+		return "lost"
+	case Resumed:
+		return "resumed"
+	case GivenUp:
+		return "given up"
 	}
 	return "unknown"
 }
 
-// Event is one step of one migration, as WithTracer's function gets it.
+// Event is one step of one migration or resumption, as WithTracer's function gets it.
 type Event struct {
 	Kind      EventKind
 	Time      time.Time
@@ -60,11 +74,14 @@ type Event struct {
 	Stream    *Stream
 	Initiator bool // this side sent Migrate
 	From, To  network.Conn
-	Err       error // of Failed
-	// Took is the time since Started. It is 0 for Started itself, and where a migration
-	// failed before that.
+	Err       error // of Failed, Lost and GivenUp
+	// Took is the time since Started, or since Lost. It is 0 for these two themselves, and where
+	// a migration failed before Started.
 	Took time.Duration
 	// Drained is how many bytes of the application's came over the old connection since the
 	// migration began. It is 0 but for ReceiveSwitched and Finished.
 	Drained uint64
+	// Again is how many bytes of the application's this side sends again, since the lost
+	// connection had them and the other end has not received them. It is 0 but for Resumed.
+	Again uint64
 }

@@ -61,3 +61,31 @@ func TestEventsTellWhatWasDrained(t *testing.T) {
 	require.NoError(t, s[0].Close())
 	require.NoError(t, s[1].Close())
 }
+
+// A stream that outlives its connection is reported as lost, and as what becomes of it, with what
+// is sent again.
+func TestEventsOfResumption(t *testing.T) {
+	var st steps
+	p := meeting{kind: resuming, opts: []Option{WithResumption(), WithTracer(st.trace)}}.meet(t)
+	s, old := p.hostAcceptsResumable()
+	first := s.Conn()
+	p.writes(s, "abc")
+	next := p.resumes(old, epoch(1), 1+1) // it has "?a"
+	next.wants(tMultistream, tMigration, ackReceivedBytes(1), "bc")
+	st.await(t, s, Resumed)
+	lost, resumed := st.event(s, Lost), st.event(s, Resumed)
+	require.Error(t, lost.Err)
+	require.Equal(t, first, lost.From)
+	require.Zero(t, lost.Took)
+	require.Equal(t, lost.From, resumed.From)
+	require.Equal(t, s.Conn(), resumed.To)
+	require.NotEqual(t, first, resumed.To)
+	require.False(t, resumed.Initiator, "the peer has attempted")
+	require.EqualValues(t, len("bc"), resumed.Again)
+	require.Positive(t, resumed.Took)
+
+	p.host.resumer.get(p.ID(), old.label).lose(nil, errTooLate)
+	require.NoError(t, s.Reset())
+	st.await(t, s, GivenUp)
+	require.NoError(t, st.event(s, GivenUp).Err, "the application has ended it")
+}
