@@ -164,11 +164,7 @@ func TestMigrateThatFindsAnotherLabel(t *testing.T) {
 	old.sends("x") // so that the first does not end before the second has come
 	next.sends(finalSizeBytes(1 + 2))
 	next.wants(finalSizeBytes(1))
-	WaitFor(t, "the second Migrate to wait for its turn", func() bool {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		return s.waiting != nil && s.waiting.next == nil
-	})
+	WaitFor(t, "the second Migrate to wait for its turn", func() bool { return s.queued() == 1 })
 	old.sends("y")
 	p.reads(s, "xy")
 	late.wantsReset(network.StreamNoError)

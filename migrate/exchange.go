@@ -26,6 +26,9 @@ type exchange struct {
 	new    network.Stream // from phaseAsked on; id is in the table of labels as long
 	unpaid bool           // new is not charged to the application's protocol yet; see charging.go
 	stop   func()         // ends the opening of new; nil until that begins
+	// The peer's exchanges that begin when this one has ended, before any of ours: the
+	// first of a list.
+	waiting *waiter
 
 	silence silence
 	started time.Time // when Started was told of, where anybody is; see trace
@@ -166,7 +169,7 @@ func (x *exchange) end(how ending) {
 			s.scope = nil
 		}
 	}
-	s.giveTurn()
+	x.giveTurn()
 	if how == stays && s.ex == nil {
 		s.send.hold(false)
 		s.recv.release()

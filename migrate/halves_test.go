@@ -69,3 +69,15 @@ func (s *Stream) exchange() *exchange {
 	defer s.mu.Unlock()
 	return s.ex
 }
+
+// queued is how many of the peer's exchanges wait for that under way to end.
+func (s *Stream) queued() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ex != nil {
+		for w := s.ex.waiting; w != nil; w = w.next {
+			n++
+		}
+	}
+	return n
+}

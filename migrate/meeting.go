@@ -92,7 +92,7 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) (*waiter, error) {
 		}
 		dropped = ours.yield()
 	}
-	last := &s.waiting
+	last := &ours.waiting
 	for *last != nil {
 		last = &(*last).next
 	}
@@ -104,32 +104,37 @@ func (s *Stream) beginNext(x *exchange, oursFirst bool) (*waiter, error) {
 	return w, nil
 }
 
-// giveTurn lets the next responder that waits begin. Where the stream is over, only one
-// does that was promised it, and none after a reset: closing the stream in between does
-// not abort what the peer takes for agreed (S7). mu must be held.
-func (s *Stream) giveTurn() {
-	if w := s.waiting; w != nil && !s.told() && !s.send.resumption.detached() &&
+// giveTurn lets the next responder begin that waits for x to end. Where the stream is over,
+// only one does that was promised it, and none after a reset: closing the stream in between
+// does not abort what the peer takes for agreed (S7). The stream's mu must be held, and x be
+// its exchange no more.
+func (x *exchange) giveTurn() {
+	s, w := x.s, x.waiting
+	x.waiting = nil
+	if w != nil && !s.told() && !s.send.resumption.detached() &&
 		(s.life == lifeOpen || w.promised && s.life != lifeReset) {
-		s.waiting = w.next
+		w.x.waiting, w.next = w.next, nil
 		s.enter(w.x)
 		close(w.turn)
 		return
 	}
-	for w := s.waiting; w != nil; w = w.next {
+	for ; w != nil; w = w.next {
 		close(w.turn)
 	}
-	s.waiting = nil
 }
 
 // stopWaiting takes w out of those that wait. It says whether its exchange has begun instead.
 func (s *Stream) stopWaiting(w *waiter) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for at := &s.waiting; *at != nil; at = &(*at).next {
+	if s.ex == nil || s.ex == w.x {
+		return s.ex != nil
+	}
+	for at := &s.ex.waiting; *at != nil; at = &(*at).next {
 		if *at == w {
 			*at = w.next
 			break
 		}
 	}
-	return s.ex == w.x
+	return false
 }

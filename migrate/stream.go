@@ -32,7 +32,6 @@ type Stream struct {
 	mu       sync.Mutex // guards all below; taken before the halves'
 	scope    *scope     // nil as long as nobody has asked for it and no exchange needs it
 	ex       *exchange  // the migration under way, or nil
-	waiting  *waiter    // the peer's exchanges that begin when ex has ended, before any of ours; the first of a list
 	label    uint64
 	counted  chan struct{} // tells the accepting goroutine to return; nil: it may, see serve.go
 	serving  bool          // the application's handler runs

@@ -178,11 +178,7 @@ func TestMigrateThatOvertakesTheAck(t *testing.T) {
 			moved, next := p.asked(s)
 			old.closesWrite()
 			theirs := p.opens(0, tMultistream, tMigration, migrateDraftBytes(p.fresh(), next.label))
-			WaitFor(t, "theirs to wait for its turn", func() bool {
-				s.mu.Lock()
-				defer s.mu.Unlock()
-				return s.waiting != nil && s.waiting.next == nil
-			})
+			WaitFor(t, "theirs to wait for its turn", func() bool { return s.queued() == 1 })
 			next.acks(ackDraft)
 			next.wantsEOF()
 			moved.is(nil)

@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log"
 	"sync"
 
 	"github.com/libp2p/go-libp2p/core/network"
 
 	"github.com/go-portage/portage/internal/hosttest"
+	"github.com/go-portage/portage/migrate"
 )
 
 // atOnce is how many streams are open that move one after the other. QUIC allows 256.
@@ -80,7 +83,7 @@ func (p *pair) migrations(reads bool) arm {
 		for done := 0; done < n; done += atOnce {
 			total = total.plus(p.migrate(min(atOnce, n-done), reads, func(near []network.Stream) {
 				for _, s := range near {
-					must(p.migrating(0).Migrate(context.Background(), s, p.conns[0][1]))
+					p.move(s)
 				}
 			}))
 		}
@@ -94,12 +97,27 @@ func (p *pair) migrationsAtOnce(n int) arm {
 			total = total.plus(p.migrate(n, false, func(near []network.Stream) {
 				var moves sync.WaitGroup
 				for _, s := range near {
-					moves.Go(func() { must(p.migrating(0).Migrate(context.Background(), s, p.conns[0][1])) })
+					moves.Go(func() { p.move(s) })
 				}
 				moves.Wait()
 			}))
 		}
 		return total
+	}
+}
+
+// move migrates a stream, again where it is told to: yamux lets 256 streams begin at a time,
+// and on a busy machine the others may wait for longer than an attempt does. What that costs
+// is part of it.
+func (p *pair) move(s network.Stream) {
+	for {
+		err := p.migrating(0).Migrate(context.Background(), s, p.conns[0][1])
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, migrate.ErrTryLater) {
+			log.Panic(err)
+		}
 	}
 }
 
