@@ -71,6 +71,8 @@ type setup struct {
 	streamFirst bool
 	// punchTimeout is how long each of go-libp2p's attempts to punch takes; 0: its default.
 	punchTimeout time.Duration
+	// resumption is how long streams outlive their connection, with Portage.
+	resumption time.Duration
 }
 
 const byDefaultData = 128 << 10
@@ -133,7 +135,7 @@ func newWorld(t *testing.T, s setup) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg := natbed.Config{Listen: listenOn("0.0.0.0", s.transports), PunchTimeout: s.punchTimeout, StreamFirst: s.streamFirst}
+	cfg := natbed.Config{Listen: listenOn("0.0.0.0", s.transports), PunchTimeout: s.punchTimeout, StreamFirst: s.streamFirst, Resumption: s.resumption}
 	for _, a := range listenOn("45.0.0.10", s.transports) {
 		cfg.Relay = append(cfg.Relay, a+"/p2p/"+relay.ID)
 	}

@@ -237,9 +237,11 @@ func (n *nodeProcess) startPeer(cfg Config) error {
 	}
 	if cfg.Portage {
 		log := newLog()
-		n.manager, err = connmgr.New(nil,
-			connmgr.WithLogger(log),
-			connmgr.WithMigrateOptions(migrate.WithLogger(log), migrate.WithTracer(n.moved)))
+		migrating := []migrate.Option{migrate.WithLogger(log), migrate.WithTracer(n.moved)}
+		if cfg.Resumption > 0 {
+			migrating = append(migrating, migrate.WithResumption(migrate.ResumePatience(cfg.Resumption)))
+		}
+		n.manager, err = connmgr.New(nil, connmgr.WithLogger(log), connmgr.WithMigrateOptions(migrating...))
 		if err != nil {
 			return err
 		}
@@ -296,13 +298,16 @@ func newLog() *zap.Logger {
 	return zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(encoder), zapcore.Lock(os.Stderr), zap.DebugLevel))
 }
 
-// moved tells of migrations.
+// moved tells of migrations, and of streams that have lost their connection.
 func (n *nodeProcess) moved(e migrate.Event) {
 	text := fmt.Sprint(e.Kind)
 	if e.Err != nil {
 		text += ": " + e.Err.Error()
 	}
-	if e.To != nil {
+	switch {
+	case e.Kind == migrate.Lost || e.Kind == migrate.Resumed || e.Kind == migrate.GivenUp:
+		n.tell(Event{Kind: Resumption, Text: text})
+	case e.To != nil:
 		n.tell(Event{Kind: Move, Text: text, Initiator: e.Initiator, Conn: connOf(e.To)})
 	}
 }

@@ -38,6 +38,9 @@ type Config struct {
 	Relay []string `json:"relay,omitempty"`
 	// Portage has the node run Portage; else it is plain go-libp2p.
 	Portage bool `json:"portage,omitempty"`
+	// Resumption has its streams outlive their connection for as long, with Portage; 0: they
+	// do not.
+	Resumption time.Duration `json:"resumption,omitempty"`
 	// StreamFirst holds the node's direct dials to its peer back until there is a Stream, so
 	// that the stream is on the relay also where the machine is slow. Usually it is there
 	// long before.
@@ -78,6 +81,7 @@ const (
 	Disconnected Kind = "disconnected" // Conn
 	Punch        Kind = "punch"        // Text: what go-libp2p's hole puncher says
 	Move         Kind = "move"         // Text: a step of a migration, as migrate names it; Conn: where to
+	Resumption   Kind = "resumption"   // Text: what became of a stream that has lost its connection, as migrate names it
 	Ended        Kind = "ended"        // Stream
 )
 
