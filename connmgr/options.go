@@ -163,6 +163,10 @@ const (
 	// with more than one.
 	fullProbe = 24 << 10
 
+	// How long after a question for which there was no room it is put again; then twice as
+	// long each time.
+	refusedWait = 100 * time.Millisecond
+
 	// A winner has to live for this long before the last other connection without a limit is
 	// closed, where that is a relayed one: it is the way to peers behind NATs, and 30 s are
 	// what QUIC takes to notice that a path is gone, and what the shortest-lived UDP mappings

@@ -307,6 +307,15 @@ func leaveSilent(d *peerState, mv mover) {
 	}
 }
 
+// refused says whether a question has failed at the resource manager of either end: by default
+// go-libp2p's allows four pings of a peer at a time, and two of them from the peer. That says
+// nothing of the path.
+func refused(err error) bool {
+	var reset *network.StreamError
+	return errors.Is(err, network.ErrResourceLimitExceeded) ||
+		errors.As(err, &reset) && reset.Remote && reset.ErrorCode == network.StreamResourceLimitExceeded
+}
+
 // pathAsker asks connections whether their paths work.
 type pathAsker struct {
 	cfg   *config
@@ -329,6 +338,23 @@ func (pa *pathAsker) ask(d *peerState, cs *connState, mv mover, others bool) {
 	cs.requests++
 	d.mu.Unlock()
 	pa.tasks.start(func() { pa.await(d, cs, mv, full, greets) })
+}
+
+// insist asks c, and again after a moment where there was no room for the question: where a peer
+// has several connections, both ends ask all of them at the same moment.
+func (pa *pathAsker) insist(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
+	start := time.Now()
+	for wait := refusedWait; ; wait *= 2 {
+		took, err := pa.probe(ctx, c, full, put)
+		if !refused(err) || time.Since(start)+wait >= pa.cfg.probeTime {
+			return took, err
+		}
+		select {
+		case <-ctx.Done():
+			return took, err
+		case <-time.After(wait):
+		}
+	}
 }
 
 // await asks cs and notes what comes of it. greets: it is asked which process it leads to,
@@ -355,7 +381,7 @@ func (pa *pathAsker) await(d *peerState, cs *connState, mv mover, full, greets b
 		if greets {
 			out.instance, out.took, out.err = pa.greet(ctx, cs.conn, func() { put.Store(true) })
 		} else {
-			out.took, out.err = pa.probe(ctx, cs.conn, full, func() { put.Store(true) })
+			out.took, out.err = pa.insist(ctx, cs.conn, full, func() { put.Store(true) })
 		}
 		came <- out
 	}()

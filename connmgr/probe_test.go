@@ -310,6 +310,44 @@ func TestQuestionsAreLarge(t *testing.T) {
 	})
 }
 
+// go-libp2p allows few pings of a peer at a time, and both ends ask all connections at once: a
+// question for which there was no room, at either end, is put again soon.
+func TestRefusedQuestionsArePutAgain(t *testing.T) {
+	for name, refusal := range map[string]error{
+		"by this end": fmt.Errorf("open: %w", network.ErrResourceLimitExceeded),
+		"by the peer": &network.StreamError{ErrorCode: network.StreamResourceLimitExceeded, Remote: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, higher)
+				var mu sync.Mutex
+				refusals := make(map[bool]int) // of the questions that are large, and of the others
+				w.m.paths.greet = nil
+				w.m.paths.probe = func(_ context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
+					mu.Lock()
+					defer mu.Unlock()
+					if refusals[full] < 2 {
+						refusals[full]++
+						return 0, refusal
+					}
+					put()
+					return rtt, nil
+				}
+				relay := w.connectLimited()
+				relay.open(1)
+				w.pass(10 * time.Second)
+				mu.Lock()
+				clear(refusals)
+				mu.Unlock()
+				direct := w.connect(quicAddr)
+				w.pass(time.Second)
+				require.Len(t, w.mover.made(), 1, "after two refusals of each question")
+				require.Equal(t, direct.id, w.steered())
+			})
+		})
+	}
+}
+
 // A peer that reconnects before the old connection is noticed to be dead.
 func TestDeadConnectionDoesNotWin(t *testing.T) {
 	for name, opts := range map[string][]Option{

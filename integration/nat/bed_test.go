@@ -328,7 +328,8 @@ func (w *world) relayedDown() time.Time {
 	})
 }
 
-// gaveUp waits until the side that was dialled has made its three attempts to punch.
+// gaveUp waits until the side that was dialled has made its three attempts to punch, or has been
+// refused: where both have dialled, one punch can be in the way of the other.
 func (w *world) gaveUp(side natbed.Side) {
 	w.t.Helper()
 	attempts := 0
@@ -336,7 +337,7 @@ func (w *world) gaveUp(side natbed.Side) {
 		if e.Kind == natbed.Punch && strings.HasPrefix(e.Text, "EndHolePunch ") {
 			attempts++
 		}
-		return attempts == 3
+		return attempts == 3 || e.Kind == natbed.Punch && strings.HasPrefix(e.Text, "ProtocolError ")
 	})
 }
 
