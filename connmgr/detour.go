@@ -265,7 +265,7 @@ func (pl *planner) inVain(c *connFacts) {
 	case p.asking:
 	case p.asked.Before(c.waits), !p.asked.Add(reprobe(p.tries, pl.cfg.probeTime)).After(f.now):
 		pl.state = "one connection: asking whether it works"
-		pl.probe = append(pl.probe, 0)
+		pl.probe = append(pl.probe, question{conn: 0})
 	default:
 		pl.look(p.asked.Add(reprobe(p.tries, pl.cfg.probeTime)))
 	}

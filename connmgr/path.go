@@ -326,12 +326,10 @@ type pathAsker struct {
 	greet greeter
 }
 
-// ask asks a connection of d whether its path works: once it has answered, with more than a
-// packet until that has been answered, too, where it costs no relay's budget and there is
-// another one. It does not wait for the answer.
-func (pa *pathAsker) ask(d *peerState, cs *connState, mv mover, others bool) {
+// ask asks a connection of d whether its path works, with more than a packet if full. It does
+// not wait for the answer.
+func (pa *pathAsker) ask(d *peerState, cs *connState, mv mover, full bool) {
 	d.mu.Lock()
-	full := cs.path.alive() && !cs.path.wide && !cs.base.Limited && others
 	greets := pa.greet != nil && d.manages && !cs.greeted && !cs.lacks
 	cs.greeted = cs.greeted || greets
 	cs.path.ask(time.Now())

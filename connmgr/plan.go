@@ -162,18 +162,24 @@ type plan struct {
 	err      error // why there is none, where something is wrong
 	better   string
 	since    time.Time
-	settled  time.Time // until when connections may still come; not after facts.now: they have
-	steer    bool      // new streams go to the winner
-	tell     bool      // the peer is told that the winner is kept
-	asks     bool      // what can be decided depends on answers that are on their way
-	probe    []int     // connections that are asked whether their path works
-	room     int       // streams that may move to the winner now; negative: no limit is known
-	verdicts []verdict // of facts.conns
+	settled  time.Time  // until when connections may still come; not after facts.now: they have
+	steer    bool       // new streams go to the winner
+	tell     bool       // the peer is told that the winner is kept
+	asks     bool       // what can be decided depends on answers that are on their way
+	probe    []question // put to connections: whether their path works
+	room     int        // streams that may move to the winner now; negative: no limit is known
+	verdicts []verdict  // of facts.conns
 	upgrade  upgrade
 	cleared  bool      // the only connection has come to work, or is left alone
 	detour   bool      // the peer is dialled beside its only connection
 	closed   []int     // that were closed, once the plan has been acted on
 	next     time.Time // when to look again if nothing is heard; zero: never
+}
+
+// question is one that a connection is asked: whether its path works.
+type question struct {
+	conn  int  // in facts.conns
+	large bool // and carries what is larger than a packet
 }
 
 // planner makes one plan.
@@ -463,7 +469,7 @@ func (pl *planner) askPaths() {
 		if at.After(f.now) {
 			pl.look(at)
 		} else if !c.path.asking {
-			pl.probe = append(pl.probe, i)
+			pl.probe = append(pl.probe, question{i, pl.asksLarge(c)})
 		}
 	}
 }
@@ -476,9 +482,9 @@ func (pl *planner) dueProbe(c *connFacts) time.Time {
 		return f.now // not since the last one came
 	case p.health != pathAlive:
 		return p.asked.Add(reprobe(p.tries, pl.cfg.probeTime))
-	case pl.narrow(c) && p.denied > 0:
+	case pl.asksLarge(c) && p.denied > 0:
 		return p.asked.Add(reprobe(p.denied, pl.cfg.probeTime))
-	case pl.narrow(c) && !pl.spared(c):
+	case pl.asksLarge(c):
 		return f.now
 	case f.now.Sub(c.used) < pl.cfg.interval:
 		return later(p.asked, p.at).Add(useProbe) // something depends on it
@@ -493,11 +499,14 @@ func (pl *planner) dueProbe(c *connFacts) time.Time {
 	}
 }
 
-// narrow says whether c works, and has yet to show that it carries what is large. It is asked
-// for that once new streams go elsewhere: a path that swallows it may be stuck for good.
+// narrow says whether c works, and has yet to show that it carries what is large.
 func (pl *planner) narrow(c *connFacts) bool {
 	return c.path.alive() && !c.path.wide && c.unlimited() && !pl.first(c)
 }
+
+// asksLarge says whether c, when it is asked, is asked for that. It costs no relay's budget: a
+// limited connection is never asked, nor the oldest, which has carried what there was.
+func (pl *planner) asksLarge(c *connFacts) bool { return pl.narrow(c) && !pl.spared(c) }
 
 // spared says whether c is not asked for that now. A TCP connection whose path swallows what
 // is large does not survive the question, and a peer without Portage goes on using it. It is
@@ -710,7 +719,7 @@ func (pl *planner) vouched(best, order []*connFacts) (*connFacts, string) {
 			}
 			return c, ""
 		}
-		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(pl.newest) || pl.narrow(c) && !pl.spared(c) && !c.path.asking && c.path.denied == 0 {
+		if c.path.asking && !c.path.gaveUp(f.now, pl.cfg.probeTime) || c.path.asked.Before(pl.newest) || pl.asksLarge(c) && !c.path.asking && c.path.denied == 0 {
 			pl.asks = true
 			return nil, "asking which connections work"
 		}
@@ -1113,8 +1122,8 @@ func (pl *planner) gap(quiet time.Duration) time.Duration {
 
 func (pl *planner) probeWinner(w *connFacts) {
 	i := pl.index(w.id())
-	if !w.path.asking && !slices.Contains(pl.probe, i) {
-		pl.probe = append(pl.probe, i)
+	if !w.path.asking && !slices.ContainsFunc(pl.probe, func(q question) bool { return q.conn == i }) {
+		pl.probe = append(pl.probe, question{i, pl.asksLarge(w)})
 	}
 }
 

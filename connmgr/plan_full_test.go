@@ -47,9 +47,12 @@ func inFull(f *facts, p *plan) string {
 			fmt.Fprintf(&sb, " (%s over %s by %s)", v.decision.Winner.ID, v.decision.Loser.ID, v.decision.Rule)
 		}
 		when("until", v.until)
-		for _, j := range p.probe {
-			if j == i {
+		for _, q := range p.probe {
+			if q.conn == i {
 				sb.WriteString(", is asked")
+				if q.large {
+					sb.WriteString(" for what is large")
+				}
 			}
 		}
 	}
@@ -162,7 +165,7 @@ quic: keep, undecided: not decided on`},
 		{name: "narrow, denied long ago", facts: between(tcpConn(opened(time.Hour)), quicConn(denied(1), at(7*time.Second, 7*time.Second))),
 			want: `it is not known whether quic direct works: nothing is done until it is; steers to tcp; next look in 5s
 tcp: keep, undecided: not decided on (quic over tcp by transport)
-quic: keep, undecided: not decided on, is asked`},
+quic: keep, undecided: not decided on, is asked for what is large`},
 		{name: "narrow, asking", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow, func(c *connFacts) { c.path.asking = true })),
 			want: `asking which connections work; asks; steers to tcp; next look in 5s
 tcp: keep, undecided: not decided on (quic over tcp by transport)

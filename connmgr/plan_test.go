@@ -264,7 +264,7 @@ func TestPlan(t *testing.T) {
 		}), tcpConn(pins(1))).with(winner("quic")).with(follower),
 			want: want{winner: "quic", probes: []string{"quic"}}},
 		{name: "a path that carries only what is small so far is asked for more, while new streams go elsewhere", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow)),
-			want: want{winner: "-", state: "asking", steer: isSo, probes: []string{"quic"}}},
+			want: want{winner: "-", state: "asking", steer: isSo, probes: []string{"quic (large)"}}},
 		{name: "streams that are well leave for what works now, not for what worked before", facts: between(tcpConn(opened(time.Hour), carries(2, 2)), quicConn(func(c *connFacts) { c.path.at = ago(time.Second) })),
 			want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}, probes: []string{"quic"}}},
 		{name: "what is idle is not asked all the time", facts: between(quicConn(func(c *connFacts) { c.path.at, c.path.asked = ago(20*time.Second), ago(20*time.Second) }), tcpConn(quietFor(time.Second))).with(winner("quic")),
@@ -329,7 +329,22 @@ func TestPlan(t *testing.T) {
 		{name: "a large question that was not answered is not put all the time", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow, func(c *connFacts) { c.path.denied, c.path.asked = 1, ago(time.Second) })),
 			want: want{winner: "-", steer: isSo, probes: []string{}, next: lateFactor*defaultProbeTime - time.Second}},
 		{name: "but again", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow, func(c *connFacts) { c.path.denied, c.path.asked = 1, ago(lateFactor*defaultProbeTime) })),
-			want: want{winner: "-", probes: []string{"quic"}}},
+			want: want{winner: "-", probes: []string{"quic (large)"}}},
+		{name: "a TCP connection in use to a plain peer is asked nothing large: it would not survive that on a path that swallows it",
+			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
+			want:  want{winner: "-", state: "not known", probes: []string{"tcp"}}},
+		{name: "nor with a stream on it", facts: between(limitedConn(opened(time.Hour)), tcpConn(narrow, pins(1), at(time.Minute, time.Minute))).with(plainPeer),
+			want: want{winner: "-", state: "not known", probes: []string{"tcp"}}},
+		{name: "nor where one was denied", facts: between(relayConn(opened(time.Hour)), tcpConn(denied(1), used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
+			want: want{probes: []string{"tcp"}}},
+		{name: "nor one whose peer is not known yet", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(func(f *facts) { f.manages, f.migrates = unknown, false }),
+			want: want{winner: "-", probes: []string{"tcp"}}},
+		{name: "but one that has not been used for long", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, quietFor(defaultPlainQuietTime), at(2*time.Second, 2*time.Second))).with(plainPeer),
+			want: want{winner: "-", probes: []string{"tcp (large)"}}},
+		{name: "and one of QUIC, which finds out what passes", facts: between(relayConn(opened(time.Hour)), quicConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
+			want: want{winner: "-", probes: []string{"quic (large)"}}},
+		{name: "the oldest is asked nothing large", facts: between(quicConn(narrow, opened(time.Hour), at(time.Minute, time.Minute)), tcpConn()),
+			want: want{probes: []string{"quic"}}},
 		{name: "what is silent is asked again after twice the time", facts: between(quicConn(silent), tcpConn(opened(5*time.Second))),
 			want: want{probes: []string{}, next: lateFactor*defaultProbeTime - 3*time.Second}},
 		{name: "what is being asked is not asked once more", facts: between(quicConn(asking), tcpConn()), want: want{probes: []string{}}},
@@ -519,8 +534,12 @@ func TestPlan(t *testing.T) {
 			}
 			if tc.want.probes != nil {
 				probes := []string{}
-				for _, i := range p.probe {
-					probes = append(probes, tc.facts.conns[i].id())
+				for _, q := range p.probe {
+					what := tc.facts.conns[q.conn].id()
+					if q.large {
+						what += " (large)"
+					}
+					probes = append(probes, what)
 				}
 				require.ElementsMatch(t, tc.want.probes, probes, "connections that are asked")
 			}

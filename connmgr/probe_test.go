@@ -297,7 +297,9 @@ func TestQuestionsAreLarge(t *testing.T) {
 			asked[fc] = append(asked[fc], full)
 			return rtt, nil
 		}
-		relay, direct := w.connectLimited(), w.connect(quicAddr)
+		relay := w.connectLimited()
+		w.pass(time.Millisecond)
+		direct := w.connect(quicAddr)
 		relay.setPlain(1)
 		direct.setPlain(1)
 		w.pass(time.Minute)

@@ -257,8 +257,8 @@ func (d *peerState) apply(v *view, p *plan) {
 
 // act does what a plan says.
 func (r *rounds) act(d *peerState, v *view, p *plan) *batch {
-	for _, i := range p.probe {
-		r.paths.ask(d, v.conns[i].connState, v.mover, len(v.conns) > 1)
+	for _, q := range p.probe {
+		r.paths.ask(d, v.conns[q.conn].connState, v.mover, q.large)
 	}
 	if len(v.conns) == 1 {
 		r.detours.act(d, v.conns[0].conn, p)

@@ -101,6 +101,31 @@ func TestDirectPathThatSwallowsWhatIsLarge(t *testing.T) {
 	}
 }
 
+// A direct path that swallows what is large does well for an application that sends nothing
+// large, and new streams of plain hosts go there. Nobody may break it by asking for more while
+// it is in use, at either end, unless new streams of both go elsewhere.
+func TestDirectPathThatCarriesWhatIsSmall(t *testing.T) {
+	for _, every := range []time.Duration{7 * time.Second, 25 * time.Second} {
+		t.Run(fmt.Sprintf("a request each %v", every), func(t *testing.T) {
+			compare(t, func(w *world) {
+				w.hosts(setup{})
+				w.relayed(false)
+				chats := w.chats(1)
+				time.Sleep(5 * time.Second)
+				w.Narrow(w.a.IPs()[1], w.b.IPs()[1], 8000)
+				w.direct(TCP, 1)
+				for i := range int(2 * time.Minute / every) {
+					time.Sleep(every)
+					for _, q := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
+						w.noteRequest(fmt.Sprintf("request %d of %s", i, q[0].name), q[0], q[1], 5*time.Second, 2*time.Second)
+					}
+				}
+				w.noteAll("stream that was opened on the relay", chats, 5*time.Second, 5*time.Second)
+			})
+		})
+	}
+}
+
 // A QUIC path is down for some seconds while streams on it wait for answers. QUIC waits twice
 // as long each time before it sends again, and plain hosts have the answers up to as long
 // after the path is back as it was down. Beside a second connection the path is asked, and so
