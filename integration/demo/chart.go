@@ -23,6 +23,7 @@ type picture struct {
 type chart struct {
 	name    string
 	elapsed time.Duration // until the last byte
+	longest time.Duration // elapsed of the chart that takes longest, of those in one picture
 	series  []series      // stacked, the first at the bottom
 	marks   []mark        // in the order of time
 }
@@ -61,10 +62,16 @@ const (
 	together = 0.01
 )
 
-const (
-	fromColor = "#e59a3c"
-	toColor   = "#3b78d8"
-)
+// colors are those of the series, from the first to the last.
+var colors = []string{"#e59a3c", "#3b78d8", "#4a9d6e"}
+
+// paths are those that the transfer takes, as the picture stacks them.
+func (cfg config) paths() []path {
+	if cfg.cut {
+		return []path{relay, quic, tcp}
+	}
+	return []path{cfg.from, cfg.to}
+}
 
 // pictureOf returns what is to be drawn of a transfer, and of the same one without Portage,
 // which may be nil.
@@ -76,18 +83,29 @@ func pictureOf(s, without *summary) picture {
 	switch {
 	case s.cfg.nat:
 		shaped += fmt.Sprintf(" Both hosts are behind NATs; the relay's limit is %s.", formatSize(s.cfg.relay.data))
-	case s.cfg.from == relay:
+	case s.cfg.from == relay || s.cfg.cut:
 		shaped += fmt.Sprintf(" The path to the relay is shaped to %s/s, its limit is %s.",
 			formatSize(s.cfg.relay.rate), formatSize(s.cfg.relay.data))
 	}
+	what := fmt.Sprintf("%s first, then %s beside it", s.cfg.from.title(), s.cfg.to.title())
+	if s.cfg.cut {
+		what = fmt.Sprintf("the connection is lost %d times", len(s.cuts))
+	}
 	p := picture{
-		title: fmt.Sprintf("%s in %s: %s first, then %s beside it",
-			formatSize(s.cfg.size), plural(s.cfg.streams, "stream"), s.cfg.from.title(), s.cfg.to.title()),
+		title: fmt.Sprintf("%s in %s: %s",
+			formatSize(s.cfg.size), plural(s.cfg.streams, "stream"), what),
 		subtitle: shaped,
 		charts:   []chart{chartOf(s)},
 	}
 	if without != nil {
 		p.charts = append(p.charts, chartOf(without))
+	}
+	longest := time.Duration(0)
+	for _, c := range p.charts {
+		longest = max(longest, c.elapsed)
+	}
+	for i := range p.charts {
+		p.charts[i].longest = longest
 	}
 	return p
 }
@@ -101,15 +119,11 @@ func chartOf(s *summary) chart {
 	if !s.whole() {
 		outcome = fmt.Sprintf("ends after %s", formatSize(s.arrived))
 	}
-	return chart{
-		name:    with + ": " + outcome,
-		elapsed: s.record.elapsed,
-		series: []series{
-			{s.cfg.from.title(), fromColor, s.record.bins[s.cfg.from]},
-			{s.cfg.to.title(), toColor, s.record.bins[s.cfg.to]},
-		},
-		marks: marksOf(s),
+	c := chart{name: with + ": " + outcome, elapsed: s.record.elapsed, marks: marksOf(s)}
+	for i, p := range s.cfg.paths() {
+		c.series = append(c.series, series{p.title(), colors[i], s.record.bins[p]})
 	}
+	return c
 }
 
 // marksOf names the moments of a transfer. Of many streams it takes the first
@@ -117,6 +131,18 @@ func chartOf(s *summary) chart {
 // picture are one mark.
 func marksOf(s *summary) []mark {
 	var marks []mark
+	for _, c := range s.cuts {
+		m := mark{c.at, c.what}
+		switch next := "on over " + c.next.inWords(); {
+		case c.next == "":
+		case float64(c.after) < together*float64(s.record.elapsed):
+			m.label += ", " + next
+		default:
+			marks = append(marks, m)
+			m = mark{c.at + c.after, next}
+		}
+		marks = append(marks, m)
+	}
 	moments := s.record.marked()
 	for len(moments) > 0 {
 		n := 1
@@ -326,7 +352,7 @@ type step struct {
 func (c chart) steps() []step {
 	width := binWidth
 	for _, n := range []int{2, 5, 10, 20, 50, 100, 200, 500, 1000, 6000, 60000} {
-		if int(c.elapsed/width) <= 60 {
+		if int(max(c.elapsed, c.longest)/width) <= 60 {
 			break
 		}
 		width = time.Duration(n) * binWidth

@@ -60,6 +60,15 @@ func TestChartIsWellFormedAndComplete(t *testing.T) {
 	for i := range spread.record.moments {
 		spread.record.moments[i].at = time.Duration(i) * 300 * time.Millisecond
 	}
+	cutUp, cutOff := sample(1), sample(1)
+	cutUp.cfg.cut, cutOff.cfg.cut, cutOff.cfg.without = true, true, true
+	cutUp.record.moments, cutOff.record.moments = nil, nil
+	cutUp.cuts = []cut{
+		{what: "the TCP connection is reset", at: time.Second, next: relay, after: 20 * time.Millisecond},
+		{what: "nothing passes over QUIC any more", at: 2 * time.Second, next: tcp, after: 3 * time.Second},
+	}
+	cutOff.cuts = []cut{{what: "the TCP connection is reset", at: time.Second}}
+	cutOff.verified, cutOff.arrived = 0, 8<<20
 	empty := &summary{cfg: sample(1).cfg, begun: true}
 	for name, test := range map[string]struct {
 		s       *summary
@@ -71,8 +80,10 @@ func TestChartIsWellFormedAndComplete(t *testing.T) {
 		"many streams":     {sample(100), nil, []string{"100 streams moved to QUIC", "last of 100: receiver"}},
 		"lost":             {lost, nil, []string{"Without: ends after 8 MiB", "the relay cuts at its limit"}},
 		"with and without": {sample(1), lost, []string{"With Portage: all has arrived", "Without: ends after 8 MiB"}},
-		"nothing":          {empty, nil, nil},
-		"beside nothing":   {sample(1), empty, nil},
+		"cut": {cutUp, cutOff, []string{"the connection is lost 2 times", "the TCP connection is reset, on over the relay",
+			"nothing passes over QUIC any more <", "on over TCP <", "the TCP connection is reset <", "Without: ends after 8 MiB"}},
+		"nothing":        {empty, nil, nil},
+		"beside nothing": {sample(1), empty, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			doc := pictureOf(test.s, test.without).draw()

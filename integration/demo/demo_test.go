@@ -23,7 +23,11 @@ type outcome struct {
 	Migrations int            `json:"migrations"`
 	Conns      int            `json:"connections_after"`
 	Relayed    bool           `json:"relayed_after"`
-	Error      string         `json:"error"`
+	Cuts       []struct {
+		What string `json:"what"`
+		Next path   `json:"next"`
+	} `json:"cuts"`
+	Error string `json:"error"`
 }
 
 // runDemo runs the program and checks that its exit status, and whether there is a chart,

@@ -21,6 +21,7 @@ type config struct {
 	after   time.Duration // first byte of the last stream to the dial of the second connection
 	rate    int64         // sender's pace in bytes a second; 0: none
 	without bool
+	cut     bool // the connection is cut; see cut.go
 	nat     bool // between real NATs; see nat_linux.go
 	json    bool
 	verbose bool
@@ -31,7 +32,7 @@ type config struct {
 	server  *server                     // of http
 	before  func(context.Context) error // for tests: called before the second connection is dialled
 
-	relay relayLimits // of -from relay
+	relay relayLimits // of -from relay and -cut
 }
 
 // relayLimits are what the relay allows a relayed connection, each way.
@@ -75,6 +76,7 @@ func parseFlags(args []string, stderr io.Writer) (config, error) {
 	rate := fs.String("rate", "", "pace of the sender per `second`, such as 16MiB; 0: as fast as it goes; default: a quarter of the size")
 	fs.BoolVar(&cfg.without, "without", false, "plain go-libp2p, without Portage")
 	fs.BoolVar(&cfg.nat, "nat", false, "between two hosts behind real NATs, where go-libp2p punches a hole: needs root on Linux; sends 512KiB by default")
+	fs.BoolVar(&cfg.cut, "cut", false, "cut the connection under the transfer, again and again; -after says how long after it has gone on")
 	fs.BoolVar(&cfg.json, "json", false, "write one JSON object instead of the summary")
 	fs.StringVar(&cfg.svg, "svg", "migration.svg", "draw the throughput to this `file`; \"\": do not")
 	fs.StringVar(&cfg.http, "http", "", "serve the status page of Portage, and metrics, at this `address`, such as 127.0.0.1:8080, until Ctrl-C")
@@ -97,6 +99,14 @@ func parseFlags(args []string, stderr io.Writer) (config, error) {
 			return config{}, err
 		}
 	}
+	if cfg.cut {
+		for _, name := range []string{"nat", "from", "to"} {
+			if given[name] {
+				return config{}, fmt.Errorf("-cut goes from one path to the next by itself: leave out -%s", name)
+			}
+		}
+		*from = string(tcp)
+	}
 	var err error
 	if cfg.size, err = sizeToSend(cfg.file, *size, given["size"]); err != nil {
 		return config{}, err
@@ -108,7 +118,7 @@ func parseFlags(args []string, stderr io.Writer) (config, error) {
 		return config{}, fmt.Errorf("-to: %w", err)
 	}
 	cfg.rate = cfg.size / 4
-	if cfg.nat {
+	if cfg.nat || cfg.cut {
 		cfg.rate = cfg.size / 10
 	}
 	if *rate != "" {
@@ -117,8 +127,11 @@ func parseFlags(args []string, stderr io.Writer) (config, error) {
 		}
 	}
 	cfg.relay = limitsFor(cfg.size)
-	if cfg.nat {
+	switch {
+	case cfg.nat:
 		cfg.relay = natLimits
+	case cfg.cut:
+		cfg.relay = cutLimits(cfg.size)
 	}
 	if cfg.timeout == 0 {
 		cfg.timeout = time.Minute + time.Duration(cfg.size>>23)*time.Second
@@ -186,6 +199,8 @@ func (cfg config) check() error {
 		return fmt.Errorf("-nat: so little would pass through the relay as well: send more than %s", formatSize(natLimits.data))
 	case cfg.nat:
 		return nil // the relay's path is not shaped, and nothing is dialled by the demo
+	case cfg.cut && cfg.size < minRelayed:
+		return fmt.Errorf("-cut: so little would be through before it is cut: send at least %s", formatSize(minRelayed))
 	case cfg.from == relay && cfg.size < minRelayed:
 		return fmt.Errorf("so little would pass through the relay as well: send at least %s, or use -from tcp", formatSize(minRelayed))
 	case cfg.from == relay && cfg.after > cfg.relay.dialBy():

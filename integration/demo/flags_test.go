@@ -58,6 +58,9 @@ func TestBadFlagsSayWhatToDo(t *testing.T) {
 		{"-nat -size 64KiB", "more than 128 KiB"},
 		{"-nat -from tcp", "leave out -from"},
 		{"-nat -streams 2", "leave out -streams"},
+		{"-cut -from quic", "leave out -from"},
+		{"-cut -nat", "leave out -nat"},
+		{"-cut -size 1MiB", "at least 4 MiB"},
 		{"photo.jpg", "use -file photo.jpg"},
 		{"-unknown", "-h lists them"},
 	} {

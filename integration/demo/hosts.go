@@ -31,9 +31,10 @@ type testbed struct {
 	cfg      config
 	sender   host.Host
 	receiver host.Host
-	relay    host.Host // nil unless -from relay
-	shaper   *shaper   // nil unless -from relay
-	gate     *gate     // of the sender; nil if -from relay
+	relay    host.Host     // nil unless -from relay
+	shaper   *shaper       // nil unless -from relay
+	gate     *gate         // of the sender; nil if -from relay
+	doors    map[path]door // of -cut
 
 	held    chan dialled // the dial that waits at the gate
 	closers []func() error

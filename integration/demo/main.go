@@ -11,16 +11,21 @@
 //	go run ./integration/demo -from tcp -to quic # two direct connections
 //	go run ./integration/demo -streams 100       # many transfers at once
 //	go run ./integration/demo -nat               # between real NATs, as root on Linux
+//	go run ./integration/demo -cut               # with its connection cut again and again
 //	go run ./integration/demo -http 127.0.0.1:0  # with a status page to look at meanwhile
 //
 // What is shaped, so that there is something to see: the sender is paced, and
 // the path through the relay is narrow. All else is as fast as it gets.
 //
+// With -cut streams outlive their connection (migrate.WithResumption): it is reset, cut by a relay,
+// and passes nothing any more, and each time the transfer goes on over what is left. With
+// -without it ends at the first.
+//
 // It is drawn, with the same on plain go-libp2p below it, which is run for that.
 //
 // With -http the hosts stay when all is done, and so does their status page, until Ctrl-C.
 //
-// The exit status is 0 only if all of the file arrived, and, unless -without is
+// The exit status is 0 only if all of the file arrived, and, unless -without or -cut is
 // given, if one connection is left.
 package main
 
@@ -111,6 +116,9 @@ func (cfg config) run(ctx context.Context, stdout, stderr io.Writer) int {
 
 // show goes through the whole story, where -nat says that it takes place.
 func (cfg config) show(ctx context.Context, rec *recorder, con *console) *summary {
+	if cfg.cut {
+		return demonstrateCuts(ctx, cfg, rec, con)
+	}
 	if cfg.nat {
 		return demonstrateNAT(ctx, cfg, rec, con)
 	}
@@ -120,7 +128,7 @@ func (cfg config) show(ctx context.Context, rec *recorder, con *console) *summar
 // compare runs the same on plain go-libp2p, where that shows a difference and somebody
 // looks. It returns nil otherwise.
 func compare(ctx context.Context, cfg config, sum *summary, con *console) *summary {
-	if cfg.without || cfg.from != relay || cfg.json || sum.err != nil {
+	if cfg.without || cfg.from != relay && !cfg.cut || cfg.json || sum.err != nil {
 		return nil
 	}
 	con.say("the same without Portage, for the picture")

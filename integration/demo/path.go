@@ -76,6 +76,14 @@ func (p path) title() string {
 	}
 }
 
+// inWords names the path in a sentence.
+func (p path) inWords() string {
+	if p == relay {
+		return "the relay"
+	}
+	return p.title()
+}
+
 // listenAddr is where a host that can be reached on this path listens.
 func (p path) listenAddr() string {
 	switch p {

@@ -19,14 +19,15 @@ const settleDelay = 300 * time.Millisecond
 
 // withPortage is all that the demo needs of Portage on one host.
 func withPortage(cfg config, who side, rec *recorder, log *zap.Logger) libp2p.Option {
+	streams := []migrate.Option{migrate.WithLogger(log), migrate.WithTracer(trace(who, rec))}
+	if cfg.cut {
+		streams = append(streams, migrate.WithResumption())
+	}
 	return connmgr.Enable(
 		connmgr.WithPolicy(policyFor(cfg.from, cfg.to)),
 		connmgr.WithLogger(log),
 		connmgr.WithSettleDelay(settleDelay),
-		connmgr.WithMigrateOptions(
-			migrate.WithLogger(log),
-			migrate.WithTracer(trace(who, rec)),
-		),
+		connmgr.WithMigrateOptions(streams...),
 	)
 }
 
@@ -69,6 +70,12 @@ func trace(who side, rec *recorder) func(migrate.Event) {
 				rec.migrated()
 			}
 			rec.moment(finished, who, e.Time)
+		case migrate.Lost:
+			rec.lost(who, e.Time)
+		case migrate.Resumed:
+			rec.resumed(who, e.Time, pathOf(e.To), int64(e.Again))
+		case migrate.GivenUp:
+			rec.gaveUp(who)
 		}
 	}
 }

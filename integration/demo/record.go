@@ -65,6 +65,7 @@ const binWidth = 10 * time.Millisecond
 type recorder struct {
 	from, to path
 	streams  int
+	cut      bool          // -cut
 	underWay chan struct{} // closed when the receiver has read something of each stream
 	allMoved chan struct{} // closed when as many migrations have ended well as there are streams
 
@@ -76,6 +77,23 @@ type recorder struct {
 	lastRead time.Time       // zero before the first
 	route    path            // of the latest read; before that, the first
 	courses  map[int]*course // by part
+	losing   losing
+}
+
+// losing is a cut that is under way: from the moment that it strikes, or that a stream is lost,
+// until none is lost any more.
+type losing struct {
+	cut
+	ends  [2]struct{ waiting, back int } // streams that are lost, and that went on
+	first time.Time                      // when the first was lost; zero: none was
+	last  time.Time                      // when the last went on
+}
+
+func (l *losing) of(who side) *struct{ waiting, back int } {
+	if who == senderSide {
+		return &l.ends[0]
+	}
+	return &l.ends[1]
 }
 
 func newRecorder(cfg config) *recorder {
@@ -84,6 +102,7 @@ func newRecorder(cfg config) *recorder {
 		to:       cfg.to,
 		route:    cfg.from,
 		streams:  cfg.streams,
+		cut:      cfg.cut,
 		underWay: make(chan struct{}),
 		allMoved: make(chan struct{}),
 		courses:  make(map[int]*course),
@@ -159,6 +178,76 @@ func (r *recorder) moment(kind momentKind, who side, when time.Time) {
 	}
 }
 
+// strike begins a cut, or names one that has begun by itself.
+func (r *recorder) strike(what string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	at := time.Now()
+	if !r.losing.first.IsZero() {
+		at = r.losing.first
+	}
+	r.losing.what, r.losing.at = what, at.Sub(r.begin)
+}
+
+// lost records that a stream of one side has lost its connection, resumed that it goes on over
+// another, and gaveUp that it does not.
+func (r *recorder) lost(who side, when time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := &r.losing
+	if l.first.IsZero() {
+		l.first = when
+	}
+	l.of(who).waiting++
+}
+
+func (r *recorder) resumed(who side, when time.Time, to path, again int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := &r.losing
+	l.of(who).waiting--
+	l.of(who).back++
+	l.last, l.next = when, to
+	l.again += again
+}
+
+func (r *recorder) gaveUp(who side) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.losing.of(who).waiting--
+}
+
+// struck says whether a stream has lost its connection, and wentOn whether each end had such
+// streams, and has none any more.
+func (r *recorder) struck() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return !r.losing.first.IsZero()
+}
+
+func (r *recorder) wentOn() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, end := range r.losing.ends {
+		if end.back == 0 || end.waiting > 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// outcome ends the cut that is under way.
+func (r *recorder) outcome() cut {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	l := r.losing
+	r.losing = losing{}
+	if l.next != "" {
+		l.after = l.last.Sub(r.begin) - l.at
+	}
+	return l.cut
+}
+
 // migrated counts a migration.
 func (r *recorder) migrated() {
 	r.mu.Lock()
@@ -223,7 +312,9 @@ type departing struct {
 
 func (d departing) Write(p []byte) (int, error) {
 	at := pathOf(d.Conn())
-	d.course.depart(at, int64(len(p)))
+	if !d.course.recorder.cut {
+		d.course.depart(at, int64(len(p)))
+	}
 	n, err := d.Stream.Write(p)
 	d.course.recorder.sent(at, int64(n))
 	return n, err
@@ -261,7 +352,7 @@ func (a *arriving) Read(p []byte) (int, error) {
 	case a.course == nil:
 		a.putOff += int64(n)
 	case n > 0:
-		a.course.arrive(int64(n), time.Now())
+		a.arrived(int64(n))
 	}
 	return n, err
 }
@@ -269,7 +360,16 @@ func (a *arriving) Read(p []byte) (int, error) {
 // follow says which course the stream's bytes take.
 func (a *arriving) follow(c *course) {
 	a.course = c
-	c.arrive(a.putOff, time.Now())
+	a.arrived(a.putOff)
+}
+
+// arrived records a Read. Where bytes are sent again, their course is where the receiver has its
+// stream.
+func (a *arriving) arrived(n int64) {
+	if a.course.recorder.cut {
+		a.course.depart(pathOf(a.Conn()), n)
+	}
+	a.course.arrive(n, time.Now())
 }
 
 // arrive records a Read.

@@ -17,6 +17,7 @@ type summary struct {
 	before   []connection // when both were there
 	after    []connection // in the end
 	record   record
+	cuts     []cut  // of -cut
 	arrived  int64  // bytes of the file, verified or not
 	verified int    // streams that arrived whole
 	sha256   string // of the file, if it was one stream
@@ -80,6 +81,17 @@ func (s *summary) writeJSON(w io.Writer) error {
 		}
 		return all
 	}
+	type loss struct {
+		What  string  `json:"what"`
+		At    float64 `json:"at_ms"`
+		Next  path    `json:"next"` // empty: none
+		After float64 `json:"after_ms"`
+		Again int64   `json:"bytes_sent_again"`
+	}
+	var cuts []loss
+	for _, c := range s.cuts {
+		cuts = append(cuts, loss{c.what, ms(c.at), c.next, ms(c.after), c.again})
+	}
 	migration, _ := s.record.migration()
 	consolidation, _ := s.record.consolidation()
 	out := struct {
@@ -100,6 +112,7 @@ func (s *summary) writeJSON(w io.Writer) error {
 		Consolidation float64        `json:"direct_to_prune_ms"`
 		ReadGap       float64        `json:"longest_read_gap_ms"`
 		StreamGap     float64        `json:"longest_stream_read_gap_ms"`
+		Cuts          []loss         `json:"cuts,omitempty"`
 		Before        []end          `json:"before"`
 		After         []end          `json:"after"`
 		ConnsAfter    int            `json:"connections_after"` // of the side that has more
@@ -112,7 +125,7 @@ func (s *summary) writeJSON(w io.Writer) error {
 		Elapsed: ms(s.record.elapsed), Sent: s.record.sent, Received: s.record.received,
 		Migrations: s.record.moves, Migration: ms(migration), Consolidation: ms(consolidation),
 		ReadGap: ms(s.record.readGap.length), StreamGap: ms(s.record.streamGap.length),
-		Before: ends(s.before), After: ends(s.after),
+		Cuts: cuts, Before: ends(s.before), After: ends(s.after),
 	}
 	perSide := make(map[side]int)
 	for _, c := range s.after {
@@ -167,6 +180,9 @@ func (s *summary) headline() string {
 
 // reason says why plain go-libp2p loses the transfer, if it was that.
 func (s *summary) reason() string {
+	if s.cfg.without && s.cfg.cut {
+		return "\nIts stream ended with its first connection, although there were other ways to the receiver."
+	}
 	_, up := s.record.first(secondUp)
 	_, down := s.record.first(firstDown)
 	if !s.cfg.without || s.cfg.from != relay || !up || !down {
@@ -184,6 +200,10 @@ func (s *summary) writeTables(w io.Writer) {
 	}
 	fmt.Fprintf(table, "in the end\t%s\t%s\n", list(s.after, senderSide), list(s.after, receiverSide))
 
+	if s.cfg.cut {
+		s.writeCuts(table)
+		return
+	}
 	fmt.Fprintf(table, "\nBytes\tsent\treceived\n")
 	for _, p := range []path{s.cfg.from, s.cfg.to} {
 		fmt.Fprintf(table, "%s\t%s\t%s\n", p.title(), formatSize(s.record.sent[p]), formatSize(s.record.received[p]))
@@ -208,6 +228,26 @@ func (s *summary) writeTables(w io.Writer) {
 	}
 	if s.chart != "" {
 		fmt.Fprintf(table, "Chart\t%s\n", s.chart)
+	}
+	table.Flush()
+}
+
+// writeCuts is what there is to tell of -cut.
+func (s *summary) writeCuts(table *tabwriter.Writer) {
+	fmt.Fprintf(table, "\nCut\tat\twent on over\tafter\tsent again\n")
+	for _, c := range s.cuts {
+		if c.next == "" {
+			fmt.Fprintf(table, "%s\t%.3f s\tnone\n", c.what, c.at.Seconds())
+			continue
+		}
+		fmt.Fprintf(table, "%s\t%.3f s\t%s\t%s\t%s\n", c.what, c.at.Seconds(), c.next.inWords(), short(c.after), formatSize(c.again))
+	}
+	fmt.Fprintf(table, "\nBytes\treceived\n")
+	for _, p := range s.cfg.paths() {
+		fmt.Fprintf(table, "%s\t%s\n", p.title(), formatSize(s.record.received[p]))
+	}
+	if s.chart != "" {
+		fmt.Fprintf(table, "\nChart\t%s\n", s.chart)
 	}
 	table.Flush()
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestSummaryJSON(t *testing.T) {
@@ -52,10 +53,17 @@ func TestSummaryText(t *testing.T) {
 	lost := sample(1)
 	lost.cfg.without, lost.verified = true, 0
 	lost.fail(errors.New("cut"))
+	cutUp := sample(1)
+	cutUp.cfg.cut = true
+	cutUp.cuts = []cut{{"the TCP connection is reset", time.Second, relay, 20 * time.Millisecond, 64 << 10}, {what: "nothing passes", at: 2 * time.Second}}
+	cutOff := sample(1)
+	cutOff.cfg.cut, cutOff.cfg.without, cutOff.verified = true, true, 0
 	for name, test := range map[string]struct {
 		s    *summary
 		want []string
 	}{
+		"cut":       {cutUp, []string{"1.000 s   the relay      20 ms   64 KiB", "2.000 s   none"}},
+		"cut off":   {cutOff, []string{"FAILED on plain go-libp2p", "although there were other ways"}},
 		"whole":     {whole, []string{"arrived with Portage", "5f3a", "relayed (outbound), QUIC (outbound)", "1 of 1", "90.5 ms", "402 ms", "12 ms"}},
 		"many":      {sample(100), []string{"100 streams", "SHA-256 of each", "100 of 100"}},
 		"lost":      {lost, []string{"FAILED on plain go-libp2p", "although a QUIC connection stood beside it", "Error: cut"}},
