@@ -12,12 +12,16 @@ import (
 )
 
 // The halves of a resumable stream, where they differ from others'. What is written is in the
-// ring before an underlying stream gets it. As long as the half is sendOpen or sendPaused, and
-// no Write is inside, cur has taken all that is in the ring.
+// ring before an underlying stream gets it: the ring borrows it, and copies what is not
+// confirmed before Write returns. As long as the half is sendOpen or sendPaused, and no Write is
+// inside, cur has taken all that is in the ring.
 
-// pieceOf is how much of a Write is put into the ring and handed to the underlying stream at
-// once: enough that it costs nothing, and a part of the smallest window.
-const pieceOf = 32 << 10
+// largestPiece is how much of a Write the underlying stream gets at once, at most: where that is
+// lost, so much may have to be kept that it has not taken.
+const largestPiece = 1 << 20
+
+// replayed is how much of the ring a new underlying stream gets at once.
+const replayed = 32 << 10
 
 // writeKept is Write of a resumable stream.
 func (h *sendHalf) writeKept(p []byte) (int, error) {
@@ -26,11 +30,13 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 	if err := h.takeTurn(); err != nil {
 		return 0, err
 	}
+	ring := &h.resumption.ring
 	defer func() {
+		ring.keep()
 		h.turn = false
 		h.changed.broadcast()
 	}()
-	ring := &h.resumption.ring
+	most := min(largestPiece, ring.of.window/2)
 	for n, entered := 0, false; ; {
 		switch {
 		case h.state == sendFailed:
@@ -42,7 +48,7 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 		case h.state == sendLost && len(p) == 0:
 			return 0, nil
 		case h.state == sendLost:
-			m := ring.put(p[n:min(len(p), n+pieceOf)], false)
+			m := ring.put(p[n:], false)
 			n, entered = n+m, true
 			if m == 0 && !h.changed.wait(&h.mu, h.deadline) {
 				return n, os.ErrDeadlineExceeded
@@ -54,8 +60,8 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 			}
 			continue
 		}
-		on, piece := h.cur, p[n:min(len(p), n+pieceOf)]
-		ring.put(piece, true)
+		on, piece := h.cur, p[n:min(len(p), n+most)]
+		ring.lend(piece)
 		m, err := h.enter(piece)
 		entered = true
 		switch {
@@ -63,21 +69,29 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 			return n + m, h.err
 		case m == len(piece) && (m > 0 || err == nil), h.state == sendLost, h.cur != on:
 			n += len(piece) // once the stream is lost, the ring has them
+			ring.keep()
 			continue
 		}
 		ended := h.state == sendOpen && !h.closed && !isDeadline(err, on)
 		if ended && h.opening == nil && h.losing(on, err) {
+			h.inside = true // where the writing ends is not known yet
 			h.mu.Unlock()
 			h.resumption.ended(on, err)
 			h.mu.Lock()
+			if h.cur == on {
+				h.inside = false
+				h.changed.broadcast()
+			}
 			if h.cur != on || h.state != sendOpen {
 				if h.state != sendFailed {
 					n += len(piece)
 				}
+				ring.keep()
 				continue
 			}
 		}
-		ring.truncate(ring.base + h.written)
+		ring.giveBack(len(piece) - m)
+		ring.keep()
 		n += m
 		switch {
 		case h.state == sendPaused:
@@ -157,6 +171,7 @@ func (h *sendHalf) disown() network.Stream {
 			handed = ring.base + h.written
 		}
 		ring.handed = max(ring.handed, handed)
+		ring.keep()
 		h.state, h.held, h.kept, h.inside = sendLost, false, false, false
 		h.changed.broadcast()
 	}
@@ -211,7 +226,7 @@ func (h *sendHalf) goesOnReplaying(next network.Stream) bool {
 // replay writes to u what the ring has, and the end of writing where that is known, and lets
 // Writes go on behind it.
 func (h *sendHalf) replay(u network.Stream) {
-	buf := make([]byte, pieceOf)
+	buf := make([]byte, replayed)
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.resumption

@@ -359,6 +359,11 @@ func (h *Host) admit(s *Stream, rest []byte, resumes bool) *accepting {
 		h.violation(u, fmt.Errorf("%w: label %d is alive", errViolation, s.label))
 		return nil
 	}
+	if s.recv.resumption != nil && len(rest) > 0 {
+		s.recv.mu.Lock()
+		s.recv.progressed()
+		s.recv.mu.Unlock()
+	}
 	h.observe(u.Conn(), s.proto, network.DirInbound)
 	s.noteGone()
 	return a

@@ -293,6 +293,9 @@ func (h *receiveHalf) switchOver() {
 		h.applyDeadline()
 	}
 	h.unreserve(0)
+	if h.resumption != nil {
+		h.progressed() // of what was read ahead
+	}
 	h.changed.broadcast()
 }
 

@@ -261,41 +261,85 @@ func TestRing(t *testing.T) {
 		p := make([]byte, window)
 		return p[:r.copyFrom(from, p)]
 	}
+	lent := func(r *ring, p []byte, taken int) {
+		p = bytes.Clone(p)
+		r.lend(p)
+		r.giveBack(len(p) - taken)
+		r.keep()
+		clear(p) // the application writes to it again
+	}
 
 	r := fresh()
 	require.Equal(t, 100, r.put(data[:100], false))
 	require.Equal(t, data[30:100], read(r, 30))
-	require.Len(t, r.buf, smallestRing)
+	require.Equal(t, smallestBlock, budget.used)
 	r.confirm(40)
 	require.Equal(t, window-60, r.put(data[100:], false), "no more than the window")
 	require.Zero(t, r.put(data, false))
 	require.Equal(t, data[40:40+window], read(r, 40))
-	r.put(data[40+window:50+window], true) // drops the oldest
+	few := make([]byte, 3000)
+	require.Equal(t, 3000, r.copyFrom(50, few))
+	require.Equal(t, data[50:3050], few)
+	lent(r, data[40+window:60+window], 10) // drops the oldest
 	require.EqualValues(t, 50, r.low)
 	require.Equal(t, data[50:50+window], read(r, 50))
-	r.truncate(60)
-	require.Equal(t, data[50:60], read(r, 50))
-	r.confirm(60)
-	require.Nil(t, r.buf)
+	require.LessOrEqual(t, budget.used, window+window/4, "but for one block it takes what it keeps")
+	r.confirm(60_000)
+	require.Equal(t, data[60_000:50+window], read(r, 60_000))
+	require.LessOrEqual(t, budget.used, window/2, "blocks that are confirmed are free")
+	r.confirm(50 + window)
+	require.Nil(t, r.blocks)
 	require.Zero(t, budget.used)
 	require.Nil(t, budget.span)
 
 	r = fresh()
-	r.put(data, true) // more than fits
+	lent(r, data, len(data)) // more than fits
 	require.Equal(t, uint64(len(data)), r.end)
 	require.Equal(t, data[len(data)-window:], read(r, r.low))
 	r.confirm(everything)
-	require.Nil(t, r.buf)
+	require.Nil(t, r.blocks)
 	require.Equal(t, 5, r.put(data[:5], false), "nobody asks for it")
+	lent(r, data, 7)
+	require.EqualValues(t, len(data)+12, r.end)
 	require.Equal(t, r.end, r.low)
+	require.Zero(t, budget.used)
+
+	// What is confirmed while it is lent is not copied.
+	r = fresh()
+	lent(r, data[:100], 100)
+	r.lend(data[100:1000])
+	r.confirm(400)
+	r.giveBack(100)
+	r.keep()
+	require.Equal(t, data[400:900], read(r, 400))
+	r.lend(data[900:1000])
+	r.confirm(950)
+	r.giveBack(50)
+	r.keep()
+	require.EqualValues(t, 950, r.low)
+	require.EqualValues(t, 950, r.end)
+	require.Zero(t, budget.used)
+	lent(r, data[950:1000], 50)
+	require.Equal(t, data[950:1000], read(r, 950))
+	r.low, r.over = r.end, true // as the end of a stream does
+	r.release()
+	lent(r, data[:10], 10)
+	require.Zero(t, r.put(data[:10], false))
+	require.EqualValues(t, 1010, r.end)
+	require.Zero(t, budget.used)
 
 	full := fresh()
-	for range 4 {
-		fresh().put(data, true)
+	for budget.reserve(smallestBlock) {
 	}
 	require.Zero(t, full.put(data[:10], false), "the budget is used up")
-	full.put(data[:10], true)
+	lent(full, data, 10)
 	require.EqualValues(t, 10, full.low)
+	budget.release(smallestBlock)
+	lent(full, data[10:20], 10)
+	require.Equal(t, data[10:20], read(full, 10))
+	lent(full, data[20:20+smallestBlock], smallestBlock) // the memory there is has the newest
+	require.Equal(t, data[20+smallestBlock-10:20+smallestBlock], read(full, full.end-10))
+	require.Less(t, full.low, full.end)
 }
 
 func TestEpochs(t *testing.T) {

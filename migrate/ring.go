@@ -5,6 +5,8 @@ import (
 	"sync"
 
 	"github.com/libp2p/go-libp2p/core/network"
+
+	pool "github.com/libp2p/go-buffer-pool"
 )
 
 // Offsets of a resumable stream are absolute: they count the application's bytes of one
@@ -14,16 +16,27 @@ import (
 // everything is how much an end has received that wants no more: greater than any offset (R10).
 const everything = math.MaxUint64
 
-// smallestRing is how much a ring that is not empty can hold at least.
-const smallestRing = 4 << 10
+const (
+	// smallestBlock is what a ring takes for its first bytes.
+	smallestBlock = 2 << 10
+
+	// largestBlock is what one takes that has much to keep. What it has done with goes back to a
+	// pool in such pieces, and is soon in use again, while a processor still has it at hand.
+	largestBlock = 64 << 10
+)
 
 // ring keeps what was written to a resumable stream and has not been confirmed yet, up to a
 // window. Its zero value but for of is empty. The sending half's mu guards it.
+//
+// The buffer of a Write that is inside the underlying stream is lent to the ring: only what
+// remains to be confirmed when that returns is copied, or when the stream is lost.
 type ring struct {
 	of        *ringMemory
-	buf       []byte // a power of two long, or nil; the byte at offset o is buf[o%len]
-	low, end  uint64 // it has the bytes from low on, to end
-	base      uint64 // the offset of the first byte of the present underlying stream
+	blocks    [][]byte // each but the last is full
+	first     uint64   // the offset of the first byte of blocks
+	lent      []byte   // what comes behind blocks
+	low, end  uint64   // it has the bytes from low on, to end
+	base      uint64   // the offset of the first byte of the present underlying stream
 	handed    uint64 // up to where the underlying streams before that one were handed it
 	confirmed uint64
 	over      bool // nothing is kept any more
@@ -33,95 +46,150 @@ type ring struct {
 // less than before.
 func (r *ring) confirm(received uint64) {
 	r.confirmed = max(r.confirmed, received)
-	r.low = max(r.low, min(r.confirmed, r.end))
-	if r.low == r.end {
-		r.release()
+	r.forget(min(r.confirmed, r.end))
+}
+
+// forget gives up what comes before an offset.
+func (r *ring) forget(low uint64) {
+	r.low = max(r.low, low)
+	for len(r.blocks) > 0 && r.first+uint64(len(r.blocks[0])) <= r.low {
+		r.dropFirst()
 	}
+}
+
+func (r *ring) dropFirst() {
+	b := r.blocks[0]
+	r.first += uint64(len(b))
+	r.low = max(r.low, r.first)
+	if r.blocks = r.blocks[1:]; len(r.blocks) == 0 {
+		r.blocks = nil
+	}
+	r.of.release(cap(b))
+	pool.Put(b)
+}
+
+// lend adds p, which stays as it is until keep or giveBack. Nothing must be lent already.
+func (r *ring) lend(p []byte) {
+	r.end += uint64(len(p))
+	if r.lent = p; r.over || r.confirmed == everything {
+		r.lent, r.low = nil, r.end // nobody will ask for it
+	}
+}
+
+// giveBack takes back the last n bytes that were lent: no stream has taken them.
+func (r *ring) giveBack(n int) {
+	r.end -= uint64(n)
+	r.low = min(r.low, r.end)
+	if r.lent != nil {
+		r.lent = r.lent[:len(r.lent)-n]
+	}
+}
+
+// keep copies what was lent, at the expense of the oldest bytes; a stream must have got these.
+func (r *ring) keep() {
+	p := r.lent
+	if p == nil {
+		return
+	}
+	r.lent = nil
+	r.end -= uint64(len(p))
+	if n := r.low - min(r.low, r.end); n > 0 { // confirmed meanwhile
+		p = p[n:]
+		r.end = r.low
+	}
+	r.put(p, true)
 }
 
 // put adds as much of p as there is room for. With drop it adds all of it, at the expense of
 // the oldest bytes; a stream must have got these.
-func (r *ring) put(p []byte, drop bool) int {
-	if r.confirmed == everything { // nobody will ask for it
+func (r *ring) put(p []byte, drop bool) (n int) {
+	if r.over && !drop {
+		return 0
+	}
+	if r.over || r.confirmed == everything { // nobody will ask for it
 		r.end += uint64(len(p))
 		r.low = r.end
 		return len(p)
 	}
-	need := int(r.end-r.low) + len(p)
-	for !r.over && need > len(r.buf) && r.grow() {
+	window := uint64(r.of.window)
+	if drop {
+		if skip := len(p) - r.of.window; skip > 0 { // of this, too, only the end is kept
+			r.end += uint64(skip)
+			n, p = skip, p[skip:]
+			r.forget(r.end)
+		}
+		r.forget(r.end + uint64(len(p)) - min(window, r.end+uint64(len(p))))
+	} else {
+		p = p[:min(uint64(len(p)), window-(r.end-r.low))]
 	}
-	n := len(p)
-	if over := need - len(r.buf); over > 0 && !drop {
-		n -= over
-	} else if over > 0 {
-		r.low = min(r.low+uint64(over), r.end)
+	for len(p) > 0 {
+		m := r.append(p)
+		if m == 0 && !r.grow(len(p)) {
+			switch {
+			case !drop:
+				return n
+			case len(r.blocks) > 0:
+				r.dropFirst()
+			default: // there is no memory at all
+				m = len(p)
+				r.low = r.end + uint64(m)
+			}
+		}
+		n, p = n+m, p[m:]
+		r.end += uint64(m)
 	}
-	if n <= 0 {
-		return 0
-	}
-	q := p[:n]
-	if skip := n - len(r.buf); skip > 0 { // of this, too, only the end is kept
-		r.end += uint64(skip)
-		r.low, q = r.end, q[skip:]
-	}
-	r.write(r.buf, r.end, q)
-	r.end += uint64(len(q))
 	return n
 }
 
-// write puts p into buf, as what begins at offset.
-func (*ring) write(buf []byte, offset uint64, p []byte) {
-	if len(p) == 0 {
-		return
+// append adds as much of p as the last block has room for.
+func (r *ring) append(p []byte) int {
+	if len(r.blocks) == 0 {
+		return 0
 	}
-	at := int(offset % uint64(len(buf)))
-	copy(buf, p[copy(buf[at:], p):])
+	last := &r.blocks[len(r.blocks)-1]
+	n := min(len(p), cap(*last)-len(*last))
+	*last = append(*last, p[:n]...)
+	return n
 }
 
-// grow doubles what the ring can hold. It says whether it may.
-func (r *ring) grow() bool {
-	size := max(smallestRing, 2*len(r.buf))
-	if size > r.of.window || !r.of.reserve(size-len(r.buf)) {
+// grow adds a block, with room for n bytes more or the largest there is. It says whether it may.
+func (r *ring) grow(n int) bool {
+	size := smallestBlock
+	for most := min(largestBlock, r.of.window/4); size < most && size < n+int(r.end-r.low); {
+		size *= 2
+	}
+	if !r.of.reserve(size) {
 		return false
 	}
-	buf := make([]byte, size)
-	for o := r.low; o < r.end; {
-		n := r.chunk(o)
-		r.write(buf, o, n)
-		o += uint64(len(n))
+	if len(r.blocks) == 0 {
+		r.first = r.end
 	}
-	r.buf = buf
+	r.blocks = append(r.blocks, pool.Get(size)[:0])
 	return true
-}
-
-// chunk is some of what the ring has from offset o on.
-func (r *ring) chunk(o uint64) []byte {
-	at := int(o % uint64(len(r.buf)))
-	return r.buf[at:min(len(r.buf), at+int(r.end-o))]
 }
 
 // copyFrom copies what the ring has from offset o on to p.
 func (r *ring) copyFrom(o uint64, p []byte) (n int) {
-	for n < len(p) && o+uint64(n) < r.end {
-		n += copy(p[n:], r.chunk(o+uint64(n)))
+	at := r.first
+	for _, b := range r.blocks {
+		if n == len(p) {
+			break
+		}
+		if next := at + uint64(len(b)); o < next {
+			m := copy(p[n:], b[o-at:])
+			n, o = n+m, o+uint64(m)
+		}
+		at += uint64(len(b))
 	}
 	return n
 }
 
-// truncate takes back what was put behind an offset.
-func (r *ring) truncate(end uint64) {
-	r.end = end
-	r.low = min(r.low, end)
-	if r.low == r.end {
-		r.release()
-	}
-}
-
 // release frees the memory of the ring.
 func (r *ring) release() {
-	if len(r.buf) > 0 {
-		r.of.release(len(r.buf))
-		r.buf = nil
+	r.lent = nil
+	r.forget(r.end)
+	for len(r.blocks) > 0 { // one that was empty still
+		r.dropFirst()
 	}
 }
 

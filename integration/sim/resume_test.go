@@ -109,3 +109,42 @@ func TestTransferOutlivesItsConnection(t *testing.T) {
 		})
 	}
 }
+
+// What the other end has confirmed is not kept: of a stream that idles nothing is, whether
+// what it brought came with its opening or in Reads.
+func TestIdleStreamsKeepNothing(t *testing.T) {
+	Run(t, func(t *testing.T, n *Net) {
+		l := newLasting(t, n)
+		n.Dial(l.nodes[0], l.nodes[1], Path{Transport: Transport(quic), From: ipsOfA[0], To: ipsOfB[0]})
+		reserved := func() (memory [2]int64) { // QUIC reserves none for what is small
+			for side, node := range l.nodes {
+				require.NoError(t, node.Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
+					memory[side] = s.Stat().Memory
+					return nil
+				}))
+			}
+			return memory
+		}
+		first := l.stream()
+		time.Sleep(5 * time.Second)
+		before := reserved()
+		streams := [][2]network.Stream{first}
+		for range 100 {
+			s := l.stream()
+			_, err := s[1].Write([]byte{'?'})
+			require.NoError(t, err)
+			_, err = io.ReadFull(s[0], make([]byte, 1))
+			require.NoError(t, err)
+			streams = append(streams, s)
+		}
+		require.Greater(t, reserved()[0], before[0])
+		require.Greater(t, reserved()[1], before[1])
+		time.Sleep(2 * time.Second)
+		require.Equal(t, before, reserved())
+
+		for _, s := range streams {
+			_ = s[0].Close()
+			_ = s[1].Close()
+		}
+	})
+}
