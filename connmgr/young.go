@@ -20,7 +20,14 @@ type young struct {
 	count  atomic.Int32 // of fresh
 	mu     sync.Mutex   // a leaf
 	deaths map[peer.ID]map[pathKind]deaths
-	fresh  map[network.Conn]*connState
+	fresh  map[network.Conn]youngConn
+}
+
+// youngConn is what is remembered of a connection that is the only one of its peer: not its
+// connState, since there may be many of them.
+type youngConn struct {
+	kind   pathKind
+	opened time.Time
 }
 
 // deaths are those of a kind of path.
@@ -49,20 +56,18 @@ func (y *young) of(p peer.ID, now time.Time) map[pathKind]int {
 func (y *young) died(p peer.ID, cs *connState, now time.Time) {
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	y.diedLocked(p, cs, now)
+	if !cs.base.Limited { // else its relay ends it, in any case
+		y.diedLocked(p, youngConn{kindOf(cs.base), cs.opened}, now)
+	}
 }
 
-func (y *young) diedLocked(p peer.ID, cs *connState, now time.Time) {
-	if cs.base.Limited { // its relay ends it, in any case
-		return
-	}
-	kind := kindOf(cs.base)
+func (y *young) diedLocked(p peer.ID, c youngConn, now time.Time) {
 	of := y.deaths[p]
-	d := of[kind]
+	d := of[c.kind]
 	if now.Sub(d.last) >= deathsFor {
 		d.n = 0
 	}
-	if now.Sub(cs.opened) >= youngFor<<min(d.n, maxProofDoublings) {
+	if now.Sub(c.opened) >= youngFor<<min(d.n, maxProofDoublings) {
 		return
 	}
 	if of == nil {
@@ -73,7 +78,7 @@ func (y *young) diedLocked(p peer.ID, cs *connState, now time.Time) {
 		of = make(map[pathKind]deaths, 1)
 		y.deaths[p] = of
 	}
-	of[kind] = deaths{d.n + 1, now}
+	of[c.kind] = deaths{d.n + 1, now}
 }
 
 // makeRoom keeps deaths bounded: what is over goes, and if need be anything.
@@ -108,11 +113,11 @@ func (y *young) watch(cs *connState, now time.Time) {
 			delete(y.fresh, c)
 		}
 	}
-	if now.Sub(cs.opened) < youngFor && len(y.fresh) < maxDeaths {
+	if !cs.base.Limited && now.Sub(cs.opened) < youngFor && len(y.fresh) < maxDeaths {
 		if y.fresh == nil {
-			y.fresh = make(map[network.Conn]*connState)
+			y.fresh = make(map[network.Conn]youngConn)
 		}
-		y.fresh[cs.conn] = cs
+		y.fresh[cs.conn] = youngConn{kindOf(cs.base), cs.opened}
 	}
 	y.count.Store(int32(len(y.fresh)))
 }
@@ -140,9 +145,9 @@ func (y *young) disconnected(c network.Conn) {
 	}
 	y.mu.Lock()
 	defer y.mu.Unlock()
-	if cs := y.fresh[c]; cs != nil {
+	if was, ok := y.fresh[c]; ok {
 		delete(y.fresh, c)
 		y.count.Store(int32(len(y.fresh)))
-		y.diedLocked(c.RemotePeer(), cs, time.Now())
+		y.diedLocked(c.RemotePeer(), was, time.Now())
 	}
 }

@@ -58,15 +58,29 @@ type idle struct {
 	head []byte
 }
 
-func (w *world) idle(from, to *end) *idle {
+// idles opens such a stream from each of many hosts, all at once.
+func (w *world) idles(from []*end, to *end) []*idle {
 	w.Helper()
-	ctx, cancel := context.WithTimeout(allowing(w.ctx), 30*time.Second)
-	defer cancel()
-	s, err := from.host.NewStream(ctx, to.ID(), chatID)
-	require.NoError(w, err)
-	i := &idle{s: s, head: binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, numbers.Add(1)), 10)}
-	require.NoError(w, i.carries(30*time.Second))
-	return i
+	all, errs := make([]*idle, len(from)), make([]error, len(from))
+	var wg sync.WaitGroup
+	for i, p := range from {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(allowing(w.ctx), 30*time.Second)
+			defer cancel()
+			s, err := p.host.NewStream(ctx, to.ID(), chatID)
+			if err != nil {
+				errs[i] = err
+				return
+			}
+			all[i] = &idle{s: s, head: binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint64(nil, numbers.Add(1)), 10)}
+			errs[i] = all[i].carries(30 * time.Second)
+		})
+	}
+	wg.Wait()
+	for _, err := range errs {
+		require.NoError(w, err)
+	}
+	return all
 }
 
 func (i *idle) carries(limit time.Duration) error {
@@ -99,11 +113,11 @@ func TestMassReconnect(t *testing.T) {
 		dialled := make(chan []error, 1)
 		go func() { dialled <- w.DialTogether(attempts...) }()
 		time.Sleep(2 * time.Second)
-		var streams []*idle
 		for _, p := range peers {
 			p.AwaitIdentify(p.conns(w.a)[0])
-			streams = append(streams, w.idle(p, w.a))
 		}
+		streams := w.idles(peers, w.a)
+		require.Less(w, time.Since(begun), again-2*time.Second, "all have streams in time")
 		time.Sleep(again - 2*time.Second - time.Since(begun))
 		for _, p := range peers {
 			w.Freeze(w.a.IPs()[1], p.IPs()[1])
@@ -161,8 +175,10 @@ func TestHostilePeersThatUseUpEveryWait(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		w.direct(QUIC, 1)
+		direct := time.Now()
 		ok := w.within(5*time.Second, func() bool { return migrations(chats[0].s) > 0 && migrations(chats[1].s) > 0 })
 		assert.True(w, ok, "the honest peer's streams are on the relay after 5 s: %s", w.a.mgr.Explain(w.b.ID()))
+		w.Logf("beside %d hostile peers, the honest one's streams have moved after %v", len(hostile), time.Since(direct))
 		for _, c := range chats {
 			assert.NoError(w, c.state(5*time.Second))
 		}
