@@ -440,6 +440,13 @@ func (h *receiveHalf) keepsError() bool {
 	return h.state == receiveHeld && h.cur.end != nil && h.cur.end != io.EOF
 }
 
+// keepsEnd says whether an EOF of cur is kept back.
+func (h *receiveHalf) keepsEnd() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.state == receiveHeld && h.cur.end == io.EOF
+}
+
 // hasFailed says whether the half is over with an error.
 func (h *receiveHalf) hasFailed() bool {
 	h.mu.Lock()

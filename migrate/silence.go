@@ -15,6 +15,11 @@ import (
 // other end, errors of the old stream are kept back. So an end whose two paths are both dead
 // would tell its application of neither. It may always reset both streams: then all see an
 // error.
+//
+// And an initiator whose new path alone is dead would keep back the end of an old stream that
+// works. Before its final size has come, a responder of the verified handover does not end the
+// old stream because of the migration: that end is the application's, if the muxer has not made
+// it up because its connection goes.
 
 const (
 	// maxSilence is how long the new stream may bring nothing when the old one is known to
@@ -23,7 +28,8 @@ const (
 	maxSilence = 4 * time.Second
 
 	// silenceLook is how often to look at the old stream meanwhile. The first answer of
-	// nearly every peer is there before that.
+	// nearly every peer is there before that. An end that is there at two looks, with its
+	// connection open, is believed.
 	silenceLook = time.Second
 )
 
@@ -40,6 +46,7 @@ type silence struct {
 	timer *time.Timer
 	over  bool
 	broke bool      // it has broken new off
+	ended bool      // the old stream had ended when last looked at; for look alone
 	seen  int64     // heard, when last looked at
 	since time.Time // since when the old stream is known to have failed, and nothing has come
 	path  watch     // the new connection, once the old stream has failed; for look alone
@@ -64,6 +71,11 @@ func (l *silence) Read(p []byte) (int, error) {
 
 func (l *silence) look() {
 	failed := l.x.oldFailed()
+	ended := !failed && l.x.s.recv.keepsEnd()
+	if ended && l.ended {
+		l.x.believeEnd()
+	}
+	l.ended = ended
 	var others time.Time
 	if failed {
 		// What the answer waits behind may be other streams', on a slow path.
@@ -110,6 +122,16 @@ func (l *silence) cause(err error) error {
 		return errSilent
 	}
 	return err
+}
+
+// believeEnd gives the application the end of the old stream that is kept back, where it is
+// certain that the responder has not ended it because of the migration.
+func (x *exchange) believeEnd() {
+	x.s.mu.Lock()
+	defer x.s.mu.Unlock()
+	if x.initiator && x.phase < phaseCommitted && x.verified && x.s.send.resumption == nil {
+		x.s.recv.release()
+	}
 }
 
 // oldFailed says whether the old stream is known to have failed, and not only ended.

@@ -142,9 +142,28 @@ func TestBothPathsDead(t *testing.T) {
 		each("an end is no failure", func(t *testing.T, x *silentExchange) {
 			got := x.reading()
 			x.old.ends(io.EOF)
-			time.Sleep(time.Hour)
+			time.Sleep(silenceLook - time.Nanosecond)
 			later(t, got, "the Read")
+			time.Sleep(time.Hour)
+			if initiator {
+				require.ErrorIs(t, now(t, got, "the Read").err, io.EOF, "the responder has not ended it because of the migration")
+			} else {
+				later(t, got, "the Read")
+			}
 			later(t, x.over, "the exchange")
+			if initiator { // the answer comes after all
+				x.next.feeds(tMultistream+tMigration+ackVerified+finalSizeBytes(0), io.EOF)
+				require.NoError(t, now(t, x.over, "the exchange"))
+				require.Equal(t, readResult{"", io.EOF}, now(t, x.reading(), "the next Read"))
+			}
+		})
+		each("an end, and the connection is gone", func(t *testing.T, x *silentExchange) {
+			got := x.reading()
+			x.old.ends(io.EOF)
+			time.Sleep(silenceLook / 2)
+			x.old.conn.dies()
+			told(t, x, time.Now())
+			require.ErrorIs(t, now(t, got, "the Read").err, errSilent, "that end was none")
 		})
 		each("the other end reads no more", func(t *testing.T, x *silentExchange) {
 			x.old.grants(1, &network.StreamError{Remote: true}) // S13
