@@ -13,6 +13,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/go-portage/portage/internal/vectors"
 	"github.com/go-portage/portage/pb"
@@ -184,20 +185,203 @@ func playVector(t *testing.T, v vectors.Exchange, side string) {
 	p.nothingLeft()
 }
 
+// TestVectorsOfResumptionMessages: what is read and written of streams that outlive their
+// connection.
+func TestVectorsOfResumptionMessages(t *testing.T) {
+	all := vectors.Load(t).Resumption.Messages
+	check := func(t *testing.T, v vectors.Message, got, want proto.Message, written func() string) {
+		is, err := protojson.MarshalOptions{UseProtoNames: true}.Marshal(got)
+		require.NoError(t, err)
+		require.JSONEq(t, string(v.Message), string(is))
+		require.NoError(t, protojson.Unmarshal(v.Message, want))
+		if !v.OnlyRead {
+			require.Equal(t, string(v.Bytes), written())
+		}
+	}
+	for _, v := range vectors.Of(t, all, "StreamMigration") {
+		t.Run(v.Name, func(t *testing.T) {
+			m, err := readMessage(strings.NewReader(string(v.Bytes)))
+			require.NoError(t, err)
+			want := new(pb.StreamMigration)
+			check(t, v, m, want, func() string { return string(appendMessage(nil, want)) })
+		})
+	}
+	for _, v := range vectors.Of(t, all, "Progress") {
+		t.Run(v.Name, func(t *testing.T) {
+			m, want := readProgress(t, strings.NewReader(string(v.Bytes))), new(pb.Progress)
+			check(t, v, m, want, func() string { return string(progressMessage(want)) })
+		})
+	}
+}
+
+func readProgress(t *testing.T, r io.Reader) *pb.Progress {
+	t.Helper()
+	body, err := readBody(r, make([]byte, usualMessage))
+	require.NoError(t, err)
+	m := new(pb.Progress)
+	require.NoError(t, proto.Unmarshal(body, m))
+	return m
+}
+
+// TestVectorsOfResumption: the host as each of the two sides.
+func TestVectorsOfResumption(t *testing.T) {
+	v := vectors.Load(t).Resumption.Exchange
+	for _, side := range []string{"A", "B"} {
+		t.Run("host is "+side, func(t *testing.T) { playResumption(t, v, side) })
+	}
+}
+
+func playResumption(t *testing.T, v vectors.Exchange, side string) {
+	p := meeting{kind: peerKind{ID, FinalSizeID, ResumeID, goldenProtocol}, hostHigher: side == "B", opts: []Option{WithResumption()}}.meet(t)
+	p.host.SetStreamHandler(goldenProtocol, func(s network.Stream) { p.app <- s.(*Stream) })
+	steps := slices.Clone(v.Steps)
+	if side == "B" { // A's attempt comes once B knows that its own is stale
+		at := func(of, stream, event string) int {
+			return slices.IndexFunc(steps, func(st vectors.Step) bool { return st.Side == of && st.Stream == stream && st.Event == event })
+		}
+		i := at("A", "new", "resume")
+		attempt := steps[i]
+		steps = slices.Delete(steps, i, i+1)
+		steps = slices.Insert(steps, at("B", "new", "protocol"), attempt)
+	}
+	var (
+		s      *Stream
+		on     = make(map[string]*rawStream)
+		before string // what the host sends with its application's first byte
+	)
+	for i, st := range steps {
+		u, bytes := on[st.Stream], string(st.Bytes)
+		what := fmt.Sprintf("step %d: %s on %s: %s %s", i, st.Side, st.Stream, st.Event, st.Says)
+		report := strings.HasPrefix(st.Stream, "report")
+		switch {
+		case st.Side != side && st.Event == "lose":
+			_ = u.ResetWithError(network.StreamSupplanted)
+		case st.Side != side && st.Event == "open":
+			on[st.Stream] = p.opens(0, bytes)
+		case st.Side != side && (st.Event == "resume" || report && u == nil):
+			on[st.Stream] = p.opens(1, bytes)
+		case st.Side != side && st.End:
+			u.closesWrite()
+		case st.Side != side && st.Reset != "":
+			_ = u.ResetWithError(codeGivenUp)
+		case st.Side != side:
+			u.sends(bytes)
+			if s != nil && side == "A" && st.Event == "write" {
+				p.reads(s, bytes)
+			}
+
+		case st.Event == "open":
+			p.countTo(goldenFrom)
+			var err error
+			s, err = p.hostBegins(0, goldenProtocol)
+			require.NoError(t, err, what)
+			before = bytes
+		case st.Event == "lose":
+			p.host.resumer.get(p.ID(), goldenFrom).lose(nil, errTooLate)
+			if side == "A" {
+				u.wantsReset(network.StreamSupplanted)
+			}
+		case st.Event == "resume":
+			u = p.arrives()
+			u.wants(bytes)
+			on[st.Stream] = u
+		case report && u == nil:
+			require.True(t, strings.HasPrefix(bytes, header+token(string(ResumeID))), what)
+			want := readProgress(t, strings.NewReader(strings.TrimPrefix(bytes, header+token(string(ResumeID)))))
+			on[st.Stream] = p.awaitsReport(want)
+		case u == nil || st.Event == "protocol" && s == nil: // what the host opens, and its answer to an opening
+			if st.Event == "write" {
+				p.writes(s, bytes)
+				bytes = before + bytes
+			}
+			if u == nil {
+				u = p.arrives()
+				on[st.Stream] = u
+			}
+			u.wants(bytes)
+			if s == nil {
+				s = p.accepted()
+				p.reads(s, "hel")
+			}
+		case st.Event == "write":
+			p.writes(s, bytes)
+			u.wants(bytes)
+		case st.Event == "close write":
+			require.NoError(t, s.CloseWrite(), what)
+			u.wantsEOF()
+		case st.End:
+			u.wantsEOF()
+		case st.Reset != "":
+			u.wantsReset(network.StreamSupplanted)
+		default:
+			u.wants(bytes)
+		}
+		if next := i + 1; next < len(steps) && steps[next].Event == "lose" && steps[next].Side == side {
+			for _, st := range steps { // the label that the host's attempt is to give
+				if st.Event == "resume" && st.Side == side {
+					m, err := readMessage(strings.NewReader(strings.TrimPrefix(string(st.Bytes), prelude)))
+					require.NoError(t, err)
+					p.countTo(m.GetMigrate().GetId())
+				}
+			}
+		}
+		if side == "B" && st.Event == "close write" {
+			require.Equal(t, "lo world", p.readsEnd(s, io.EOF))
+		}
+	}
+	p.hasLabel(v.Label)
+	require.NoError(t, s.Close())
+}
+
+// awaitsReport waits until the host has told what want says, and returns the stream of that.
+func (p *rawPeer) awaitsReport(want *pb.Progress) *rawStream {
+	p.t.Helper()
+	for {
+		u := take(p.t, p.reports, "a report")
+		u.wants(header, token(string(ResumeID)))
+		for {
+			body, err := readBody(u.r, make([]byte, usualMessage))
+			if err != nil {
+				break // it has reported what there was
+			}
+			m := new(pb.Progress)
+			require.NoError(p.t, proto.Unmarshal(body, m))
+			require.Equal(p.t, want.GetOrigin(), m.GetOrigin())
+			if want.End != nil && m.End != nil {
+				require.Equal(p.t, want.GetEnd(), m.GetEnd())
+				return u
+			}
+			if want.Received != nil && m.GetReceived() == want.GetReceived() {
+				return u
+			}
+		}
+	}
+}
+
 // TestVectorsAreDocumented: each message that docs/protocol.md shows is a vector, so that
 // it is what the code reads and writes.
 func TestVectorsAreDocumented(t *testing.T) {
-	text, err := os.ReadFile("../docs/protocol.md")
-	require.NoError(t, err)
-	known := make(map[string]bool)
-	for _, v := range vectors.Load(t).Messages {
-		known[fmt.Sprintf("% x", string(v.Bytes))] = true
-	}
-	shown := regexp.MustCompile(`(?m)^((?:[0-9a-f]{2} )+) +length (\d+): `).FindAllStringSubmatch(string(text), -1)
-	require.GreaterOrEqual(t, len(shown), 14, "the messages are not found in the text")
-	for _, line := range shown {
-		bytes := strings.TrimSpace(line[1])
-		require.True(t, known[bytes], "docs/vectors.json has no message %s", bytes)
-		require.Equal(t, line[2], strconv.Itoa(strings.Count(bytes, " ")), "the length of %s", bytes)
+	file := vectors.Load(t)
+	for _, doc := range []struct {
+		name  string
+		least int
+		of    []vectors.Message
+	}{
+		{"protocol.md", 14, file.Messages},
+		{"resumption.md", 6, file.Resumption.Messages},
+	} {
+		text, err := os.ReadFile("../docs/" + doc.name)
+		require.NoError(t, err)
+		known := make(map[string]bool)
+		for _, v := range doc.of {
+			known[fmt.Sprintf("% x", string(v.Bytes))] = true
+		}
+		shown := regexp.MustCompile(`(?m)^((?:[0-9a-f]{2} )+) +length (\d+): `).FindAllStringSubmatch(string(text), -1)
+		require.GreaterOrEqual(t, len(shown), doc.least, "the messages are not found in %s", doc.name)
+		for _, line := range shown {
+			bytes := strings.TrimSpace(line[1])
+			require.True(t, known[bytes], "docs/vectors.json has no message %s", bytes)
+			require.Equal(t, line[2], strconv.Itoa(strings.Count(bytes, " ")), "the length of %s", bytes)
+		}
 	}
 }

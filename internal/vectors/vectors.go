@@ -34,6 +34,11 @@ type File struct {
 	Refused   []Message
 	Openings  []Opening
 	Exchanges []Exchange
+
+	Resumption struct {
+		Messages []Message
+		Exchange Exchange
+	}
 }
 
 // Message is one message, with its length before it.
