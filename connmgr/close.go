@@ -45,7 +45,7 @@ func (cl *closer) claim(d *peerState, v *view, p *plan, i int) bool {
 	if !slices.Contains(openConns(cl.network(), d.peer), winner.conn) || aside.IsClosed(loser.conn) {
 		return false
 	}
-	open := streamsOn(loser.conn, v.facts.manages == yes)
+	open := streamsOn(loser.conn)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := time.Now()

@@ -276,10 +276,9 @@ func isNotSupported(err error) bool {
 		errors.As(err, &reset) && reset.Remote && reset.ErrorCode == network.StreamProtocolNegotiationFailed
 }
 
-// openOn opens a stream of the manager's own on a connection of its choice, limited or not,
-// whose negotiation is sent with the first Write. It blocks until ctx is done at most; put,
-// if not nil, is called once the first Write has been taken.
-func openOn(ctx context.Context, c network.Conn, id protocol.ID, put func()) (network.Stream, error) {
+// openNamed opens a stream of the manager's own on a connection of its choice, limited or
+// not. What negotiates id is left to the caller. It blocks until ctx is done at most.
+func openNamed(ctx context.Context, c network.Conn, id protocol.ID) (network.Stream, error) {
 	s, err := c.NewStream(network.WithAllowLimitedConn(ctx, string(id)))
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", id, err)
@@ -291,6 +290,16 @@ func openOn(ctx context.Context, c network.Conn, id protocol.ID, put func()) (ne
 	if err != nil {
 		_ = s.ResetWithError(network.StreamResourceLimitExceeded)
 		return nil, fmt.Errorf("open %s: %w", id, err)
+	}
+	return s, nil
+}
+
+// openOn opens a stream as openNamed does, whose negotiation is sent with the first Write. put,
+// if not nil, is called once the first Write has been taken.
+func openOn(ctx context.Context, c network.Conn, id protocol.ID, put func()) (network.Stream, error) {
+	s, err := openNamed(ctx, c, id)
+	if err != nil {
+		return nil, err
 	}
 	return &ownStream{Stream: s, lazy: multistream.NewMSSelect(s, id), put: put}, nil
 }

@@ -214,7 +214,7 @@ func (ds *drainServer) agreeToLose(c network.Conn, lease time.Duration) *pb.Drai
 	}
 	n := ds.network()
 	conns := openConns(n, p)
-	open := streamsOn(c, true)
+	open := streamsOn(c)
 	lower := n.LocalPeer() < p
 
 	d, cs := ds.asked(c, conns)

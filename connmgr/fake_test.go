@@ -23,7 +23,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
@@ -271,7 +270,8 @@ func (b fakeBook) SupportsProtocols(p peer.ID, ids ...protocol.ID) ([]protocol.I
 }
 
 // fakeConn is a connection with plain streams, which are only a number, and labelled
-// ones. Its other end serves ping, identify, and drain if the peer has been identified so.
+// ones. Its other end serves identify, and what a manager serves if the peer has been identified
+// so.
 type fakeConn struct {
 	network.Conn
 	net     *fakeNet
@@ -303,9 +303,9 @@ type fakeConn struct {
 	moved  traffic       // what labelled streams have carried
 
 	// The peer.
-	pings    int  // that were answered
-	resets   bool // pings, in place of an answer
-	asked    int  // pings that came, answered or not
+	pings    int                     // questions that were answered
+	resets   network.StreamErrorCode // them, in place of an answer; 0: none
+	asked    int                     // questions that came, answered or not
 	refuses  string
 	unread   int                                             // streams that only the other end has
 	drains   int                                             // requests
@@ -446,7 +446,7 @@ func (c *fakeConn) timesAsked() int {
 	return c.drains
 }
 
-// timesAskedPath returns how often the manager has sent a ping.
+// timesAskedPath returns how often the manager has asked whether c works.
 func (c *fakeConn) timesAskedPath() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -512,26 +512,33 @@ func (c *fakeConn) serve(s *fakePipe) {
 		}
 	}
 	mux := multistream.NewMultistreamMuxer[protocol.ID]()
-	mux.AddHandler(ping.ID, nil)
 	mux.AddHandler(identify.ID, nil)
-	if got, _ := (fakeBook{net: c.net}).SupportsProtocols(c.remote, DrainID); len(got) > 0 && !noDrain {
+	got, _ := fakeBook{net: c.net}.SupportsProtocols(c.remote, DrainID)
+	manages, asked := len(got) > 0 && !noDrain, false
+	if manages {
 		mux.AddHandler(DrainID, nil)
 	}
-	id, _, err := mux.Negotiate(s)
-	switch {
-	case err != nil:
-	case id == ping.ID:
+	mux.AddHandlerWithFunc(PathID, func(id protocol.ID) bool {
+		if id != PathID || asked { // or it is asked again
+			return id == PathID && manages
+		}
+		asked = true
 		c.mu.Lock()
 		c.asked++
 		resets := c.resets
-		if !resets {
+		if resets == 0 {
 			c.pings++
 		}
 		c.mu.Unlock()
-		if resets {
-			_ = s.ResetWithError(network.StreamResourceLimitExceeded)
-			return
+		if resets != 0 {
+			_ = s.ResetWithError(resets)
 		}
+		return manages && resets == 0
+	}, nil)
+	id, _, err := mux.Negotiate(s)
+	switch {
+	case err != nil:
+	case id == PathID:
 		_, _ = io.Copy(s, s)
 	case id == identify.ID:
 		if identity == nil {
@@ -555,7 +562,7 @@ func (c *fakeConn) decide(request *pb.DrainMessage) *pb.DrainMessage {
 	if request.GetHello() != nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		c.pings++ // it shows that the path works, as a ping
+		c.pings++ // it shows that the path works, as a question does
 		return helloMessage(cmp.Or(c.instance, 1))
 	}
 	c.mu.Lock()
@@ -715,7 +722,9 @@ func (s fakePlain) Stat() network.Stats   { return network.Stats{Direction: s.di
 
 type fakeScope struct{ network.StreamScope }
 
-func (fakeScope) SetService(string) error { return nil }
+func (fakeScope) SetService(string) error        { return nil }
+func (fakeScope) ReserveMemory(int, uint8) error { return nil }
+func (fakeScope) ReleaseMemory(int)              {}
 
 type fakeStream struct {
 	network.Stream

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/migrate"
@@ -37,26 +38,31 @@ func TestPeerThatIsAlwaysAlmostDone(t *testing.T) {
 	})
 }
 
-// A peer that resets each ping is there, and has not shown that its newer connection
-// carries what is large. It is not asked all the time.
-func TestPeerThatResetsPings(t *testing.T) {
-	inVirtualTime(t, func(t *testing.T) {
-		w := newWorld(t, higher)
-		w.net.identify(higher) // it runs no manager, so that it is asked with pings alone
-		older := w.connect(tcpAddr)
-		older.setPlain(1)
-		w.pass(time.Minute)
-		newer := w.connect(quicAddr)
-		newer.set(func() { newer.resets = true })
-		w.pass(10 * time.Minute)
-		require.False(t, older.IsClosed() || newer.IsClosed())
-		require.Less(t, newer.timesAskedPath(), 40, "less and less often")
-		require.Greater(t, newer.timesAskedPath(), 15)
+// A peer that resets each question is there, and has not shown that its newer connection
+// carries what is large. It is not asked all the time; a little more often if it says that it has
+// no room.
+func TestPeerThatResetsQuestions(t *testing.T) {
+	for code, most := range map[network.StreamErrorCode]int{network.StreamProtocolViolation: 40, network.StreamResourceLimitExceeded: 5 * 40} {
+		t.Run(fmt.Sprint(code), func(t *testing.T) {
+			inVirtualTime(t, func(t *testing.T) {
+				w := newWorld(t, higher)
+				w.net.identify(higher) // it runs no manager, so that it is not greeted
+				older := w.connect(tcpAddr)
+				older.setPlain(1)
+				w.pass(time.Minute)
+				newer := w.connect(quicAddr)
+				newer.set(func() { newer.resets = code })
+				w.pass(10 * time.Minute)
+				require.False(t, older.IsClosed() || newer.IsClosed())
+				require.Less(t, newer.timesAskedPath(), most, "less and less often")
+				require.Greater(t, newer.timesAskedPath(), 15)
 
-		newer.set(func() { newer.resets = false })
-		w.pass(2 * maxReprobe)
-		require.Equal(t, newer.id, w.steered(), "once it answers, it wins")
-	})
+				newer.set(func() { newer.resets = 0 })
+				w.pass(2 * maxReprobe)
+				require.Equal(t, newer.id, w.steered(), "once it answers, it wins")
+			})
+		})
+	}
 }
 
 // Each answer comes after the time of a question is over: the path is silent and alive in

@@ -10,7 +10,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 
 	"github.com/go-portage/portage/internal/aside"
 	"github.com/go-portage/portage/migrate"
@@ -110,8 +109,8 @@ func (l *looker) look(p peer.ID, d *peerState) *view {
 				cv.labelled = append(cv.labelled, labelledStream{s, s.Stat().Direction == network.DirInbound})
 			}
 		}
-		if open[i] = streamsOn(c, f.manages == yes); len(conns) > 1 && open[i].others > len(cv.labelled) {
-			cv.pinned = cv.unlabelledOn(f.manages == yes)
+		if open[i] = streamsOn(c); len(conns) > 1 && open[i].others > len(cv.labelled) {
+			cv.pinned = cv.unlabelledOn()
 		}
 		cf.candidate.Labelled = len(cv.labelled)
 		if use.RTT {
@@ -244,17 +243,16 @@ func (cv *connView) pin() {
 type streamCount struct {
 	others  int // that are not the managers' own, as far as their protocol tells
 	unnamed int // of them: have no protocol yet
-	pings   int // of them: to a peer that runs no manager, so that they may be the application's
 }
 
 // without returns how many streams are left when this manager's own requests are subtracted.
 func (n streamCount) without(requests int) int {
-	return n.others - min(requests, n.unnamed+n.pings)
+	return n.others - min(requests, n.unnamed)
 }
 
-// streamsOn counts the streams on c. Requests and pings between two managers are not
-// counted, whichever of the two sent them.
-func streamsOn(c network.Conn, managed bool) streamCount {
+// streamsOn counts the streams on c. What managers ask each other is not counted, whichever of
+// the two asks.
+func streamsOn(c network.Conn) streamCount {
 	var n streamCount
 	if n.others = c.Stat().NumStreams; n.others == 0 || n.others > fewStreams {
 		return n
@@ -262,10 +260,8 @@ func streamsOn(c network.Conn, managed bool) streamCount {
 	n.others = 0
 	for _, s := range c.GetStreams() {
 		switch id := s.Protocol(); {
-		case ownProtocol(id, managed):
+		case ownProtocol(id):
 			continue
-		case id == ping.ID:
-			n.pings++
 		case id == "":
 			n.unnamed++
 		}
@@ -275,9 +271,9 @@ func streamsOn(c network.Conn, managed bool) streamCount {
 }
 
 // ownProtocol says whether a stream of this protocol is the managers' own, or of a kind that
-// each connection has for itself. managed: the peer runs a manager, too.
-func ownProtocol(id protocol.ID, managed bool) bool {
-	return id == DrainID || id == migrate.ResumeID || id == identify.ID || id == identify.IDPush || id == ping.ID && managed
+// each connection has for itself.
+func ownProtocol(id protocol.ID) bool {
+	return id == DrainID || id == PathID || id == migrate.ResumeID || id == identify.ID || id == identify.IDPush
 }
 
 // room returns how many streams this side may still open on a connection, without those that

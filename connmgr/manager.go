@@ -16,8 +16,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/host/eventbus"
 	basic "github.com/libp2p/go-libp2p/p2p/net/connmgr"
-	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	"go.uber.org/zap"
 
 	"github.com/go-portage/portage/internal/punch"
@@ -53,14 +51,15 @@ type Manager struct {
 	policies *policies // which connection is best
 	rounds   *rounds   // looks, decides (plan.go), acts
 
-	steer    *steering    // where new streams go
-	usage    *usage       // which connections are used
-	moves    *migrations  // streams to the winner
-	paths    *pathAsker   // whether paths work
-	serves   *drainServer // the peers' requests
-	upgrades *upgrader    // a direct connection where there is none
-	detours  *detourer    // another one where the only one does not answer
-	tells    *teller      // the log, events, metrics, totals
+	steer    *steering   // where new streams go
+	usage    *usage      // which connections are used
+	moves    *migrations // streams to the winner
+	paths    *pathAsker  // whether paths work
+	serves   *drainServer
+	echoes   echoServer // the peers' requests
+	upgrades *upgrader  // a direct connection where there is none
+	detours  *detourer  // another one where the only one does not answer
+	tells    *teller    // the log, events, metrics, totals
 
 	closeOnce sync.Once
 	closeErr  error
@@ -138,6 +137,7 @@ func newManager(inner connmgr.ConnManager, own config) *Manager {
 		inner: inner, cfg: cfg, home: home, tasks: t, watch: watch, sched: sched, disp: disp, looks: looks, policies: policies,
 		rounds: rounds, steer: steer, usage: usage, moves: moves, paths: paths, upgrades: upgrader, detours: detours, tells: tells,
 		serves: &drainServer{cfg: cfg, tasks: t, sched: sched, network: watch.network, exempt: exempt, usage: usage, steer: steer, log: tells.log, instance: instance},
+		echoes: echoServer{tasks: t},
 	}
 }
 
@@ -238,22 +238,26 @@ func (m *Manager) adopt(h host.Host) error {
 
 // attach lets the manager migrate with mv, and tells peers that it runs on h.
 func (m *Manager) attach(h host.Host, mv mover) {
+	h.SetStreamHandler(PathID, m.echoes.handle)
 	h.SetStreamHandler(DrainID, m.serves.handle)
 	m.home.setMover(mv)
 	if m.tasks.over() { // meanwhile: Close may not have seen the handler
-		h.Mux().RemoveHandler(DrainID)
+		m.unserve(h)
 	}
 	m.watch.scan(h.Network())
+}
+
+// unserve takes the manager's own protocols from h.
+func (m *Manager) unserve(h host.Host) {
+	h.Mux().RemoveHandler(DrainID)
+	h.Mux().RemoveHandler(PathID)
 }
 
 // began is told of each stream that a wrapped host opens or gets.
 func (m *Manager) began(c network.Conn, id protocol.ID, _ network.Direction) {
 	m.detours.began()
-	if m.usage.count.Load() == 0 && m.upgrades.of.count.Load() == 0 || id == DrainID || id == migrate.ResumeID || id == identify.ID || id == identify.IDPush {
+	if m.usage.count.Load() == 0 && m.upgrades.of.count.Load() == 0 || ownProtocol(id) {
 		return
-	}
-	if id == ping.ID && managed(m.watch.network(), c.RemotePeer()) == yes {
-		return // its manager's, most likely
 	}
 	m.upgrades.of.note(c)
 	if m.usage.note(c) != nil {
@@ -297,7 +301,7 @@ func (m *Manager) Close() error {
 		if h != nil {
 			// Not RemoveStreamHandler, which has identify tell everybody: mostly the
 			// host is being closed. If it is not, its peers take over after a while.
-			h.Mux().RemoveHandler(DrainID)
+			m.unserve(h)
 		}
 		if !m.tasks.end(closeWait) {
 			m.tells.log.Warn("connection manager closed while closing a connection blocks",

@@ -3,17 +3,11 @@ package connmgr
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
-	"io"
-	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
-	"github.com/libp2p/go-libp2p/core/protocol"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
-	multistream "github.com/multiformats/go-multistream"
 	"github.com/quic-go/quic-go"
 
 	"github.com/go-portage/portage/internal/aside"
@@ -23,9 +17,9 @@ import (
 //
 // A connection whose path is gone looks like any other until its transport notices, which
 // takes half a minute. A peer that has lost its network and reconnects has two connections
-// then, and the older one is dead. So connections are asked, with a ping, whether they work.
+// then, and the older one is dead. So connections are asked whether they work (question.go).
 //
-// An answer that is late says little: eight uploads may be queued before the ping. What
+// An answer that is late says little: eight uploads may be queued before the question. What
 // counts is evidence, and there are three outcomes:
 //
 //	alive     something came from the peer since it was asked: the answer, or any byte
@@ -159,128 +153,6 @@ func packetsOn(c network.Conn) uint64 {
 	return q.ConnectionStats().PacketsReceived
 }
 
-// prober asks whether a connection works, and returns how long the answer took. It calls
-// put when the question has been handed to the transport. full asks with more than one
-// packet, since there are paths that only swallow large ones.
-type prober func(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error)
-
-// probe asks with a ping, limited connection or not. That a peer does not serve ping is an
-// answer, too. While there is no answer it asks again, on the same stream: after a while in
-// which nothing has passed, QUIC waits twice as long each time before it sends anything, and
-// for as long again after anything else that it sends. What follows soon finds the path up
-// when it is, and brings what was lost with it.
-func probe(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, openTimeout)
-	defer cancel()
-	start := time.Now()
-	took, err := pingOn(ctx, c, full, put)
-	if !isNotSupported(err) {
-		return took, err
-	}
-	took, err = time.Since(start), nil
-	if full {
-		err = refusalsOn(ctx, c)
-	}
-	return took, err
-}
-
-func pingOn(ctx context.Context, c network.Conn, full bool, put func()) (time.Duration, error) {
-	s, err := openOn(ctx, c, ping.ID, put)
-	if err != nil {
-		return 0, err
-	}
-	defer s.Reset()
-	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
-	start := time.Now()
-	size := ping.PingSize
-	if full {
-		size = fullProbe
-	}
-	buf := make([]byte, ping.PingSize, size)
-	if _, err := s.Write(buf); err != nil {
-		return 0, orDone(ctx, err)
-	}
-	if full {
-		buf = buf[:size]
-		if _, err := s.Write(buf[ping.PingSize:]); err != nil { // all at once
-			return 0, orDone(ctx, err)
-		}
-	}
-	defer nudge(s)()
-	if _, err := io.ReadFull(s, buf[:ping.PingSize]); err != nil {
-		return 0, orDone(ctx, err)
-	}
-	took := time.Since(start)
-	_, err = io.ReadFull(s, buf[ping.PingSize:])
-	return took, orDone(ctx, err)
-}
-
-// refusalsOn asks a peer that does not serve ping a question that is larger than a packet:
-// it proposes ping so often that this takes several, and each proposal is refused. The
-// refusals are small. Whether the path carries what is large in the other direction, too,
-// the peer asks for itself.
-func refusalsOn(ctx context.Context, c network.Conn) error {
-	const proposals = 256 // 4.5 KiB
-	s, err := openOn(ctx, c, ping.ID, nil)
-	if err != nil {
-		return err
-	}
-	defer s.Reset()
-	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
-	raw := s.(*ownStream).Stream
-	var question []byte
-	for _, token := range append([]protocol.ID{multistreamID}, slices.Repeat([]protocol.ID{ping.ID}, proposals)...) {
-		question = binary.AppendUvarint(question, uint64(len(token)+1))
-		question = append(append(question, token...), '\n')
-	}
-	if _, err := raw.Write(question); err != nil {
-		return orDone(ctx, err)
-	}
-	for range 1 + proposals {
-		if _, err := multistream.ReadNextToken[protocol.ID](raw); err != nil {
-			return orDone(ctx, err)
-		}
-	}
-	return nil
-}
-
-// multistreamID is what either end of a stream begins its negotiation with.
-const multistreamID = "/multistream/1.0.0"
-
-// nudge repeats a ping until it is called off, or the stream fails.
-func nudge(s network.Stream) (stop func()) {
-	over := make(chan struct{})
-	go func() {
-		t := time.NewTicker(useProbe)
-		defer t.Stop()
-		for block := make([]byte, ping.PingSize); ; {
-			select {
-			case <-t.C:
-			case <-over:
-				return
-			}
-			if _, err := s.Write(block); err != nil {
-				return
-			}
-		}
-	}()
-	return func() { close(over) }
-}
-
-// orDone returns ctx's error in place of what its end made of a stream.
-func orDone(ctx context.Context, err error) error {
-	if err != nil && ctx.Err() != nil {
-		return ctx.Err()
-	}
-	return err
-}
-
-// answered says whether an error is something that came from the peer.
-func answered(err error) bool {
-	var reset *network.StreamError
-	return err == nil || isNotSupported(err) || errors.As(err, &reset) && reset.Remote
-}
-
 // leaveSilent has streams that may outlive their connection go on elsewhere at once, where
 // theirs is silent while another is alive.
 func leaveSilent(d *peerState, mv mover) {
@@ -307,8 +179,7 @@ func leaveSilent(d *peerState, mv mover) {
 	}
 }
 
-// refused says whether a question has failed at the resource manager of either end: by default
-// go-libp2p's allows four pings of a peer at a time, and two of them from the peer. That says
+// refused says whether a question has failed at the resource manager of either end, which says
 // nothing of the path.
 func refused(err error) bool {
 	var reset *network.StreamError

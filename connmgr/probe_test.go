@@ -312,8 +312,8 @@ func TestQuestionsAreLarge(t *testing.T) {
 	})
 }
 
-// go-libp2p allows few pings of a peer at a time, and both ends ask all connections at once: a
-// question for which there was no room, at either end, is put again soon.
+// Resource limits may allow few streams of a peer at a time, and both ends ask all connections at
+// once: a question for which there was no room, at either end, is put again soon.
 func TestRefusedQuestionsArePutAgain(t *testing.T) {
 	for name, refusal := range map[string]error{
 		"by this end": fmt.Errorf("open: %w", network.ErrResourceLimitExceeded),

@@ -12,7 +12,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/protocol/identify"
 	identifypb "github.com/libp2p/go-libp2p/p2p/protocol/identify/pb"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	"github.com/stretchr/testify/require"
 
 	"github.com/go-portage/portage/policy"
@@ -290,7 +289,7 @@ func TestQuietTimeStartsAgainWithAStream(t *testing.T) {
 			loser := w.connect(tcpAddr)
 			for range 40 {
 				w.pass(100 * time.Millisecond)
-				for _, id := range []protocol.ID{DrainID, identify.ID, identify.IDPush, ping.ID} {
+				for _, id := range []protocol.ID{DrainID, identify.ID, identify.IDPush, PathID} {
 					w.m.began(loser, id, network.DirInbound)
 				}
 			}

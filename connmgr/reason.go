@@ -70,11 +70,11 @@ const (
 
 // unlabelledOn counts the streams on a connection by what they speak, but for the managers'
 // own, and takes off those that are labelled.
-func (cv *connView) unlabelledOn(managed bool) []pinnedBy {
+func (cv *connView) unlabelledOn() []pinnedBy {
 	count := make(map[protocol.ID]int)
 	all := cv.conn.GetStreams()
 	for _, s := range all[:min(len(all), maxListed)] {
-		if id := s.Protocol(); !ownProtocol(id, managed) {
+		if id := s.Protocol(); !ownProtocol(id) {
 			count[id]++
 		}
 	}

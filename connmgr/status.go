@@ -455,7 +455,7 @@ func (v *view) streams(i int, now time.Time) []StreamShown {
 		return &list[len(list)-1]
 	}
 	for _, s := range v.unlabelled(cv) {
-		if id := s.Protocol(); !ownProtocol(id, v.facts.manages == yes) && len(list) < maxStreamsShown {
+		if id := s.Protocol(); !ownProtocol(id) && len(list) < maxStreamsShown {
 			add(s, id, "it has no label")
 		}
 	}

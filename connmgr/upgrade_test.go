@@ -144,7 +144,7 @@ func TestUpgradeOfIdlePeers(t *testing.T) {
 			w.m.began(relay, "/test/short/1.0.0", network.DirInbound)
 		}, 4, 9},
 		"not by the manager's own streams": {wanting{}, func(w *world, relay *fakeConn) {
-			for _, id := range []protocol.ID{DrainID, "/ipfs/ping/1.0.0", "/ipfs/id/1.0.0"} {
+			for _, id := range []protocol.ID{DrainID, PathID, "/ipfs/id/1.0.0"} {
 				w.m.began(relay, id, network.DirInbound)
 			}
 		}, 0, 0},

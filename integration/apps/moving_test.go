@@ -14,8 +14,6 @@ import (
 	"github.com/libp2p/go-libp2p/core/host"
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
-	rcmgr "github.com/libp2p/go-libp2p/p2p/host/resource-manager"
-	"github.com/libp2p/go-libp2p/p2p/protocol/ping"
 	"github.com/libp2p/go-libp2p/x/simlibp2p"
 	"github.com/marcopolo/simnet"
 	ma "github.com/multiformats/go-multiaddr"
@@ -49,24 +47,11 @@ func play(t *testing.T, hosts int, steps []int, run func(t *testing.T, ctx conte
 	each(t, func(t *testing.T, moves bool) {
 		w := newWorld(t, hosts, steps, moves, TCP, WebSocket)
 		for range hosts {
-			opts := append([]libp2p.Option{libp2p.DisableRelay(), morePings(t)}, w.enable()...)
+			opts := append([]libp2p.Option{libp2p.DisableRelay()}, w.enable()...)
 			w.nodes = append(w.nodes, New(t, w.over, opts...))
 		}
 		w.play(run)
 	})
-}
-
-// morePings lets a peer ping in more than two streams at a time, as go-libp2p has it: where
-// connections come and go all the time, Portage itself pings all the time.
-func morePings(t *testing.T) libp2p.Option {
-	limits := rcmgr.DefaultLimits
-	libp2p.SetDefaultServiceLimits(&limits)
-	few := rcmgr.BaseLimit{Streams: 64, StreamsInbound: 64, StreamsOutbound: 64, Memory: 1 << 30}
-	limits.AddServicePeerLimit(ping.ServiceName, few, rcmgr.BaseLimitIncrease{})
-	limits.AddProtocolPeerLimit(ping.ID, few, rcmgr.BaseLimitIncrease{})
-	m, err := rcmgr.NewResourceManager(rcmgr.NewFixedLimiter(limits.AutoScale()))
-	require.NoError(t, err)
-	return libp2p.ResourceManager(m)
 }
 
 // playQUIC is play in virtual time, over a network that is simulated, where all connections

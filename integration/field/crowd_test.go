@@ -157,7 +157,7 @@ func TestHostilePeersThatUseUpEveryWait(t *testing.T) {
 		hostile := w.crowd(*hostileFlag, func(name string, at []string) *end { return w.newEnd(name, at, false, small()) })
 		var attempts []Attempt
 		for i, p := range hostile {
-			for _, id := range []protocol.ID{ping.ID, connmgr.DrainID, migrate.ID, migrate.FinalSizeID} {
+			for _, id := range []protocol.ID{ping.ID, connmgr.PathID, connmgr.DrainID, migrate.ID, migrate.FinalSizeID} {
 				p.Node.SetStreamHandler(id, drop) // reads, and answers nothing
 			}
 			// The older one wins, and so has to be asked.

@@ -448,7 +448,7 @@ func (p plan) besiege(w *world) {
 	w.Helper()
 	var attempts []Attempt
 	for _, h := range w.crowd(p.hostile, func(name string, at []string) *end { return w.newEnd(name, at, false, small()) }) {
-		for _, id := range []protocol.ID{ping.ID, connmgr.DrainID, migrate.ID, migrate.FinalSizeID} {
+		for _, id := range []protocol.ID{ping.ID, connmgr.PathID, connmgr.DrainID, migrate.ID, migrate.FinalSizeID} {
 			h.Node.SetStreamHandler(id, drop)
 		}
 		attempts = append(attempts,
