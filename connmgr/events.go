@@ -91,6 +91,26 @@ type EvtConnectionStays struct {
 	Until time.Time
 }
 
+// EvtConnectionSilent is emitted on the host's event bus when a connection to a peer does not
+// answer although something was asked or sent, and when it is heard of again. Its transport
+// may take 40 s to give it up, and until then its streams bring neither data nor an error: a
+// program may say meanwhile that the peer is not reached.
+//
+// A connection is asked where its peer has another one, or where labelled streams wait on it.
+// No event tells of one that is closed while it is silent; go-libp2p's
+// event.EvtPeerConnectednessChanged does where it was the last.
+type EvtConnectionSilent struct {
+	Peer peer.ID
+	Conn ConnInfo
+	// Silent is whether it does not answer; false: it was silent, and something has come.
+	Silent bool
+	// Alone is whether no other connection to the peer is known to work.
+	Alone bool
+	// Since is when the first question was asked that has not been answered, or, where
+	// Silent is false, when what has been answered was asked.
+	Since time.Time
+}
+
 // UpgradeState is how far an attempt to get a direct connection has come.
 type UpgradeState string
 
@@ -125,6 +145,7 @@ const maxEvents = 4096
 // kindsOfEvents are the events, in the order of emitter.of.
 var kindsOfEvents = [...]any{
 	new(EvtStreamMigrated), new(EvtPathChanged), new(EvtConnectionPruned), new(EvtConnectionStays), new(EvtUpgrade), new(EvtStreamResumed),
+	new(EvtConnectionSilent),
 }
 
 func kindOfEvent(ev any) int {
@@ -139,8 +160,10 @@ func kindOfEvent(ev any) int {
 		return 3
 	case EvtUpgrade:
 		return 4
-	default:
+	case EvtStreamResumed:
 		return 5
+	default:
+		return 6
 	}
 }
 

@@ -70,6 +70,39 @@ func TestEventPathChanged(t *testing.T) {
 	})
 }
 
+func TestEventConnectionSilent(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		sub := w.subscribe(16, new(EvtConnectionSilent))
+		direct, relay := w.connect(quicAddr), w.net.connect(higher, relayAddr, false)
+		direct.setPlain(1)
+		relay.setPlain(1)
+		w.pass(time.Minute)
+		require.Empty(t, all(sub), "both work")
+		fell := func(c *fakeConn, silent bool) { c.set(func() { c.silent = silent }) }
+		next := func(c *fakeConn, silent, alone bool) {
+			t.Helper()
+			got := all(sub)
+			require.Len(t, got, 1)
+			e := got[0].(EvtConnectionSilent)
+			require.WithinDuration(t, time.Now(), e.Since, time.Minute)
+			e.Since = time.Time{}
+			require.Equal(t, EvtConnectionSilent{Peer: higher, Conn: infoOf(c), Silent: silent, Alone: alone}, e)
+		}
+		fell(direct, true)
+		w.pass(time.Minute)
+		next(direct, true, false)
+		fell(relay, true)
+		w.pass(time.Minute)
+		next(relay, true, true)
+		fell(direct, false)
+		w.pass(time.Minute)
+		next(direct, false, false)
+		w.pass(time.Minute)
+		require.Empty(t, all(sub), "each is told once")
+	})
+}
+
 func TestEventsThatNobodyReads(t *testing.T) {
 	inVirtualTime(t, func(t *testing.T) {
 		w := newWorld(t, higher)

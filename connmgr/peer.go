@@ -98,6 +98,7 @@ type connState struct {
 	lacks    bool   // it has not served the last one, whatever the peer advertises
 	same     sameness
 	stays    stay
+	silent   bool // the event bus was told so
 
 	requests int // streams of this manager's own that are on it
 }

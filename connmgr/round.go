@@ -66,6 +66,7 @@ func (r *rounds) run(d *peerState, forced bool) (*view, *plan, *batch) {
 	r.tells.measure(d, v, &p, r.tasks.over())
 	r.tells.path(d, v, &p)
 	r.tells.stay(d, v, &p)
+	r.tells.hearing(d, v)
 	return v, &p, b
 }
 

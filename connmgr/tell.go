@@ -83,6 +83,39 @@ func (t *teller) silent(p peer.ID, c ConnInfo, waited time.Duration) {
 	})
 }
 
+// hearing tells the event bus which connections do not answer any more, and which do again.
+func (t *teller) hearing(d *peerState, v *view) {
+	var told []EvtConnectionSilent
+	d.mu.Lock()
+	alone := true
+	for i := range v.conns {
+		alone = alone && !v.conns[i].path.alive()
+	}
+	for i := range v.conns {
+		cs := v.conns[i].connState
+		silent := cs.silent
+		switch cs.path.health {
+		case pathSilent:
+			silent = true
+		case pathAlive:
+			silent = false
+		}
+		if silent == cs.silent {
+			continue
+		}
+		cs.silent = silent
+		e := EvtConnectionSilent{Peer: d.peer, Conn: cs.info(), Silent: silent, Alone: alone, Since: cs.path.lost}
+		if !silent {
+			e.Since = cs.path.at
+		}
+		told = append(told, e)
+	}
+	d.mu.Unlock()
+	for _, e := range told {
+		t.events.emit(e)
+	}
+}
+
 // refused is said for a reason that the peer has not given for the connection before.
 func (t *teller) refused(p peer.ID, loser ConnInfo, reason string) {
 	t.sampled(&t.refusals, p, func() (string, []zap.Field) {
