@@ -10,48 +10,49 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // What docs/protocol.md says that both ends have to agree on, where no other test is
 // about it.
 
 // hasMoved waits for the end of the stream's n-th migration at the host, to next.
-func (p *rawPeer) hasMoved(s *Stream, next *rawStream, n int) {
+func (p *rawPeer) hasMoved(s *Stream, next *RawStream, n int) {
 	p.t.Helper()
 	WaitFor(p.t, "the migration to finish", func() bool { return s.Migrations() == n })
-	p.hasLabel(next.label)
+	p.hasLabel(next.Label)
 }
 
 // TestMissingFieldsAreZero: proto3 encoders leave zeros out. What this end writes has them:
 // see TestMessageBytes.
 func TestMissingFieldsAreZero(t *testing.T) {
 	p := meeting{kind: verified, hostHigher: true}.meet(t) // 0 is even, so it is the peer's
-	old := p.opens(0, tMultistream, tMigration, "\x02\x0a\x00", tMultistream, tEcho)
-	old.wants(tMultistream, tMigration, tMultistream, tEcho)
+	old := p.Opens(0, Prelude, "\x02\x0a\x00", MultistreamToken, EchoToken)
+	old.Wants(Prelude, MultistreamToken, EchoToken)
 	s := p.accepted()
 	require.Equal(t, uint64(0), s.Label())
 	p.writes(s, "hello")
-	old.wants("hello")
+	old.Wants("hello")
 
-	next := p.opens(1, tMultistream, tMigration, lengthy("\x12"+lengthy("\x08\x02\xa0\x06\x01")))
-	next.label = 2
-	next.wants(tMultistream, tMigration, ackVerified)
-	next.sends("\x03\xa2\x06\x00")
-	next.wants(finalSizeBytes(5))
-	old.wantsEOF()
+	next := p.Opens(1, Prelude, Lengthy("\x12"+Lengthy("\x08\x02\xa0\x06\x01")))
+	next.Label = 2
+	next.Wants(Prelude, AckVerified)
+	next.Sends("\x03\xa2\x06\x00")
+	next.Wants(FinalSizeBytes(5))
+	old.WantsEOF()
 	p.settled(s, next)
 	p.talk(s, next)
 
 	// Back to the label 0, which nobody has any more.
-	last := p.opens(0, tMultistream, tMigration, lengthy("\x12"+lengthy("\x10\x02\xa0\x06\x01")))
-	last.label = 0
-	last.wants(tMultistream, tMigration, ackVerified)
-	last.sends(finalSizeBytes(4))
-	last.wants(finalSizeBytes(4))
+	last := p.Opens(0, Prelude, Lengthy("\x12"+Lengthy("\x10\x02\xa0\x06\x01")))
+	last.Label = 0
+	last.Wants(Prelude, AckVerified)
+	last.Sends(FinalSizeBytes(4))
+	last.Wants(FinalSizeBytes(4))
 	p.hasMoved(s, last, 2)
 	p.talk(s, last)
 	require.NoError(t, s.Close())
-	last.wantsEOF()
+	last.WantsEOF()
 	p.nothingLeft()
 }
 
@@ -60,21 +61,21 @@ func TestMissingFieldsAreZero(t *testing.T) {
 func TestMigrateOnTheSameConnection(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
-		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
-			id := p.fresh()
-			next := p.opens(0, tMultistream, tMigration, migrateBytes(id, old.label))
-			next.label = id
-			next.wants(tMultistream, tMigration, ackVerified)
-			next.sends(finalSizeBytes(1+4), "new")
-			next.wants(finalSizeBytes(1))
-			old.sends("last")
-			old.wantsEOF()
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
+			id := p.Fresh()
+			next := p.Opens(0, Prelude, MigrateBytes(id, old.Label))
+			next.Label = id
+			next.Wants(Prelude, AckVerified)
+			next.Sends(FinalSizeBytes(1+4), "new")
+			next.Wants(FinalSizeBytes(1))
+			old.Sends("last")
+			old.WantsEOF()
 			p.reads(s, "lastnew")
 			p.hasMoved(s, next, 1)
-			require.Equal(t, p.ends[0], s.Conn())
+			require.Equal(t, p.Ends[0], s.Conn())
 			p.talk(s, next)
 			require.NoError(t, s.Close())
-			next.wantsEOF()
+			next.WantsEOF()
 			p.nothingLeft()
 		})
 	})
@@ -83,18 +84,18 @@ func TestMigrateOnTheSameConnection(t *testing.T) {
 // TestDenialBindsTheInitiatorOnly (M3): who has denied may migrate the stream itself, and
 // judges each Migrate anew. (That the initiator asks no more is in TestDraftDenied.)
 func TestDenialBindsTheInitiatorOnly(t *testing.T) {
-	for name, again := range map[string]func(p *rawPeer, s *Stream, old *rawStream) *rawStream{
-		"asked again": func(p *rawPeer, _ *Stream, old *rawStream) *rawStream {
+	for name, again := range map[string]func(p *rawPeer, s *Stream, old *RawStream) *RawStream{
+		"asked again": func(p *rawPeer, _ *Stream, old *RawStream) *RawStream {
 			next := p.migrates(old)
-			next.sends(finalSizeBytes(1 + 4))
-			next.wants(finalSizeBytes(1 + 4))
+			next.Sends(FinalSizeBytes(1 + 4))
+			next.Wants(FinalSizeBytes(1 + 4))
 			return next
 		},
-		"asks itself": func(p *rawPeer, s *Stream, _ *rawStream) *rawStream {
+		"asks itself": func(p *rawPeer, s *Stream, _ *RawStream) *RawStream {
 			moved, next := p.asked(s)
-			next.acks(ackVerified)
-			next.wants(finalSizeBytes(1 + 4))
-			next.sends(finalSizeBytes(1 + 4))
+			next.Acks(AckVerified)
+			next.Wants(FinalSizeBytes(1 + 4))
+			next.Sends(FinalSizeBytes(1 + 4))
 			moved.is(nil)
 			return next
 		},
@@ -103,13 +104,13 @@ func TestDenialBindsTheInitiatorOnly(t *testing.T) {
 			var says atomic.Bool
 			p := meet(t, verified, WithAcceptor(func(*Stream, network.Conn) bool { return says.Load() }))
 			s, old := p.hostAccepts()
-			denied := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
-			denied.wants(tMultistream, tMigration, ackDenied)
-			denied.wantsEOF()
+			denied := p.Opens(1, Prelude, MigrateBytes(p.Fresh(), old.Label))
+			denied.Wants(Prelude, AckDenied)
+			denied.WantsEOF()
 			p.talk(s, old)
 			says.Store(true)
 			next := again(p, s, old)
-			old.wantsEOF()
+			old.WantsEOF()
 			p.settled(s, next)
 			p.talk(s, next)
 		})
@@ -124,27 +125,27 @@ func TestMigrateOfAStreamThatHasEnded(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			meeting{kind: verified, opts: []Option{withLabelWait(time.Hour)}}.either(t,
-				func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+				func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
 					require.NoError(t, ends(s))
 					// The peer's application has not ended the stream, nor has it heard.
-					next := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
-					next.wants(tMultistream, tMigration, ackDenied)
-					next.wantsEOF()
+					next := p.Opens(1, Prelude, MigrateBytes(p.Fresh(), old.Label))
+					next.Wants(Prelude, AckDenied)
+					next.WantsEOF()
 					p.nothingLeft()
 				})
 		})
 	}
 	t.Run("ended both ways, and not closed", func(t *testing.T) {
-		meeting{kind: verified}.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+		meeting{kind: verified}.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
 			require.NoError(t, s.CloseWrite())
-			old.wantsEOF()
-			old.closesWrite()
+			old.WantsEOF()
+			old.ClosesWrite()
 			p.readsEnd(s, io.EOF)
 			next := p.migrates(old)
-			next.sends(finalSizeBytes(1))
-			next.closesWrite()
-			next.wants(finalSizeBytes(1))
-			next.wantsEOF()
+			next.Sends(FinalSizeBytes(1))
+			next.ClosesWrite()
+			next.Wants(FinalSizeBytes(1))
+			next.WantsEOF()
 			p.settled(s, next)
 			require.NoError(t, s.Close())
 			p.nothingLeft()
@@ -159,24 +160,24 @@ func TestMigrateThatFindsAnotherLabel(t *testing.T) {
 	p := meet(t, verified, withBusyWait(time.Hour))
 	s, old := p.hostAccepts()
 	next := p.migrates(old)
-	id := p.fresh()
-	late := p.opens(1, tMultistream, tMigration, migrateBytes(id, old.label))
-	old.sends("x") // so that the first does not end before the second has come
-	next.sends(finalSizeBytes(1 + 2))
-	next.wants(finalSizeBytes(1))
+	id := p.Fresh()
+	late := p.Opens(1, Prelude, MigrateBytes(id, old.Label))
+	old.Sends("x") // so that the first does not end before the second has come
+	next.Sends(FinalSizeBytes(1 + 2))
+	next.Wants(FinalSizeBytes(1))
 	WaitFor(t, "the second Migrate to wait for its turn", func() bool { return s.queued() == 1 })
-	old.sends("y")
+	old.Sends("y")
 	p.reads(s, "xy")
-	late.wantsReset(network.StreamNoError)
+	late.WantsReset(network.StreamNoError)
 	p.settled(s, next)
 	p.talk(s, next)
 
-	p.label = id - 2
-	third := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), next.label))
-	third.label = id
-	third.wants(tMultistream, tMigration, ackVerified)
-	third.sends(finalSizeBytes(4))
-	third.wants(finalSizeBytes(4))
+	p.GoOnFrom(id)
+	third := p.Opens(0, Prelude, MigrateBytes(p.Fresh(), next.Label))
+	third.Label = id
+	third.Wants(Prelude, AckVerified)
+	third.Sends(FinalSizeBytes(4))
+	third.Wants(FinalSizeBytes(4))
 	p.hasMoved(s, third, 2)
 	p.talk(s, third)
 }

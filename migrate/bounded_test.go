@@ -15,6 +15,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // What a peer can make a host keep has a bound (M4).
@@ -26,12 +27,12 @@ func TestAnswersDoNotPileUp(t *testing.T) {
 	h := bareHost("a", func(protocol.ID) bool { return true })
 	u := &scripted{
 		fakeStream: newFake(), end: io.EOF,
-		in: tMultistream + tMigration + labelBytes(603) + tMultistream + strings.Repeat("\x02x\n", proposals),
+		in: Prelude + LabelBytes(603) + MultistreamToken + strings.Repeat("\x02x\n", proposals),
 	}
 	u.conn.remote = "b"
 	h.handleStream(u)
-	require.True(t, strings.HasPrefix(u.taken(), tMultistream+tMigration+tMultistream+tNA), "%.100q", u.taken())
-	require.GreaterOrEqual(t, strings.Count(u.taken(), tNA), proposals-negotiationBuffer/len(tNA))
+	require.True(t, strings.HasPrefix(u.taken(), Prelude+MultistreamToken+NAToken), "%.100q", u.taken())
+	require.GreaterOrEqual(t, strings.Count(u.taken(), NAToken), proposals-negotiationBuffer/len(NAToken))
 	require.LessOrEqual(t, slices.Max(u.writes), negotiationBuffer, "that much was kept for one answer")
 }
 
@@ -107,8 +108,8 @@ func TestAnswerThatIsNotTaken(t *testing.T) {
 				old.conn.remote, u.conn.remote = remote, remote
 				s := newStream(h, old, echoID, living)
 				require.True(t, h.labels.add(remote, living, s))
-				u.grants(len(tMultistream)+3, nil)
-				u.feeds(tMultistream+tMigration+migrateBytes(603, from), nil)
+				u.grants(len(MultistreamToken)+3, nil)
+				u.feeds(Prelude+MigrateBytes(603, from), nil)
 				began := time.Now()
 				h.handleStream(u)
 				require.LessOrEqual(t, time.Since(began), h.cfg.labelWait+h.cfg.negotiation+time.Second)
@@ -134,23 +135,23 @@ func TestUnpaidStreams(t *testing.T) {
 	p := meeting{kind: verified, hostOpts: libp2p.ResourceManager(limited(t, echoID, streams))}.meet(t)
 	type both struct {
 		s         *Stream
-		old, next *rawStream
+		old, next *RawStream
 	}
 	var all, acked, refused []both
 	for range streams {
 		s, old := p.hostAccepts()
 		all = append(all, both{s: s, old: old})
 	}
-	const answer = tMultistream + tMigration + ackVerified
+	const answer = Prelude + AckVerified
 	for _, b := range all {
-		b.next = p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), b.old.label))
+		b.next = p.Opens(1, Prelude, MigrateBytes(p.Fresh(), b.old.Label))
 		got := make([]byte, len(answer))
-		if _, err := io.ReadFull(b.next.r, got); err == nil {
+		if _, err := io.ReadFull(b.next, got); err == nil {
 			require.Equal(t, answer, string(got))
 			acked = append(acked, b)
 			continue
 		}
-		b.next.wantsReset(network.StreamResourceLimitExceeded)
+		b.next.WantsReset(network.StreamResourceLimitExceeded)
 		refused = append(refused, b)
 	}
 	require.Equal(t, maxUnpaid, len(acked), "how many migrations were acked")
@@ -159,9 +160,9 @@ func TestUnpaidStreams(t *testing.T) {
 	}
 	// Once they are carried on there is room again.
 	carriesOn := func(b both, sent uint64) {
-		b.next.sends(finalSizeBytes(sent))
-		b.next.wants(finalSizeBytes(sent))
-		b.old.wantsEOF()
+		b.next.Sends(FinalSizeBytes(sent))
+		b.next.Wants(FinalSizeBytes(sent))
+		b.old.WantsEOF()
 		p.talk(b.s, b.next)
 	}
 	for _, b := range acked {
@@ -169,9 +170,9 @@ func TestUnpaidStreams(t *testing.T) {
 	}
 	for _, b := range refused {
 		WaitFor(t, "room for a migration", func() bool {
-			b.next = p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), b.old.label))
+			b.next = p.Opens(1, Prelude, MigrateBytes(p.Fresh(), b.old.Label))
 			got := make([]byte, len(answer))
-			_, err := io.ReadFull(b.next.r, got)
+			_, err := io.ReadFull(b.next, got)
 			return err == nil && string(got) == answer
 		})
 		carriesOn(b, 1+4)

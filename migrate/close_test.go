@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // TestClose: S7. Either end closes the stream for good, at any moment of a migration by
@@ -126,7 +127,7 @@ func TestCloseBeforeTheOpeningIsSent(t *testing.T) {
 			old.grants(-1, nil) // and again, with the opening sent
 			synctest.Wait()
 		}
-		require.Equal(t, tMultistream+tMigration+labelBytes(label)+tMultistream+tEcho, old.taken())
+		require.Equal(t, Prelude+LabelBytes(label)+MultistreamToken+EchoToken, old.taken())
 		require.ErrorIs(t, <-moved, ErrTryLater)
 		require.True(t, old.writeClosed)
 		require.Empty(t, h.labels.peers, "nothing may be left (L5)")
@@ -191,12 +192,12 @@ func resetFor(t *testing.T, j *journey, mover, resetter int, m moment) {
 // for the end of the stream.
 func TestCodeOfAReset(t *testing.T) {
 	const code network.StreamErrorCode = 0x77
-	answer := tMultistream + tMigration
+	answer := Prelude
 	for name, fed := range map[string]string{
 		"while the initiator waits for the answer":         "",
 		"while the initiator waits for the ack":            answer,
-		"while the initiator waits for the final size":     answer + ackVerified,
-		"while the initiator waits for the old stream":     answer + ackVerified + finalSizeBytes(10),
+		"while the initiator waits for the final size":     answer + AckVerified,
+		"while the initiator waits for the old stream":     answer + AckVerified + FinalSizeBytes(10),
 		"while the initiator waits for part of the answer": answer[:len(answer)-1],
 	} {
 		bubble(t, name, func(t *testing.T) {
@@ -225,30 +226,30 @@ func TestCodeOfAReset(t *testing.T) {
 // as it is told must not be faster than the reset: its EOF would look to the other end as
 // if all was well.
 func TestErrorComesBehindTheReset(t *testing.T) {
-	const answer = tMultistream + tMigration
+	const answer = Prelude
 	for name, goesWrong := range map[string]func(old, next *fakeStream){
 		"the old stream fails": func(old, next *fakeStream) {
-			next.feeds(finalSizeBytes(10), nil)
+			next.feeds(FinalSizeBytes(10), nil)
 			synctest.Wait()
 			old.ends(errors.New("gone"))
 		},
 		"the old stream ends too early": func(old, next *fakeStream) {
-			next.feeds(finalSizeBytes(10), nil)
+			next.feeds(FinalSizeBytes(10), nil)
 			old.feeds("some", io.EOF)
 		},
 		"the old stream brings too much": func(old, next *fakeStream) {
-			next.feeds(finalSizeBytes(10), nil)
+			next.feeds(FinalSizeBytes(10), nil)
 			synctest.Wait()
 			old.feeds("all of it, and more", nil)
 		},
 		"the old stream has brought too much": func(old, next *fakeStream) {
 			old.feeds("all of it, and more", nil)
 			synctest.Wait()
-			next.feeds(finalSizeBytes(10), nil)
+			next.feeds(FinalSizeBytes(10), nil)
 		},
-		"the old stream stalls": func(_, next *fakeStream) { next.feeds(finalSizeBytes(10), nil) },
+		"the old stream stalls": func(_, next *fakeStream) { next.feeds(FinalSizeBytes(10), nil) },
 		"the new stream fails": func(_, next *fakeStream) {
-			next.feeds(finalSizeBytes(10), nil)
+			next.feeds(FinalSizeBytes(10), nil)
 			synctest.Wait()
 			next.ends(errors.New("gone"))
 		},
@@ -266,7 +267,7 @@ func TestErrorComesBehindTheReset(t *testing.T) {
 				s := acceptedOn(t, h, old)
 				next.conn.remote = playerLow
 				next.conn.open = func(context.Context) (network.Stream, error) { return next, nil }
-				next.feeds(answer+ackVerified, nil)
+				next.feeds(answer+AckVerified, nil)
 				moved, read := make(chan error, 1), make(chan error, 1)
 				go func() { moved <- h.Migrate(context.Background(), s, next.conn) }()
 				go func() {

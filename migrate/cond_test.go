@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
 )
 
 func TestCond(t *testing.T) {
@@ -44,7 +46,7 @@ func TestCond(t *testing.T) {
 	c.broadcast()
 	mu.Unlock()
 	for range 3 {
-		require.True(t, take(t, woken, "all that wait to wake"))
+		require.True(t, Take(t, woken, "all that wait to wake"))
 	}
 	mu.Lock()
 	defer mu.Unlock()

@@ -14,40 +14,39 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // Peers that have the draft and nothing else: no FinalSize, and no FinalSizeID.
 
 // migratesDraft has a draft-only peer ask to migrate old to the new connection. The host
 // has acked.
-func (p *rawPeer) migratesDraft(old *rawStream) *rawStream {
+func (p *rawPeer) migratesDraft(old *RawStream) *RawStream {
 	p.t.Helper()
-	id := p.fresh()
-	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(id, old.label))
-	next.label = id
-	next.wants(tMultistream, tMigration, ackDraft)
+	id := p.Fresh()
+	next := p.Opens(1, Prelude, MigrateDraftBytes(id, old.Label))
+	next.Label = id
+	next.Wants(Prelude, AckDraft)
 	return next
 }
 
 // asked has the host ask the peer to migrate s to the new connection.
-func (p *rawPeer) asked(s *Stream) (*outcome, *rawStream) {
+func (p *rawPeer) asked(s *Stream) (*outcome, *RawStream) {
 	p.t.Helper()
 	from := s.Label()
 	o := p.hostMigrates(s)
-	next := p.arrives()
-	next.wantsMigrate(from)
+	next := p.Arrives()
+	next.WantsMigrate(from)
 	return o, next
 }
 
-func (u *rawStream) acks(ack string) { u.t.Helper(); u.sends(tMultistream, tMigration, ack) }
-
 // settled checks that the host has moved s to the stream next.
-func (p *rawPeer) settled(s *Stream, next *rawStream) {
+func (p *rawPeer) settled(s *Stream, next *RawStream) {
 	p.t.Helper()
 	WaitFor(p.t, "the migration to finish", func() bool { return s.Migrations() == 1 })
-	require.Equal(p.t, p.ends[1], s.Conn())
-	require.Equal(p.t, next.label, s.Label())
-	p.hasLabel(next.label)
+	require.Equal(p.t, p.Ends[1], s.Conn())
+	require.Equal(p.t, next.Label, s.Label())
+	p.hasLabel(next.Label)
 }
 
 // hasLabel waits until the host holds that label and no other: the last one is forgotten
@@ -92,22 +91,22 @@ func (p *rawPeer) stillReading(got chan string) {
 func TestDraftInitiator(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = draftOnly
-		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
 			next := p.migratesDraft(old)
 			// Until there is proof that the ack has arrived, the old stream serves.
 			p.writes(s, "old still")
-			old.wants("old still")
+			old.Wants("old still")
 			// The peer has read the ack. Its new path may be the faster one.
-			next.sends("first of new")
-			old.sends("last of old, ")
-			old.closesWrite()
-			old.wantsEOF()
+			next.Sends("first of new")
+			old.Sends("last of old, ")
+			old.ClosesWrite()
+			old.WantsEOF()
 			p.reads(s, "last of old, first of new")
 			p.settled(s, next)
 			p.talk(s, next)
 			require.NoError(t, s.CloseWrite())
-			next.wantsEOF()
-			next.closesWrite()
+			next.WantsEOF()
+			next.ClosesWrite()
 			p.readsEnd(s, io.EOF)
 			require.NoError(t, s.Close())
 			p.nothingLeft()
@@ -119,25 +118,25 @@ func TestDraftInitiator(t *testing.T) {
 func TestDraftResponder(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = draftOnly
-		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
 			moved, next := p.asked(s)
 			p.writes(s, "old until the ack")
-			old.wants("old until the ack")
-			next.acks(ackDraft)
-			old.wantsEOF()
+			old.Wants("old until the ack")
+			next.Acks(AckDraft)
+			old.WantsEOF()
 			p.writes(s, "new from then on")
-			next.wants("new from then on")
+			next.Wants("new from then on")
 			// The peer's last bytes on the old path come later than its first on the new.
-			next.sends("first of new")
-			old.sends("last of old, ")
-			old.closesWrite()
+			next.Sends("first of new")
+			old.Sends("last of old, ")
+			old.ClosesWrite()
 			p.reads(s, "last of old, first of new")
 			moved.is(nil)
 			p.settled(s, next)
 			p.talk(s, next)
 			require.NoError(t, s.CloseWrite())
-			next.wantsEOF()
-			next.closesWrite()
+			next.WantsEOF()
+			next.ClosesWrite()
 			p.readsEnd(s, io.EOF)
 			require.NoError(t, s.Close())
 			p.nothingLeft()
@@ -151,8 +150,8 @@ func TestDraftIdle(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		next := p.migratesDraft(old)
-		old.closesWrite()
-		old.wantsEOF()
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.settled(s, next)
 		p.talk(s, next)
 	})
@@ -160,9 +159,9 @@ func TestDraftIdle(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		moved, next := p.asked(s)
-		next.acks(ackDraft)
-		old.wantsEOF()
-		old.closesWrite()
+		next.Acks(AckDraft)
+		old.WantsEOF()
+		old.ClosesWrite()
 		moved.is(nil)
 		p.settled(s, next)
 		p.talk(s, next)
@@ -175,16 +174,16 @@ func TestDraftHalfClosed(t *testing.T) {
 	t.Run("initiator, its writing, EOF read", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		next := p.migratesDraft(old)
 		// The old stream had ended before the ack: that EOF proves nothing.
 		p.writes(s, "old still")
-		old.wants("old still")
-		next.closesWrite() // S6, and the proof
-		old.wantsEOF()
+		old.Wants("old still")
+		next.ClosesWrite() // S6, and the proof
+		old.WantsEOF()
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 		require.Equal(t, "", p.readsEnd(s, io.EOF))
 		p.settled(s, next)
 		require.NoError(t, s.Close())
@@ -193,27 +192,27 @@ func TestDraftHalfClosed(t *testing.T) {
 	t.Run("initiator, its writing, EOF not read", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		old.sends("the last")
-		old.closesWrite()
+		old.Sends("the last")
+		old.ClosesWrite()
 		next := p.migratesDraft(old)
-		next.closesWrite()
-		old.wantsEOF()
+		next.ClosesWrite()
+		old.WantsEOF()
 		require.Equal(t, "the last", p.readsEnd(s, io.EOF))
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 		p.settled(s, next)
 	})
 	t.Run("initiator, our writing", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseWrite())
-		old.wantsEOF()
+		old.WantsEOF()
 		next := p.migratesDraft(old)
-		old.sends("last of old, ")
-		old.closesWrite()
-		next.wantsEOF()
-		next.sends("new")
-		next.closesWrite()
+		old.Sends("last of old, ")
+		old.ClosesWrite()
+		next.WantsEOF()
+		next.Sends("new")
+		next.ClosesWrite()
 		require.Equal(t, "last of old, new", p.readsEnd(s, io.EOF))
 		p.settled(s, next)
 		_, err := s.Write([]byte("x"))
@@ -222,15 +221,15 @@ func TestDraftHalfClosed(t *testing.T) {
 	t.Run("responder, its writing, EOF read", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		moved, next := p.asked(s)
-		next.acks(ackDraft)
-		next.closesWrite() // S6
-		old.wantsEOF()
+		next.Acks(AckDraft)
+		next.ClosesWrite() // S6
+		old.WantsEOF()
 		moved.is(nil)
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 		require.Equal(t, "", p.readsEnd(s, io.EOF))
 		p.settled(s, next)
 	})
@@ -238,13 +237,13 @@ func TestDraftHalfClosed(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseWrite())
-		old.wantsEOF()
+		old.WantsEOF()
 		moved, next := p.asked(s)
-		next.acks(ackDraft)
-		next.wantsEOF()
-		old.sends("last of old, ")
-		old.closesWrite()
-		next.sends("new")
+		next.Acks(AckDraft)
+		next.WantsEOF()
+		old.Sends("last of old, ")
+		old.ClosesWrite()
+		next.Sends("new")
 		p.reads(s, "last of old, new")
 		moved.is(nil)
 		p.settled(s, next)
@@ -253,13 +252,13 @@ func TestDraftHalfClosed(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseWrite())
-		old.wantsEOF()
-		old.closesWrite()
+		old.WantsEOF()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		moved, next := p.asked(s)
-		next.acks(ackDraft)
-		next.wantsEOF()
-		next.closesWrite()
+		next.Acks(AckDraft)
+		next.WantsEOF()
+		next.ClosesWrite()
 		moved.is(nil)
 		require.NoError(t, s.Close())
 		p.nothingLeft()
@@ -272,24 +271,24 @@ func TestDraftDataAfterEnd(t *testing.T) {
 	t.Run("initiator", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		next := p.migratesDraft(old)
-		next.sends("more")
-		next.wantsReset(network.StreamProtocolViolation)
+		next.Sends("more")
+		next.WantsReset(network.StreamProtocolViolation)
 		p.failed(s)
 		p.nothingLeft()
 	})
 	t.Run("responder", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		_, next := p.asked(s)
-		next.acks(ackDraft)
-		old.wantsEOF()
-		next.sends("more")
-		next.wantsReset(network.StreamProtocolViolation)
+		next.Acks(AckDraft)
+		old.WantsEOF()
+		next.Sends("more")
+		next.WantsReset(network.StreamProtocolViolation)
 		p.failed(s)
 		p.nothingLeft()
 	})
@@ -301,21 +300,21 @@ func TestDraftDataAfterEnd(t *testing.T) {
 func TestDraftInitiatorFasterThanAck(t *testing.T) {
 	var p *rawPeer
 	var s *Stream
-	var old *rawStream
+	var old *RawStream
 	p = meet(t, draftOnly, WithTracer(func(e Event) {
 		if e.Kind == Acked {
-			old.closesWrite()
+			old.ClosesWrite()
 			p.holds(s)
 		}
 	}))
 	s, old = p.hostOpens()
 	got := reading(s)
 	next := p.migratesDraft(old)
-	old.wantsEOF()
+	old.WantsEOF()
 	p.settled(s, next)
 	p.stillReading(got)
-	next.sends("new")
-	require.Equal(t, "new", take(t, got, "the Read"))
+	next.Sends("new")
+	require.Equal(t, "new", Take(t, got, "the Read"))
 	p.talk(s, next)
 }
 
@@ -323,7 +322,7 @@ func TestDraftInitiatorFasterThanAck(t *testing.T) {
 // The end of the old stream is read all the same, since there is the proof (S3): a peer
 // that waits for us has nothing to send on the new one.
 func TestDraftReadingClosedMeanwhile(t *testing.T) {
-	closesAt := func(t *testing.T, kind EventKind) (p *rawPeer, s *Stream, old *rawStream) {
+	closesAt := func(t *testing.T, kind EventKind) (p *rawPeer, s *Stream, old *RawStream) {
 		p = meet(t, draftOnly, WithTracer(func(e Event) {
 			if e.Kind == kind {
 				_ = e.Stream.CloseRead()
@@ -335,26 +334,26 @@ func TestDraftReadingClosedMeanwhile(t *testing.T) {
 	t.Run("after the end", func(t *testing.T) {
 		p, s, old := closesAt(t, ReceiveSwitched)
 		next := p.migratesDraft(old)
-		old.closesWrite()
-		old.wantsEOF()
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.settled(s, next)
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 	})
 	t.Run("before the end, twice", func(t *testing.T) {
 		p, s, old := closesAt(t, Acked)
 		next := p.migratesDraft(old)
 		p.writes(s, "old still")
-		old.wants("old still")
+		old.Wants("old still")
 		require.NoError(t, s.CloseRead())
-		old.sends("nobody wants this")
+		old.Sends("nobody wants this")
 		p.writes(s, "old still")
-		old.wants("old still")
-		old.closesWrite()
-		old.wantsEOF()
+		old.Wants("old still")
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.settled(s, next)
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 		require.Zero(t, s.Scope().Stat().Memory)
 	})
 	t.Run("before the end, closed", func(t *testing.T) {
@@ -363,17 +362,17 @@ func TestDraftReadingClosedMeanwhile(t *testing.T) {
 		next := p.migratesDraft(old)
 		p.writes(s, "old still")
 		require.NoError(t, s.Close())
-		old.wants("old still")
-		old.wantsEOF()
-		old.closesWrite()
-		next.wantsEOF()
+		old.Wants("old still")
+		old.WantsEOF()
+		old.ClosesWrite()
+		next.WantsEOF()
 		p.nothingLeft()
 	})
 	t.Run("before the end, and that is reset", func(t *testing.T) {
 		p, s, old := closesAt(t, Acked)
 		next := p.migratesDraft(old)
 		require.NoError(t, old.Reset())
-		next.wantsReset(network.StreamNoError)
+		next.WantsReset(network.StreamNoError)
 		p.failed(s)
 	})
 }
@@ -385,12 +384,12 @@ func TestDraftNeverReadingSide(t *testing.T) {
 	s, old := p.hostOpens()
 	data := strings.Repeat("0123456789abcdef", 10<<10)
 	next := p.migratesDraft(old)
-	old.sends(data)
-	old.closesWrite()
-	old.wantsEOF()
+	old.Sends(data)
+	old.ClosesWrite()
+	old.WantsEOF()
 	p.settled(s, next)
-	next.sends("new")
-	next.closesWrite()
+	next.Sends("new")
+	next.ClosesWrite()
 	require.Equal(t, data+"new", p.readsEnd(s, io.EOF))
 }
 
@@ -423,11 +422,11 @@ func TestDraftAsksWhileAnErrorIsHeld(t *testing.T) {
 	moved, ours := p.asked(s)
 	require.NoError(t, old.Reset())
 	p.holds(s)
-	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
-	next.wants(tMultistream, tMigration, ackDenied)
+	next := p.Opens(1, Prelude, MigrateDraftBytes(p.Fresh(), old.Label))
+	next.Wants(Prelude, AckDenied)
 	require.NoError(t, ours.Reset())
-	require.Contains(t, take(t, got, "the Read"), "error: ")
-	require.Error(t, take(t, moved.done, "Migrate to return"))
+	require.Contains(t, Take(t, got, "the Read"), "error: ")
+	require.Error(t, Take(t, moved.done, "Migrate to return"))
 	require.NoError(t, s.Reset())
 	p.nothingLeft()
 }
@@ -438,53 +437,53 @@ func TestDraftReadingClosed(t *testing.T) {
 	p := meet(t, draftOnly)
 	s, old := p.hostOpens()
 	require.NoError(t, s.CloseRead())
-	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
-	next.wants(tMultistream, tMigration, ackDenied)
-	next.wantsEOF()
+	next := p.Opens(1, Prelude, MigrateDraftBytes(p.Fresh(), old.Label))
+	next.Wants(Prelude, AckDenied)
+	next.WantsEOF()
 	p.writes(s, "old")
-	old.wants("old")
-	p.hasLabel(old.label)
+	old.Wants("old")
+	p.hasLabel(old.Label)
 }
 
 // TestDraftHeldEOF: what an EOF that comes before the ack means is known only with the
 // answer (S5).
 func TestDraftHeldEOF(t *testing.T) {
 	// held has the old stream end while the host waits for the answer.
-	held := func(t *testing.T) (p *rawPeer, s *Stream, old, next *rawStream, moved *outcome, got chan string) {
+	held := func(t *testing.T) (p *rawPeer, s *Stream, old, next *RawStream, moved *outcome, got chan string) {
 		p = meet(t, draftOnly)
 		s, old = p.hostOpens()
 		got = reading(s)
 		moved, next = p.asked(s)
-		old.closesWrite()
+		old.ClosesWrite()
 		p.holds(s)
 		p.stillReading(got)
 		return
 	}
 	t.Run("ack", func(t *testing.T) {
 		p, s, old, next, moved, got := held(t)
-		next.acks(ackDraft)
-		next.sends("new")
-		old.wantsEOF()
-		require.Equal(t, "new", take(t, got, "the Read"))
+		next.Acks(AckDraft)
+		next.Sends("new")
+		old.WantsEOF()
+		require.Equal(t, "new", Take(t, got, "the Read"))
 		moved.is(nil)
 		p.settled(s, next)
 		p.talk(s, next)
 	})
 	t.Run("deny", func(t *testing.T) {
 		p, s, old, next, moved, got := held(t)
-		next.acks(ackDenied)
+		next.Acks(AckDenied)
 		moved.is(ErrDenied)
-		require.Equal(t, "error: EOF", take(t, got, "the Read"))
+		require.Equal(t, "error: EOF", Take(t, got, "the Read"))
 		p.writes(s, "old")
-		old.wants("old")
+		old.Wants("old")
 	})
 	t.Run("reset", func(t *testing.T) {
 		p, s, old, next, moved, got := held(t)
 		require.NoError(t, next.Reset())
 		moved.is(ErrTryLater)
-		require.Equal(t, "error: EOF", take(t, got, "the Read"))
+		require.Equal(t, "error: EOF", Take(t, got, "the Read"))
 		p.writes(s, "old")
-		old.wants("old")
+		old.Wants("old")
 	})
 }
 
@@ -492,7 +491,7 @@ func TestDraftHeldEOF(t *testing.T) {
 // acked. If the application has ended its writing, the responder may have taken that
 // for the migration's, and its EOF may be the answer to it: an error (S5).
 func TestDraftUntrustedEOF(t *testing.T) {
-	setUp := func(t *testing.T) (p *rawPeer, s *Stream, old *rawStream) {
+	setUp := func(t *testing.T) (p *rawPeer, s *Stream, old *RawStream) {
 		p = meet(t, draftOnly)
 		s, old = p.hostOpens()
 		return
@@ -506,23 +505,23 @@ func TestDraftUntrustedEOF(t *testing.T) {
 		p, s, old := setUp(t)
 		require.NoError(t, s.CloseWrite())
 		fails(t, p, s)
-		old.sends("data")
-		old.closesWrite()
+		old.Sends("data")
+		old.ClosesWrite()
 		require.Equal(t, "data", p.readsEnd(s, network.ErrReset))
 	})
 	t.Run("closed after it", func(t *testing.T) {
 		p, s, old := setUp(t)
 		fails(t, p, s)
 		require.NoError(t, s.CloseWrite())
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, network.ErrReset)
 	})
-	held := func(t *testing.T) (p *rawPeer, s *Stream, next *rawStream, moved *outcome, got chan string) {
+	held := func(t *testing.T) (p *rawPeer, s *Stream, next *RawStream, moved *outcome, got chan string) {
 		p, s, old := setUp(t)
 		got = reading(s)
 		moved, next = p.asked(s)
 		require.NoError(t, s.CloseWrite())
-		old.closesWrite()
+		old.ClosesWrite()
 		p.holds(s)
 		p.stillReading(got)
 		return
@@ -530,7 +529,7 @@ func TestDraftUntrustedEOF(t *testing.T) {
 	t.Run("held", func(t *testing.T) {
 		p, s, next, moved, got := held(t)
 		require.NoError(t, s.SetReadDeadline(past))
-		require.Contains(t, take(t, got, "the Read"), os.ErrDeadlineExceeded.Error())
+		require.Contains(t, Take(t, got, "the Read"), os.ErrDeadlineExceeded.Error())
 		require.NoError(t, s.SetReadDeadline(time.Time{}))
 		require.NoError(t, next.Reset())
 		moved.is(ErrTryLater) // nobody has been told yet
@@ -540,42 +539,42 @@ func TestDraftUntrustedEOF(t *testing.T) {
 	t.Run("held from a Read", func(t *testing.T) {
 		p, s, next, moved, got := held(t)
 		require.NoError(t, next.Reset())
-		require.Contains(t, take(t, got, "the Read"), "stream reset")
+		require.Contains(t, Take(t, got, "the Read"), "stream reset")
 		// Migrate may have seen that the Read was told, or not.
-		err := take(t, moved.done, "Migrate to return")
+		err := Take(t, moved.done, "Migrate to return")
 		require.True(t, errors.Is(err, ErrTryLater) || errors.Is(err, ErrClosed), "Migrate returned %v", err)
 		p.hostMigrates(s).is(ErrClosed)
 	})
 	t.Run("our writing is open", func(t *testing.T) {
 		p, s, old := setUp(t)
 		fails(t, p, s)
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		p.writes(s, "old")
-		old.wants("old")
+		old.Wants("old")
 	})
 	t.Run("migrated since", func(t *testing.T) {
 		// The doubt was about the end of a stream that is history now.
 		p, s, old := setUp(t)
 		fails(t, p, s)
 		moved, next := p.asked(s)
-		next.acks(ackDraft)
-		old.wantsEOF()
-		old.closesWrite()
+		next.Acks(AckDraft)
+		old.WantsEOF()
+		old.ClosesWrite()
 		moved.is(nil)
 		require.NoError(t, s.CloseWrite())
-		next.wantsEOF()
-		next.sends("data")
-		next.closesWrite()
+		next.WantsEOF()
+		next.Sends("data")
+		next.ClosesWrite()
 		require.Equal(t, "data", p.readsEnd(s, io.EOF))
 	})
 	t.Run("denied", func(t *testing.T) {
 		p, s, old := setUp(t)
 		require.NoError(t, s.CloseWrite())
 		moved, next := p.asked(s)
-		next.acks(ackDenied)
+		next.Acks(AckDenied)
 		moved.is(ErrDenied)
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 	})
 	t.Run("responder with the verified handover", func(t *testing.T) {
@@ -583,7 +582,7 @@ func TestDraftUntrustedEOF(t *testing.T) {
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseWrite())
 		fails(t, p, s)
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 	})
 }
@@ -594,22 +593,22 @@ func TestDraftResetBeforeAck(t *testing.T) {
 	t.Run("responder", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		for _, ends := range []func(next *rawStream){
-			func(next *rawStream) { require.NoError(t, next.Reset()) },
-			func(next *rawStream) { require.NoError(t, next.ResetWithError(network.StreamResourceLimitExceeded)) },
-			func(next *rawStream) { next.closesWrite() },
-			func(next *rawStream) { next.sends(tMultistream, tNA) },
+		for _, ends := range []func(next *RawStream){
+			func(next *RawStream) { require.NoError(t, next.Reset()) },
+			func(next *RawStream) { require.NoError(t, next.ResetWithError(network.StreamResourceLimitExceeded)) },
+			func(next *RawStream) { next.ClosesWrite() },
+			func(next *RawStream) { next.Sends(MultistreamToken, NAToken) },
 		} {
 			moved, next := p.asked(s)
 			ends(next)
 			moved.is(ErrTryLater)
 			p.talk(s, old)
-			p.hasLabel(old.label)
+			p.hasLabel(old.Label)
 		}
 		moved, next := p.asked(s)
-		next.acks(ackDraft)
-		old.wantsEOF()
-		old.closesWrite()
+		next.Acks(AckDraft)
+		old.WantsEOF()
+		old.ClosesWrite()
 		moved.is(nil)
 		p.talk(s, next)
 	})
@@ -631,17 +630,17 @@ func TestDraftResetBeforeAck(t *testing.T) {
 			return true
 		}))
 		s, old := p.hostOpens()
-		next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
-		take(t, asked, "the request to arrive")
+		next := p.Opens(1, Prelude, MigrateDraftBytes(p.Fresh(), old.Label))
+		Take(t, asked, "the request to arrive")
 		require.NoError(t, next.Reset())
-		take(t, reset, "the host to notice")
+		Take(t, reset, "the host to notice")
 		WaitFor(t, "the attempt to be over", func() bool { return s.exchange() == nil })
 		p.talk(s, old)
-		p.hasLabel(old.label)
+		p.hasLabel(old.Label)
 
 		next = p.migratesDraft(old)
-		old.closesWrite()
-		old.wantsEOF()
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.settled(s, next)
 		p.talk(s, next)
 	})
@@ -672,7 +671,7 @@ func TestDraftResetAfterAck(t *testing.T) {
 				broken, other = next, old
 			}
 			require.NoError(t, broken.Reset())
-			other.wantsReset(network.StreamNoError)
+			other.WantsReset(network.StreamNoError)
 			p.readsEnd(s, network.ErrReset)
 			p.failed(s)
 			p.nothingLeft()
@@ -681,11 +680,11 @@ func TestDraftResetAfterAck(t *testing.T) {
 			p := meet(t, draftOnly)
 			s, old := p.hostOpens()
 			moved, next := p.asked(s)
-			next.acks(ackDraft)
-			old.wantsEOF()
+			next.Acks(AckDraft)
+			old.WantsEOF()
 			if which == "old" {
 				require.NoError(t, old.Reset())
-				next.wantsReset(network.StreamNoError)
+				next.WantsReset(network.StreamNoError)
 			} else {
 				require.NoError(t, next.Reset())
 			}
@@ -706,8 +705,8 @@ func TestDraftClosedConnection(t *testing.T) {
 			p := m.meet(t)
 			s, old := p.hostOpens()
 			next := p.migratesDraft(old)
-			require.NoError(t, p.conns[0].Close())
-			next.wantsReset(network.StreamNoError)
+			require.NoError(t, p.Conns[0].Close())
+			next.WantsReset(network.StreamNoError)
 			p.readsEnd(s, network.ErrReset)
 			p.failed(s)
 			p.nothingLeft()
@@ -716,11 +715,11 @@ func TestDraftClosedConnection(t *testing.T) {
 			p := m.meet(t)
 			s, old := p.hostOpens()
 			moved, next := p.asked(s)
-			next.acks(ackDraft)
-			old.wantsEOF()
-			require.NoError(t, p.conns[0].Close())
+			next.Acks(AckDraft)
+			old.WantsEOF()
+			require.NoError(t, p.Conns[0].Close())
 			moved.is(network.ErrReset)
-			next.wantsReset(network.StreamNoError)
+			next.WantsReset(network.StreamNoError)
 			p.readsEnd(s, network.ErrReset)
 			p.failed(s)
 			p.nothingLeft()
@@ -733,18 +732,18 @@ func TestDraftDenied(t *testing.T) {
 	p := meet(t, draftOnly)
 	s, old := p.hostOpens()
 	moved, next := p.asked(s)
-	next.acks(ackDenied)
-	next.wantsEOF() // the host closes it
+	next.Acks(AckDenied)
+	next.WantsEOF() // the host closes it
 	moved.is(ErrDenied)
 	p.talk(s, old)
 	p.hostMigrates(s).is(ErrDenied)
-	p.hasLabel(old.label)
+	p.hasLabel(old.Label)
 	require.Equal(t, 0, s.Migrations())
 
 	// The peer itself may ask, though.
 	next = p.migratesDraft(old)
-	old.closesWrite()
-	old.wantsEOF()
+	old.ClosesWrite()
+	old.WantsEOF()
 	p.settled(s, next)
 	p.talk(s, next)
 }
@@ -754,11 +753,11 @@ func TestRequireVerifiedHandover(t *testing.T) {
 	t.Run("initiator", func(t *testing.T) {
 		p := meet(t, draftOnly, RequireVerifiedHandover())
 		s, old := p.hostAccepts()
-		next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
-		next.wants(tMultistream, tMigration, ackDenied)
-		next.wantsEOF()
+		next := p.Opens(1, Prelude, MigrateDraftBytes(p.Fresh(), old.Label))
+		next.Wants(Prelude, AckDenied)
+		next.WantsEOF()
 		p.talk(s, old)
-		p.hasLabel(old.label)
+		p.hasLabel(old.Label)
 	})
 	t.Run("responder", func(t *testing.T) {
 		p := meet(t, draftOnly, RequireVerifiedHandover())
@@ -774,16 +773,16 @@ func TestRequireVerifiedHandover(t *testing.T) {
 		require.False(t, labelled, "a stream that cannot move has no label")
 		_, err = s.Write([]byte("hello"))
 		require.NoError(t, err)
-		p.arrives().wants(tMultistream, tEcho, "hello")
+		p.Arrives().Wants(MultistreamToken, EchoToken, "hello")
 	})
 	t.Run("peer that has it", func(t *testing.T) {
 		p := meet(t, verified, RequireVerifiedHandover())
 		s, old := p.hostOpens()
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		next.sends(finalSizeBytes(1))
-		old.wantsEOF()
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		next.Sends(FinalSizeBytes(1))
+		old.WantsEOF()
 		moved.is(nil)
 		p.talk(s, next)
 	})
@@ -803,13 +802,13 @@ func TestDraftEOFCrossesTheAck(t *testing.T) {
 	}))
 	s, old := p.hostOpens()
 	got := reading(s)
-	next := p.opens(1, tMultistream, tMigration, migrateDraftBytes(p.fresh(), old.label))
-	take(t, acked, "the ack")
-	old.closesWrite()
-	old.wantsEOF()
+	next := p.Opens(1, Prelude, MigrateDraftBytes(p.Fresh(), old.Label))
+	Take(t, acked, "the ack")
+	old.ClosesWrite()
+	old.WantsEOF()
 	p.writes(s, "to new, in vain")
 	require.NoError(t, next.Reset())
-	require.Contains(t, take(t, got, "the Read"), "stream reset")
+	require.Contains(t, Take(t, got, "the Read"), "stream reset")
 	p.failed(s)
 	_ = s.Reset() // the migration may have ended before, and the label lives until then
 	p.nothingLeft()

@@ -19,6 +19,8 @@ import (
 	ma "github.com/multiformats/go-multiaddr"
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // fakeStream is an underlying stream in memory. The test decides what its Reads return
@@ -405,7 +407,7 @@ func acceptedOn(t *testing.T, h *Host, old *fakeStream) *Stream {
 	accepted := make(chan network.Stream, 1)
 	h.SetStreamHandler(echoID, func(s network.Stream) { accepted <- s })
 	label := 600 + h.labels.parity(playerLow, false)
-	old.feeds(tMultistream+tMigration+labelBytes(label)+tMultistream+tEcho, nil)
+	old.feeds(Prelude+LabelBytes(label)+MultistreamToken+EchoToken, nil)
 	h.handleStream(old)
 	return (<-accepted).(*Stream)
 }

@@ -13,6 +13,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // The kinds of answers that FuzzAnswers makes up.
@@ -29,36 +31,36 @@ const (
 // What the right answer is, and what follows it, reaches the application to the byte; all
 // else is an error, never a clean end, and leaves a stream that was there as it was.
 func FuzzAnswers(f *testing.F) {
-	const right, other = tMultistream + tMigration + tMultistream + tEcho, tMultistream + tMigration + tMultistream + tNA
+	const right, other = Prelude + MultistreamToken + EchoToken, Prelude + MultistreamToken + NAToken
 	for kind, answers := range map[uint8][]string{
 		toOpening: {
-			"", right, right + "data", right[:30], tMultistream + tNA, other, tMultistream + tMigration + ackVerified,
-			tMultistream + tEcho + "data", "\x00", right[:len(right)-1] + "\x00",
+			"", right, right + "data", right[:30], MultistreamToken + NAToken, other, Prelude + AckVerified,
+			MultistreamToken + EchoToken + "data", "\x00", right[:len(right)-1] + "\x00",
 		},
 		toNegotiation: {
-			right, right + "data", other + tEcho + "data", other + tNA, tMultistream + tNA, tMultistream + tMigration + tMigration,
-			tMultistream + tMigration, tMultistream + tMigration + tMultistream + "\xff\xff\x03", other[:40],
+			right, right + "data", other + EchoToken + "data", other + NAToken, MultistreamToken + NAToken, Prelude + MigrationToken,
+			Prelude, Prelude + MultistreamToken + "\xff\xff\x03", other[:40],
 		},
 		toMigrate: {
-			"", tMultistream, tMultistream + tNA, tMultistream + tMigration + ackDenied, tMultistream + tMigration + ackVerified,
-			tMultistream + tMigration + ackVerified + finalSizeBytes(3) + "data",
-			tMultistream + tMigration + ackVerified + finalSizeBytes(2) + "data",
-			tMultistream + tMigration + ackVerified + finalSizeBytes(4) + "data",
-			tMultistream + tMigration + ackVerified + finalSizeBytes(1<<63) + "data",
-			tMultistream + tMigration + ackVerified + finalSizeBytes(3) + finalSizeBytes(3),
-			tMultistream + tMigration + ackVerified + ackVerified,
-			tMultistream + tMigration + ackDraft + "data", tMultistream + tMigration + labelBytes(601),
-			tMultistream + tMigration + migrateBytes(605, 603), tMultistream + tMigration + finalSizeBytes(3) + ackVerified,
+			"", MultistreamToken, MultistreamToken + NAToken, Prelude + AckDenied, Prelude + AckVerified,
+			Prelude + AckVerified + FinalSizeBytes(3) + "data",
+			Prelude + AckVerified + FinalSizeBytes(2) + "data",
+			Prelude + AckVerified + FinalSizeBytes(4) + "data",
+			Prelude + AckVerified + FinalSizeBytes(1<<63) + "data",
+			Prelude + AckVerified + FinalSizeBytes(3) + FinalSizeBytes(3),
+			Prelude + AckVerified + AckVerified,
+			Prelude + AckDraft + "data", Prelude + LabelBytes(601),
+			Prelude + MigrateBytes(605, 603), Prelude + FinalSizeBytes(3) + AckVerified,
 		},
-		toDraft: {tMultistream + tMigration + ackDraft + "data", tMultistream + tMigration + ackDraft + finalSizeBytes(3)},
+		toDraft: {Prelude + AckDraft + "data", Prelude + AckDraft + FinalSizeBytes(3)},
 	} {
 		for _, in := range answers {
 			f.Add([]byte(in), kind, uint8(0))
 			f.Add([]byte(in), kind|resetAtEnd, uint8(1))
 		}
 	}
-	for _, m := range malformed {
-		f.Add([]byte(tMultistream+tMigration+m), uint8(toMigrate), uint8(0))
+	for _, m := range Malformed {
+		f.Add([]byte(Prelude+m), uint8(toMigrate), uint8(0))
 	}
 	f.Fuzz(func(t *testing.T, in []byte, kind, size uint8) {
 		virtual(t, func(t *testing.T) {
@@ -111,8 +113,8 @@ func (a *answers) opening(t *testing.T) {
 	require.NoError(t, err)
 	_, err = s.Write([]byte("!"))
 	require.NoError(t, err)
-	require.Equal(t, tMultistream+tMigration+labelBytes(s.Label())+tMultistream+tEcho+"!", a.u.taken())
-	if rest, ok := strings.CutPrefix(a.in, tMultistream+tMigration+tMultistream+tEcho); ok {
+	require.Equal(t, Prelude+LabelBytes(s.Label())+MultistreamToken+EchoToken+"!", a.u.taken())
+	if rest, ok := strings.CutPrefix(a.in, Prelude+MultistreamToken+EchoToken); ok {
 		a.reads(t, s, rest)
 	} else {
 		got, err := io.ReadAll(s)
@@ -126,7 +128,7 @@ func (a *answers) negotiation(t *testing.T) {
 	pids := []protocol.ID{"/test/other/1.0.0", echoID}
 	s, err := a.h.open(context.Background(), a.u, "", pids)
 
-	behind, right := strings.CutPrefix(a.in, tMultistream+tMigration)
+	behind, right := strings.CutPrefix(a.in, Prelude)
 	r := strings.NewReader(behind)
 	proto, refErr := msmux.SelectOneOf(pids, readWriteCloser{r, new(bytes.Buffer)})
 	if !right || refErr != nil {
@@ -148,7 +150,7 @@ func (a *answers) migration(t *testing.T) {
 	to := &fakeConn{remote: remoteOfAnswers, open: func(context.Context) (network.Stream, error) { return a.u, nil }}
 	err := a.h.Migrate(context.Background(), s, to)
 
-	r := strings.NewReader(strings.TrimPrefix(a.in, tMultistream+tMigration))
+	r := strings.NewReader(strings.TrimPrefix(a.in, Prelude))
 	m, refErr := readMessage(r)
 	ack := m.GetAckMigrate()
 	final, finalErr := uint64(len(sent)), error(nil)
@@ -157,7 +159,7 @@ func (a *answers) migration(t *testing.T) {
 	}
 	behind := a.in[len(a.in)-r.Len():]
 	switch {
-	case !strings.HasPrefix(a.in, tMultistream+tMigration) || refErr != nil || ack == nil:
+	case !strings.HasPrefix(a.in, Prelude) || refErr != nil || ack == nil:
 		require.ErrorIs(t, err, ErrTryLater)
 		require.NotNil(t, a.u.resetWith)
 	case ack.GetDenyMigrate():

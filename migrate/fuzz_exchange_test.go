@@ -17,6 +17,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // A play is one logical stream of a host, with a peer and an application that do what a
@@ -284,10 +286,10 @@ func newStage(t *testing.T, set setting) *stage {
 		require.NoError(t, err)
 		st.s = s
 		if set&answered != 0 {
-			old.feed(tMultistream + tMigration + tMultistream + tEcho)
+			old.feed(Prelude + MultistreamToken + EchoToken)
 		}
 	} else {
-		old.feed(tMultistream + tMigration + labelBytes(st.fresh()) + tMultistream + tEcho)
+		old.feed(Prelude + LabelBytes(st.fresh()) + MultistreamToken + EchoToken)
 		st.h.handleStream(old)
 		st.s = (<-accepted).(*Stream)
 	}
@@ -329,10 +331,10 @@ func (g *segment) feed(data string) {
 // carried is what of fed is the application's: what is behind the messages of the protocol.
 func (st *stage) carried(g *segment) (data []byte, final uint64) {
 	if g.index == 0 && st.set&hostOpened == 0 {
-		return g.fed[len(tMultistream+tMigration+labelBytes(st.first)+tMultistream+tEcho):], 0
+		return g.fed[len(Prelude+LabelBytes(st.first)+MultistreamToken+EchoToken):], 0
 	}
 	if g.index == 0 {
-		return g.fed[min(len(g.fed), len(tMultistream+tMigration+tMultistream+tEcho)):], 0
+		return g.fed[min(len(g.fed), len(Prelude+MultistreamToken+EchoToken)):], 0
 	}
 	r := bytes.NewReader(g.fed[min(len(g.fed), len(prelude)):])
 	_, _ = readMessage(r)
@@ -463,37 +465,37 @@ func (st *stage) control(g *segment, which int) string {
 	}
 	switch which {
 	case ctlPrelude:
-		return tMultistream + tMigration
+		return Prelude
 	case ctlAckVerified:
-		return ackVerified
+		return AckVerified
 	case ctlAckDraft:
-		return ackDraft
+		return AckDraft
 	case ctlAckDenied:
-		return ackDenied
+		return AckDenied
 	case ctlFinalTrue:
-		return finalSizeBytes(carried)
+		return FinalSizeBytes(carried)
 	case ctlFinalHigh:
-		return finalSizeBytes(carried + 1)
+		return FinalSizeBytes(carried + 1)
 	case ctlFinalLow:
-		return finalSizeBytes(carried - 1)
+		return FinalSizeBytes(carried - 1)
 	case ctlFinalHuge:
-		return finalSizeBytes(1 << 63)
+		return FinalSizeBytes(1 << 63)
 	case ctlFinalZero:
-		return finalSizeBytes(0)
+		return FinalSizeBytes(0)
 	case ctlLabel:
-		return labelBytes(st.fresh())
+		return LabelBytes(st.fresh())
 	case ctlMigrate:
-		return migrateBytes(st.fresh(), st.s.Label())
+		return MigrateBytes(st.fresh(), st.s.Label())
 	case ctlNoMember:
-		return malformed["no member"]
+		return Malformed["no member"]
 	case ctlOversized:
-		return malformed["oversized"]
+		return Malformed["oversized"]
 	case ctlAnswer:
-		return tMultistream + tMigration + tMultistream + tEcho
+		return Prelude + MultistreamToken + EchoToken
 	case ctlPart:
-		return ackVerified[:2]
+		return AckVerified[:2]
 	default:
-		return tMultistream[:7]
+		return MultistreamToken[:7]
 	}
 }
 
@@ -516,14 +518,14 @@ func (st *stage) ask(how int) {
 	if how&askAlive != 0 {
 		id = st.s.Label()
 	}
-	request := migrateBytes(id, from)
+	request := MigrateBytes(id, from)
 	if how&askDraft != 0 {
-		request = migrateDraftBytes(id, from)
+		request = MigrateDraftBytes(id, from)
 	}
 	if how&askWithData != 0 {
 		request += "too early"
 	}
-	g.feed(tMultistream + tMigration + request)
+	g.feed(Prelude + request)
 	st.calls.Go(func() { st.h.handleStream(g) })
 }
 
@@ -706,12 +708,12 @@ func (st *stage) explains(chain []*segment) error {
 // sent is what the host sent over g: the application's bytes, and the final size before.
 func (st *stage) sent(g *segment) (data []byte, final uint64, ok bool) {
 	out := g.taken()
-	expect := tMultistream + tMigration
+	expect := Prelude
 	if g.index == 0 {
 		if st.set&hostOpened != 0 {
-			expect += labelBytes(st.first)
+			expect += LabelBytes(st.first)
 		}
-		expect += tMultistream + tEcho
+		expect += MultistreamToken + EchoToken
 	}
 	if len(out) <= len(expect) {
 		if !strings.HasPrefix(expect, out) {

@@ -18,42 +18,43 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/pb"
 )
 
 // mergers are messages whose fields come more than once, or in an order of their own, or
 // among others: what such bytes mean is told by the rules of protobuf alone.
 var mergers = []string{
-	lengthy("\x12\x02\x08\x02" + "\x12\x02\x10\x04"),                // Migrate in two parts
-	lengthy("\x12\x04\x08\x02\x10\x04" + "\x12\x02\x08\x06"),        // the last id counts
-	lengthy("\x12\x04\x10\x04\x08\x02"),                             // from comes first
-	lengthy("\x12\x06\x08\x02\x08\x06\x10\x04"),                     // id twice
-	lengthy("\x0a\x02\x08\x02" + "\x12\x04\x08\x02\x10\x04"),        // Label, and then Migrate
-	lengthy("\x12\x04\x08\x02\x10\x04" + "\x0a\x02\x08\x02"),        // the other way about
-	lengthy("\x0a\x02\x08\x02" + "\x1a\x00" + "\x0a\x00"),           // Label, ack, Label of nothing
-	lengthy("\x1a\x02\x08\x01" + "\x1a\x02\x08\x00"),                // a denial that is taken back
-	lengthy("\x1a\x02\x08\x01" + "\x1a\x03\xa0\x06\x01"),            // a denial, with a final size
-	lengthy("\x1a\x05\xa0\x06\x01\x08\x01"),                         // the same, in the other order
-	lengthy("\x1a\x02\x08\x02"),                                     // a truth that is 2
-	lengthy("\xa2\x06\x02\x08\x05" + "\xa2\x06\x02\x08\x07"),        // the last size counts
-	lengthy("\xa2\x06\x05\x08\x05\x10\x01\x08"),                     // the last field is cut off
-	lengthy("\xa2\x06\x03\x08\x85\x00"),                             // a number longer than need be
-	lengthy("\x8a\x00\x02\x08\x02"),                                 // a tag longer than need be
-	lengthy("\x0a\x82\x00\x08\x02"),                                 // a length longer than need be
-	lengthy("\x0a\x03\x88\x00\x02"),                                 // a field's tag longer than need be
-	lengthy("\x0a\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), // the largest label
-	lengthy("\x0a\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"), // more than 64 bits
-	lengthy("\x0a\x05\x0d\x02\x00\x00\x00"),                         // of another wire type
-	lengthy("\x0a\x04\x0b\x08\x02\x0c"),                             // in a group
-	lengthy("\x7a\x01\x00" + "\x0a\x02\x08\x02"),                    // behind an unknown field
-	lengthy("\x0a\x02\x08\x02" + "\x78\x05"),                        // before one
-	lengthy("\x0a\x04\x08\x02\x08\x06"),                             // a label twice
-	lengthy("\x0a\x02\x10\x02"),                                     // another number than the label
-	lengthy("\x0a\x01\x08\x02"), lengthy("\xa2\x06\x01\x08\x02"),    // a member that says it is shorter
-	lengthy("\x0a\x03\x08\x02"), // or longer
+	Lengthy("\x12\x02\x08\x02" + "\x12\x02\x10\x04"),                // Migrate in two parts
+	Lengthy("\x12\x04\x08\x02\x10\x04" + "\x12\x02\x08\x06"),        // the last id counts
+	Lengthy("\x12\x04\x10\x04\x08\x02"),                             // from comes first
+	Lengthy("\x12\x06\x08\x02\x08\x06\x10\x04"),                     // id twice
+	Lengthy("\x0a\x02\x08\x02" + "\x12\x04\x08\x02\x10\x04"),        // Label, and then Migrate
+	Lengthy("\x12\x04\x08\x02\x10\x04" + "\x0a\x02\x08\x02"),        // the other way about
+	Lengthy("\x0a\x02\x08\x02" + "\x1a\x00" + "\x0a\x00"),           // Label, ack, Label of nothing
+	Lengthy("\x1a\x02\x08\x01" + "\x1a\x02\x08\x00"),                // a denial that is taken back
+	Lengthy("\x1a\x02\x08\x01" + "\x1a\x03\xa0\x06\x01"),            // a denial, with a final size
+	Lengthy("\x1a\x05\xa0\x06\x01\x08\x01"),                         // the same, in the other order
+	Lengthy("\x1a\x02\x08\x02"),                                     // a truth that is 2
+	Lengthy("\xa2\x06\x02\x08\x05" + "\xa2\x06\x02\x08\x07"),        // the last size counts
+	Lengthy("\xa2\x06\x05\x08\x05\x10\x01\x08"),                     // the last field is cut off
+	Lengthy("\xa2\x06\x03\x08\x85\x00"),                             // a number longer than need be
+	Lengthy("\x8a\x00\x02\x08\x02"),                                 // a tag longer than need be
+	Lengthy("\x0a\x82\x00\x08\x02"),                                 // a length longer than need be
+	Lengthy("\x0a\x03\x88\x00\x02"),                                 // a field's tag longer than need be
+	Lengthy("\x0a\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), // the largest label
+	Lengthy("\x0a\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x02"), // more than 64 bits
+	Lengthy("\x0a\x05\x0d\x02\x00\x00\x00"),                         // of another wire type
+	Lengthy("\x0a\x04\x0b\x08\x02\x0c"),                             // in a group
+	Lengthy("\x7a\x01\x00" + "\x0a\x02\x08\x02"),                    // behind an unknown field
+	Lengthy("\x0a\x02\x08\x02" + "\x78\x05"),                        // before one
+	Lengthy("\x0a\x04\x08\x02\x08\x06"),                             // a label twice
+	Lengthy("\x0a\x02\x10\x02"),                                     // another number than the label
+	Lengthy("\x0a\x01\x08\x02"), Lengthy("\xa2\x06\x01\x08\x02"),    // a member that says it is shorter
+	Lengthy("\x0a\x03\x08\x02"), // or longer
 	"\x85", "\x80\x80",          // cut within the length
-	lengthy("\x7a\x01\x00"),                                           // an unknown field alone
-	lengthy("\x02\x00"), lengthy("\x0a\x02\x00\x00"), lengthy("\x0c"), // field 0, the end of no group
+	Lengthy("\x7a\x01\x00"),                                           // an unknown field alone
+	Lengthy("\x02\x00"), Lengthy("\x0a\x02\x00\x00"), Lengthy("\x0c"), // field 0, the end of no group
 }
 
 // FuzzReadMessage: whatever a peer sends, the parser does not panic, takes the bytes of
@@ -63,14 +64,14 @@ func FuzzReadMessage(f *testing.F) {
 	for _, m := range mergers {
 		f.Add([]byte(m))
 	}
-	for _, m := range malformed {
+	for _, m := range Malformed {
 		f.Add([]byte(m))
 	}
 	for _, m := range []string{
-		labelBytes(600), migrateBytes(602, 600), migrateDraftBytes(602, 600),
-		ackDraft, ackVerified, ackDenied, finalSizeBytes(5), padded(600, 1024), padded(600, 1025),
-		labelBytes(600) + ackVerified, labelBytes(600)[:3], "\x85\x00" + ackVerified[1:],
-		lengthy("\x1a\x00\x0a" + lengthy("\x08\x02")),
+		LabelBytes(600), MigrateBytes(602, 600), MigrateDraftBytes(602, 600),
+		AckDraft, AckVerified, AckDenied, FinalSizeBytes(5), padded(600, 1024), padded(600, 1025),
+		LabelBytes(600) + AckVerified, LabelBytes(600)[:3], "\x85\x00" + AckVerified[1:],
+		Lengthy("\x1a\x00\x0a" + Lengthy("\x08\x02")),
 	} {
 		f.Add([]byte(m))
 	}
@@ -173,7 +174,7 @@ func FuzzMessages(f *testing.F) {
 		require.Equal(t, first.GetFinalSize().GetSize(), size)
 
 		both := string(encoded[1:]) + string(appendMessage(nil, second)[1:])
-		m, err = readMessage(strings.NewReader(lengthy(both)))
+		m, err = readMessage(strings.NewReader(Lengthy(both)))
 		require.NoError(t, err)
 		merged := proto.CloneOf(first)
 		proto.Merge(merged, second)
@@ -253,32 +254,32 @@ func FuzzHandleStream(f *testing.F) {
 	const remote peer.ID = "\xff\xff" // higher than any host's, so that its labels are odd
 	const living = 601
 	for _, in := range []string{
-		"", tMultistream, tMultistream + tEcho + "data", tMultistream + tNA + tEcho + "data",
-		tMultistream + tok("/test/other/1.0.0") + tEcho,
-		tMultistream + tok("/test/other/1.0.0") + tMigration + labelBytes(603) + tMultistream + tEcho + "data",
-		tMultistream + tok("/test/as-long-as-the-id/1") + tEcho + "data",
-		tMultistream + tok(FinalSizeID),
-		tMultistream + tMigration + labelBytes(603) + tMultistream + tEcho + "data",
-		tMultistream + tMigration + labelBytes(603) + tMultistream + tok("/test/other/1.0.0") + tEcho + "data",
-		tMultistream + tMigration + labelBytes(602) + tMultistream + tEcho,
-		tMultistream + tMigration + labelBytes(living) + tMultistream + tEcho,
-		tMultistream + tMigration + labelBytes(603) + tMultistream + tMigration,
-		tMultistream + tMigration + labelBytes(603) + tMultistream + tok(FinalSizeID),
-		tMultistream + tMigration + migrateBytes(603, living) + finalSizeBytes(0) + "data",
-		tMultistream + tMigration + migrateBytes(603, living) + finalSizeBytes(5) + "data",
-		tMultistream + tMigration + migrateBytes(603, living) + ackVerified,
-		tMultistream + tMigration + migrateDraftBytes(603, living) + "data",
-		tMultistream + tMigration + migrateBytes(living, living),
-		tMultistream + tMigration + migrateBytes(603, 605),
-		tMultistream + tMigration + ackVerified,
-		tMultistream + tMigration + padded(603, 1024) + tMultistream + tEcho + strings.Repeat("data", 500),
+		"", MultistreamToken, MultistreamToken + EchoToken + "data", MultistreamToken + NAToken + EchoToken + "data",
+		MultistreamToken + Token("/test/other/1.0.0") + EchoToken,
+		MultistreamToken + Token("/test/other/1.0.0") + MigrationToken + LabelBytes(603) + MultistreamToken + EchoToken + "data",
+		MultistreamToken + Token("/test/as-long-as-the-id/1") + EchoToken + "data",
+		MultistreamToken + Token(FinalSizeID),
+		Prelude + LabelBytes(603) + MultistreamToken + EchoToken + "data",
+		Prelude + LabelBytes(603) + MultistreamToken + Token("/test/other/1.0.0") + EchoToken + "data",
+		Prelude + LabelBytes(602) + MultistreamToken + EchoToken,
+		Prelude + LabelBytes(living) + MultistreamToken + EchoToken,
+		Prelude + LabelBytes(603) + Prelude,
+		Prelude + LabelBytes(603) + MultistreamToken + Token(FinalSizeID),
+		Prelude + MigrateBytes(603, living) + FinalSizeBytes(0) + "data",
+		Prelude + MigrateBytes(603, living) + FinalSizeBytes(5) + "data",
+		Prelude + MigrateBytes(603, living) + AckVerified,
+		Prelude + MigrateDraftBytes(603, living) + "data",
+		Prelude + MigrateBytes(living, living),
+		Prelude + MigrateBytes(603, 605),
+		Prelude + AckVerified,
+		Prelude + padded(603, 1024) + MultistreamToken + EchoToken + strings.Repeat("data", 500),
 	} {
 		f.Add([]byte(in), uint8(0))
 		f.Add([]byte(in), uint8(1))
 		f.Add([]byte(in), uint8(52))
 	}
-	for _, m := range malformed {
-		f.Add([]byte(tMultistream+tMigration+m), uint8(0))
+	for _, m := range Malformed {
+		f.Add([]byte(Prelude+m), uint8(0))
 	}
 
 	h := lonelyHost(f, WithNegotiationTimeout(0), withLabelWait(time.Nanosecond), withBusyWait(time.Nanosecond))
@@ -370,7 +371,7 @@ func FuzzHandleStream(f *testing.F) {
 				f, err := readFinalSize(r)
 				require.NoError(t, err)
 				require.Zero(t, f, "the old stream brought nothing")
-				require.True(t, strings.HasPrefix(u.taken(), ref.answered+ackVerified))
+				require.True(t, strings.HasPrefix(u.taken(), ref.answered+AckVerified))
 				require.Equal(t, ref.rest[len(ref.rest)-r.Len():], readAll(alive))
 			default:
 				require.Nil(t, got)

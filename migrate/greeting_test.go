@@ -7,17 +7,19 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // TestOpenerThatWaitsForTheHeader: an opener that says nothing before it has the header gets
 // it, once, whatever it speaks then. One that does not wait gets it with the answer.
 func TestOpenerThatWaitsForTheHeader(t *testing.T) {
-	label := labelBytes(600 + newLabels(playHost).parity(playerLow, false))
+	label := LabelBytes(600 + newLabels(playHost).parity(playerLow, false))
 	for name, rest := range map[string]string{
-		"labelled": tMigration + label + tMultistream + tEcho,
-		"ordinary": tEcho,
+		"labelled": MigrationToken + label + MultistreamToken + EchoToken,
+		"ordinary": EchoToken,
 	} {
-		answer := map[string]string{"labelled": tMigration + tMultistream + tEcho, "ordinary": tEcho}[name]
+		answer := map[string]string{"labelled": MigrationToken + MultistreamToken + EchoToken, "ordinary": EchoToken}[name]
 		bubble(t, name, func(t *testing.T) {
 			h := verifyingHost()
 			handled := make(chan network.Stream, 1)
@@ -27,13 +29,13 @@ func TestOpenerThatWaitsForTheHeader(t *testing.T) {
 			go h.handleStream(u)
 			time.Sleep(answerDelay)
 			synctest.Wait()
-			require.Equal(t, tMultistream, u.taken())
-			u.feeds(tMultistream, nil)
+			require.Equal(t, MultistreamToken, u.taken())
+			u.feeds(MultistreamToken, nil)
 			synctest.Wait()
-			require.Equal(t, tMultistream, u.taken())
+			require.Equal(t, MultistreamToken, u.taken())
 			u.feeds(rest, nil)
 			require.NoError(t, (<-handled).Reset())
-			require.Equal(t, tMultistream+answer, u.taken())
+			require.Equal(t, MultistreamToken+answer, u.taken())
 		})
 	}
 	bubble(t, "its deadline", func(t *testing.T) {
@@ -43,7 +45,7 @@ func TestOpenerThatWaitsForTheHeader(t *testing.T) {
 		go h.handleStream(u)
 		time.Sleep(answerDelay)
 		synctest.Wait()
-		u.feeds(tMultistream+tEcho, nil)
+		u.feeds(MultistreamToken+EchoToken, nil)
 		synctest.Wait()
 		require.NotNil(t, u.resetWith, "a part of the answer is missing")
 	})

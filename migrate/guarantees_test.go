@@ -16,6 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // Guarantees of go-libp2p's host and resource manager that own negotiation and own handlers
@@ -131,8 +132,8 @@ func TestNegotiationsDeadlineEnds(t *testing.T) {
 		})
 		u := newFake()
 		u.conn.remote = playerLow
-		label := labelBytes(600 + newLabels(playHost).parity(playerLow, false))
-		u.feeds(tMultistream+tMigration+label+tMultistream+tEcho, nil)
+		label := LabelBytes(600 + newLabels(playHost).parity(playerLow, false))
+		u.feeds(Prelude+label+MultistreamToken+EchoToken, nil)
 		go h.handleStream(u)
 		time.Sleep(time.Hour)
 		u.feeds("x", nil)

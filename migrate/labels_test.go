@@ -146,7 +146,7 @@ func TestFindLabelThatComes(t *testing.T) {
 	require.True(t, l.add("c", 1, other))
 	require.True(t, l.add(higher, 1, one))
 	for range cap(found) {
-		require.Same(t, one, take(t, found, "the label"))
+		require.Same(t, one, Take(t, found, "the label"))
 	}
 	l.remove(higher, 1, one)
 	l.remove("c", 1, other)
@@ -183,7 +183,7 @@ func TestFindIsBounded(t *testing.T) {
 	l.remove(higher, 9999, one)
 	cancel()
 	for range maxWaiting {
-		require.NoError(t, take(t, done, "those that wait to end"))
+		require.NoError(t, Take(t, done, "those that wait to end"))
 	}
 	require.Empty(t, l.peers)
 }

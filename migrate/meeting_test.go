@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // Migrations that meet something: an unknown label, another migration, each other.
@@ -41,15 +42,15 @@ func (p *rawPeer) waiting(n int) {
 // TestUnknownFrom is denied when its label has not come in time (L4, M3).
 func TestUnknownFrom(t *testing.T) {
 	for name, request := range map[string]func(id, from uint64) string{
-		"verified": migrateBytes, "draft-only": migrateDraftBytes,
+		"verified": MigrateBytes, "draft-only": MigrateDraftBytes,
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := meet(t, verified, withLabelWait(20*time.Millisecond))
 			start := time.Now()
-			u := p.opens(1, tMultistream, tMigration, request(p.fresh(), p.fresh()))
-			u.wants(tMultistream, tMigration, ackDenied)
+			u := p.Opens(1, Prelude, request(p.Fresh(), p.Fresh()))
+			u.Wants(Prelude, AckDenied)
 			require.GreaterOrEqual(t, time.Since(start), 20*time.Millisecond, "denied before the label could come")
-			u.wantsEOF()
+			u.WantsEOF()
 			p.nothingLeft()
 		})
 	}
@@ -59,20 +60,20 @@ func TestUnknownFrom(t *testing.T) {
 // waits for it (L4).
 func TestMigrateOvertakesLabel(t *testing.T) {
 	p := meet(t, verified, withLabelWait(time.Hour))
-	label, id := p.fresh(), p.fresh()
-	next := p.opens(1, tMultistream, tMigration, migrateBytes(id, label))
+	label, id := p.Fresh(), p.Fresh()
+	next := p.Opens(1, Prelude, MigrateBytes(id, label))
 	p.waiting(1)
-	old := p.opens(0, tMultistream, tMigration, labelBytes(label), tMultistream, tEcho, "hello")
-	old.wants(tMultistream, tMigration, tMultistream, tEcho)
-	next.wants(tMultistream, tMigration, ackVerified)
-	next.sends(finalSizeBytes(5), ", again")
-	next.wants(finalSizeBytes(0))
-	old.wantsEOF()
+	old := p.Opens(0, Prelude, LabelBytes(label), MultistreamToken, EchoToken, "hello")
+	old.Wants(Prelude, MultistreamToken, EchoToken)
+	next.Wants(Prelude, AckVerified)
+	next.Sends(FinalSizeBytes(5), ", again")
+	next.Wants(FinalSizeBytes(0))
+	old.WantsEOF()
 	s := p.accepted()
 	p.reads(s, "hello, again")
 	p.talk(s, next)
 	require.NoError(t, s.Close())
-	next.wantsEOF()
+	next.WantsEOF()
 	p.nothingLeft()
 }
 
@@ -85,16 +86,16 @@ func TestMigrateBeforeOpening(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, s.SetWriteDeadline(past))
 	moved := p.hostMigrates(s)
-	old, next := p.arrives(), p.arrives()
-	if old.Conn() != p.conns[0] {
+	old, next := p.Arrives(), p.Arrives()
+	if old.Conn() != p.Conns[0] {
 		old, next = next, old
 	}
-	old.wants(tMultistream, tMigration, labelBytes(s.Label()), tMultistream, tEcho)
-	next.wantsMigrate(s.Label())
-	next.acks(ackVerified)
-	next.wants(finalSizeBytes(0))
-	old.wantsEOF()
-	next.sends(finalSizeBytes(0))
+	old.Wants(Prelude, LabelBytes(s.Label()), MultistreamToken, EchoToken)
+	next.WantsMigrate(s.Label())
+	next.Acks(AckVerified)
+	next.Wants(FinalSizeBytes(0))
+	old.WantsEOF()
+	next.Sends(FinalSizeBytes(0))
 	moved.is(nil)
 	_, err = s.Write([]byte("too late"))
 	require.Error(t, err, "the deadline holds on the new stream, too")
@@ -111,16 +112,16 @@ func TestTooManyUnknownFroms(t *testing.T) {
 	}.meet(t)
 	s, old := p.hostOpens()
 	for range maxWaiting {
-		p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), p.fresh()))
+		p.Opens(0, Prelude, MigrateBytes(p.Fresh(), p.Fresh()))
 	}
 	p.waiting(maxWaiting)
-	p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), p.fresh())).wantsReset(network.StreamRateLimited)
+	p.Opens(0, Prelude, MigrateBytes(p.Fresh(), p.Fresh())).WantsReset(network.StreamRateLimited)
 	p.talk(s, old)
 
 	// A label that is known does not have to wait.
 	next := p.migrates(old)
-	next.sends(finalSizeBytes(1 + 4))
-	next.wants(finalSizeBytes(1 + 4))
+	next.Sends(FinalSizeBytes(1 + 4))
+	next.Wants(FinalSizeBytes(1 + 4))
 	p.talk(s, next)
 }
 
@@ -138,67 +139,68 @@ func TestForeignFrom(t *testing.T) {
 		require.NoError(t, err)
 	}
 	foreigner := &rawPeer{
-		Node: New(t, []Transport{TCP}, libp2p.Identity(key)),
-		t:    t, host: p.host, came: p.came, app: p.app, label: 1<<34 + 1,
+		RawPeer: NewRawPeer(t, New(t, []Transport{TCP, QUIC}, libp2p.Identity(key)), p.host.Host.(*Node), TCP, QUIC),
+		t:       t, host: p.host, app: p.app,
 	}
-	foreigner.conns[0] = Dial(t, foreigner.Node, p.host.Host.(*Node), TCP)
+	foreigner.GoOnFrom(1<<34 + 1)
 	s, old := foreigner.hostAccepts()
 
-	denied := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
-	denied.wants(tMultistream, tMigration, ackDenied)
+	denied := p.Opens(1, Prelude, MigrateBytes(p.Fresh(), old.Label))
+	denied.Wants(Prelude, AckDenied)
 	foreigner.talk(s, old)
 
-	p.label = old.label - 2
+	p.GoOnFrom(old.Label)
 	s2, old2 := p.hostAccepts()
-	require.Equal(t, old.label, old2.label)
+	require.Equal(t, old.Label, old2.Label)
 	next := p.migrates(old2)
-	next.sends(finalSizeBytes(1))
-	next.wants(finalSizeBytes(1))
-	old2.wantsEOF()
+	next.Sends(FinalSizeBytes(1))
+	next.Wants(FinalSizeBytes(1))
+	old2.WantsEOF()
 	p.talk(s2, next)
 	foreigner.talk(s, old)
-	require.Equal(t, old.label, s.Label())
+	require.Equal(t, old.Label, s.Label())
 }
 
 // TestMigrateBeforeTheLastHasEnded waits for that, and is reset when it takes too long
 // (M2).
 func TestMigrateBeforeTheLastHasEnded(t *testing.T) {
 	// halfway is a migration of which the peer has yet to send 5 bytes on the old stream.
-	halfway := func(t *testing.T, opts ...Option) (p *rawPeer, s *Stream, old, next *rawStream) {
+	halfway := func(t *testing.T, opts ...Option) (p *rawPeer, s *Stream, old, next *RawStream) {
 		p = meet(t, verified, opts...)
 		s, old = p.hostOpens()
 		next = p.migrates(old)
-		next.sends(finalSizeBytes(1 + 5))
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
+		next.Sends(FinalSizeBytes(1 + 5))
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
 		return
 	}
-	again := func(p *rawPeer, next *rawStream) *rawStream {
-		u := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), next.label))
-		u.label = p.label
+	again := func(p *rawPeer, next *RawStream) *RawStream {
+		label := p.Fresh()
+		u := p.Opens(0, Prelude, MigrateBytes(label, next.Label))
+		u.Label = label
 		return u
 	}
 	t.Run("in time", func(t *testing.T) {
 		p, s, old, next := halfway(t, withBusyWait(time.Hour))
 		third := again(p, next)
 		p.writes(s, "still second")
-		next.wants("still second")
-		old.sends("first")
-		next.sends("second")
-		third.wants(tMultistream, tMigration, ackVerified)
-		third.sends(finalSizeBytes(6), "third")
-		third.wants(finalSizeBytes(12))
-		next.wantsEOF()
+		next.Wants("still second")
+		old.Sends("first")
+		next.Sends("second")
+		third.Wants(Prelude, AckVerified)
+		third.Sends(FinalSizeBytes(6), "third")
+		third.Wants(FinalSizeBytes(12))
+		next.WantsEOF()
 		p.reads(s, "firstsecondthird")
 		p.talk(s, third)
 		WaitFor(t, "the second migration to end", func() bool { return s.Migrations() == 2 })
-		p.hasLabel(third.label)
-		require.Equal(t, p.ends[0], s.Conn())
+		p.hasLabel(third.Label)
+		require.Equal(t, p.Ends[0], s.Conn())
 	})
 	t.Run("too late", func(t *testing.T) {
 		p, s, old, next := halfway(t, withBusyWait(20*time.Millisecond))
-		again(p, next).wantsReset(network.StreamNoError)
-		old.sends("first")
+		again(p, next).WantsReset(network.StreamNoError)
+		old.Sends("first")
 		p.reads(s, "first")
 		p.settled(s, next)
 		p.talk(s, next)
@@ -207,19 +209,19 @@ func TestMigrateBeforeTheLastHasEnded(t *testing.T) {
 		p, s, old, next := halfway(t, withBusyWait(time.Hour))
 		third := again(p, next)
 		require.NoError(t, next.Reset())
-		third.wants(tMultistream, tMigration, ackDenied)
-		old.wantsEOF()
+		third.Wants(Prelude, AckDenied)
+		old.WantsEOF()
 		p.failed(s)
 		p.nothingLeft()
 	})
 	t.Run("old label", func(t *testing.T) {
 		// The label from before a migration that has ended means nothing any more.
 		p, s, old, next := halfway(t, withLabelWait(20*time.Millisecond))
-		old.sends("first")
+		old.Sends("first")
 		p.reads(s, "first")
 		p.settled(s, next)
-		u := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
-		u.wants(tMultistream, tMigration, ackDenied)
+		u := p.Opens(0, Prelude, MigrateBytes(p.Fresh(), old.Label))
+		u.Wants(Prelude, AckDenied)
 		p.talk(s, next)
 	})
 }
@@ -233,9 +235,9 @@ func TestOwnMigrationWaits(t *testing.T) {
 	moved := p.hostMigrates(s)
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	require.ErrorIs(t, p.host.Migrate(ctx, s, p.ends[1]), context.Canceled)
-	next.sends(finalSizeBytes(1))
-	next.wants(finalSizeBytes(1))
+	require.ErrorIs(t, p.host.Migrate(ctx, s, p.Ends[1]), context.Canceled)
+	next.Sends(FinalSizeBytes(1))
+	next.Wants(FinalSizeBytes(1))
 	moved.is(nil)
 	require.Equal(t, 1, s.Migrations())
 	p.talk(s, next)
@@ -248,25 +250,25 @@ func TestBothMigrate(t *testing.T) {
 		name string
 		peerKind
 	}{{"verified", verified}, {"draft-only", draftOnly}} {
-		request, ack := migrateBytes, ackVerified
+		request, ack := MigrateBytes, AckVerified
 		if kind.name == "draft-only" {
-			request, ack = migrateDraftBytes, ackDraft
+			request, ack = MigrateDraftBytes, AckDraft
 		}
 		t.Run(kind.name+", host lower", func(t *testing.T) {
 			p := meet(t, kind.peerKind)
 			s, old := p.hostOpens()
 			moved, next := p.asked(s)
-			theirs := p.opens(1, tMultistream, tMigration, request(p.fresh(), old.label))
-			theirs.wantsReset(network.StreamNoError)
+			theirs := p.Opens(1, Prelude, request(p.Fresh(), old.Label))
+			theirs.WantsReset(network.StreamNoError)
 			p.talk(s, old)
 			// The peer answers, having dropped its own.
-			next.acks(ack)
-			if ack == ackVerified {
-				next.wants(finalSizeBytes(1 + 4))
-				next.sends(finalSizeBytes(1 + 4))
+			next.Acks(ack)
+			if ack == AckVerified {
+				next.Wants(FinalSizeBytes(1 + 4))
+				next.Sends(FinalSizeBytes(1 + 4))
 			}
-			old.wantsEOF()
-			old.closesWrite()
+			old.WantsEOF()
+			old.ClosesWrite()
 			moved.is(nil)
 			p.settled(s, next)
 			p.talk(s, next)
@@ -275,22 +277,22 @@ func TestBothMigrate(t *testing.T) {
 			p := meeting{kind: kind.peerKind, hostHigher: true}.meet(t)
 			s, old := p.hostOpens()
 			moved, next := p.asked(s)
-			id := p.fresh()
-			theirs := p.opens(1, tMultistream, tMigration, request(id, old.label))
-			next.wantsReset(network.StreamNoError)
+			id := p.Fresh()
+			theirs := p.Opens(1, Prelude, request(id, old.Label))
+			next.WantsReset(network.StreamNoError)
 			moved.is(ErrTryLater)
-			theirs.wants(tMultistream, tMigration, ack)
-			theirs.label = id
-			if ack == ackVerified {
-				theirs.sends(finalSizeBytes(1))
-				theirs.wants(finalSizeBytes(1))
+			theirs.Wants(Prelude, ack)
+			theirs.Label = id
+			if ack == AckVerified {
+				theirs.Sends(FinalSizeBytes(1))
+				theirs.Wants(FinalSizeBytes(1))
 			}
-			old.closesWrite()
-			old.wantsEOF()
+			old.ClosesWrite()
+			old.WantsEOF()
 			p.settled(s, theirs)
 			p.talk(s, theirs)
 			require.NoError(t, s.Close())
-			theirs.wantsEOF()
+			theirs.WantsEOF()
 			p.nothingLeft()
 		})
 	}
@@ -299,14 +301,14 @@ func TestBothMigrate(t *testing.T) {
 		p := meeting{kind: verified, hostHigher: true, opts: []Option{withBusyWait(time.Hour)}}.meet(t)
 		s, _ := p.hostOpens()
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		theirs := p.opens(0, tMultistream, tMigration, migrateBytes(p.fresh(), next.label))
-		next.sends(finalSizeBytes(1))
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		theirs := p.Opens(0, Prelude, MigrateBytes(p.Fresh(), next.Label))
+		next.Sends(FinalSizeBytes(1))
 		moved.is(nil)
-		theirs.wants(tMultistream, tMigration, ackVerified)
-		theirs.sends(finalSizeBytes(0))
-		theirs.wants(finalSizeBytes(0))
+		theirs.Wants(Prelude, AckVerified)
+		theirs.Sends(FinalSizeBytes(0))
+		theirs.Wants(FinalSizeBytes(0))
 		p.talk(s, theirs)
 		// The application may read before the exchange has ended.
 		WaitFor(t, "the second migration to end", func() bool { return s.Migrations() == 2 })
@@ -324,9 +326,9 @@ func TestDenialLeavesOwnAttempt(t *testing.T) {
 		opts    []Option
 		request func(id, from uint64) string
 	}{
-		"verified":                    {verified, []Option{never}, migrateBytes},
-		"draft-only":                  {draftOnly, []Option{never}, migrateDraftBytes},
-		"draft-only, not listened to": {draftOnly, nil, migrateDraftBytes},
+		"verified":                    {verified, []Option{never}, MigrateBytes},
+		"draft-only":                  {draftOnly, []Option{never}, MigrateDraftBytes},
+		"draft-only, not listened to": {draftOnly, nil, MigrateDraftBytes},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := meeting{kind: c.kind, hostHigher: true, opts: c.opts}.meet(t)
@@ -335,23 +337,23 @@ func TestDenialLeavesOwnAttempt(t *testing.T) {
 				require.NoError(t, s.CloseRead()) // S3
 			}
 			moved, next := p.asked(s)
-			theirs := p.opens(1, tMultistream, tMigration, c.request(p.fresh(), old.label))
-			theirs.wants(tMultistream, tMigration, ackDenied)
-			theirs.wantsEOF()
+			theirs := p.Opens(1, Prelude, c.request(p.Fresh(), old.Label))
+			theirs.Wants(Prelude, AckDenied)
+			theirs.WantsEOF()
 			// The peer reads the host's Migrate after the denial.
 			if len(c.kind) == len(verified) {
-				next.acks(ackVerified)
-				next.wants(finalSizeBytes(1))
-				next.sends(finalSizeBytes(1))
+				next.Acks(AckVerified)
+				next.Wants(FinalSizeBytes(1))
+				next.Sends(FinalSizeBytes(1))
 			} else {
-				next.acks(ackDraft)
+				next.Acks(AckDraft)
 			}
-			old.wantsEOF()
-			old.closesWrite()
+			old.WantsEOF()
+			old.ClosesWrite()
 			moved.is(nil)
 			p.settled(s, next)
 			p.writes(s, "new")
-			next.wants("new")
+			next.Wants("new")
 		})
 	}
 }
@@ -368,15 +370,15 @@ func TestCloseAfterGivingWay(t *testing.T) {
 	s, old := p.hostOpens()
 	moved, next := p.asked(s)
 	p.writes(s, "the last")
-	theirs := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), old.label))
-	next.wantsReset(network.StreamNoError)
+	theirs := p.Opens(1, Prelude, MigrateBytes(p.Fresh(), old.Label))
+	next.WantsReset(network.StreamNoError)
 	moved.is(ErrTryLater)
-	theirs.wants(tMultistream, tMigration, ackVerified)
-	theirs.sends(finalSizeBytes(1))
-	theirs.wants(finalSizeBytes(1 + 8))
-	theirs.wantsEOF()
-	old.wants("the last")
-	old.wantsEOF()
+	theirs.Wants(Prelude, AckVerified)
+	theirs.Sends(FinalSizeBytes(1))
+	theirs.Wants(FinalSizeBytes(1 + 8))
+	theirs.WantsEOF()
+	old.Wants("the last")
+	old.WantsEOF()
 	p.nothingLeft()
 }
 

@@ -13,6 +13,7 @@ import (
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
 
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/pb"
 )
 
@@ -22,15 +23,15 @@ func TestMessageBytes(t *testing.T) {
 		m    *pb.StreamMigration
 		want string
 	}{
-		{"migrate", migrateMessage(602, 600), migrateBytes(602, 600)},
-		{"migrate, largest", migrateMessage(1<<64-1, 1<<64-2), migrateBytes(1<<64-1, 1<<64-2)},
-		{"migrate, zero", migrateMessage(0, 0), migrateBytes(0, 0)},
-		{"ack", ackMessage(true), ackVerified},
-		{"ack, draft", ackMessage(false), ackDraft},
-		{"deny", denyMessage(), ackDenied},
-		{"final size", finalSizeMessage(5), finalSizeBytes(5)},
-		{"final size, largest", finalSizeMessage(1<<64 - 1), finalSizeBytes(1<<64 - 1)},
-		{"final size, zero", finalSizeMessage(0), finalSizeBytes(0)},
+		{"migrate", migrateMessage(602, 600), MigrateBytes(602, 600)},
+		{"migrate, largest", migrateMessage(1<<64-1, 1<<64-2), MigrateBytes(1<<64-1, 1<<64-2)},
+		{"migrate, zero", migrateMessage(0, 0), MigrateBytes(0, 0)},
+		{"ack", ackMessage(true), AckVerified},
+		{"ack, draft", ackMessage(false), AckDraft},
+		{"deny", denyMessage(), AckDenied},
+		{"final size", finalSizeMessage(5), FinalSizeBytes(5)},
+		{"final size, largest", finalSizeMessage(1<<64 - 1), FinalSizeBytes(1<<64 - 1)},
+		{"final size, zero", finalSizeMessage(0), FinalSizeBytes(0)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			require.Equal(t, "before"+tc.want, string(appendMessage([]byte("before"), tc.m)))
@@ -39,11 +40,11 @@ func TestMessageBytes(t *testing.T) {
 			require.Equal(t, []string{tc.want}, w.writes, "a message leaves in one Write")
 		})
 	}
-	require.Equal(t, tMultistream+tMigration+labelBytes(600), string(opening(600, "")))
-	require.Equal(t, tMultistream+tMigration+labelBytes(600)+tMultistream+tEcho, string(opening(600, echoID)))
-	require.Equal(t, tMultistream+tMigration+tMultistream+tEcho, answer(echoID))
+	require.Equal(t, Prelude+LabelBytes(600), string(opening(600, "")))
+	require.Equal(t, Prelude+LabelBytes(600)+MultistreamToken+EchoToken, string(opening(600, echoID)))
+	require.Equal(t, Prelude+MultistreamToken+EchoToken, answer(echoID))
 	long := protocol.ID("/" + strings.Repeat("x", 300))
-	require.Equal(t, tok(long), token(string(long)), "the length of a token is a varint")
+	require.Equal(t, Token(long), token(string(long)), "the length of a token is a varint")
 }
 
 type countingWriter struct{ writes []string }
@@ -56,12 +57,12 @@ func (w *countingWriter) Write(p []byte) (int, error) {
 // TestReadMessage: no byte more is read than the message has, however it comes.
 func TestReadMessage(t *testing.T) {
 	for name, m := range map[string]string{
-		"label":                   labelBytes(1 << 40),
-		"migrate":                 migrateBytes(602, 600),
-		"ack":                     ackDraft,
-		"final size":              finalSizeBytes(5),
+		"label":                   LabelBytes(1 << 40),
+		"migrate":                 MigrateBytes(602, 600),
+		"ack":                     AckDraft,
+		"final size":              FinalSizeBytes(5),
 		"largest":                 padded(600, 1024),
-		"long form of the length": "\x85\x00" + ackVerified[1:],
+		"long form of the length": "\x85\x00" + AckVerified[1:],
 	} {
 		t.Run(name, func(t *testing.T) {
 			whole := strings.NewReader(m + "rest")
@@ -83,7 +84,7 @@ func TestReadMessage(t *testing.T) {
 // TestReadMessageViolations (W4): what is no message is told apart from a stream that
 // ends or fails.
 func TestReadMessageViolations(t *testing.T) {
-	for name, m := range malformed {
+	for name, m := range Malformed {
 		t.Run(name, func(t *testing.T) {
 			_, err := readMessage(strings.NewReader(m))
 			require.ErrorIs(t, err, errViolation)
@@ -91,7 +92,7 @@ func TestReadMessageViolations(t *testing.T) {
 			require.ErrorIs(t, err, errViolation, "with EOF together with the last byte")
 		})
 	}
-	full := migrateBytes(1<<40, 600)
+	full := MigrateBytes(1<<40, 600)
 	broken := errors.New("broken")
 	for n := range len(full) {
 		_, err := readMessage(strings.NewReader(full[:n]))
@@ -104,17 +105,17 @@ func TestReadMessageViolations(t *testing.T) {
 		require.Equal(t, broken, err, "after %d bytes", n)
 	}
 	// Nothing is waited for, nor allocated, behind a length that is too big.
-	r := strings.NewReader(uvarint(1<<40) + "rest")
+	r := strings.NewReader(Uvarint(1<<40) + "rest")
 	_, err := readMessage(r)
 	require.ErrorIs(t, err, errViolation)
 	require.Equal(t, len("rest"), r.Len())
 }
 
 func TestReadFinalSize(t *testing.T) {
-	size, err := readFinalSize(strings.NewReader(finalSizeBytes(1<<40) + "rest"))
+	size, err := readFinalSize(strings.NewReader(FinalSizeBytes(1<<40) + "rest"))
 	require.NoError(t, err)
 	require.Equal(t, uint64(1<<40), size)
-	_, err = readFinalSize(strings.NewReader(ackVerified))
+	_, err = readFinalSize(strings.NewReader(AckVerified))
 	require.ErrorIs(t, err, errViolation)
 	_, err = readFinalSize(strings.NewReader(""))
 	require.Equal(t, io.EOF, err)
@@ -122,7 +123,7 @@ func TestReadFinalSize(t *testing.T) {
 
 // TestReadExpected: an answer that differs is reported as soon as it is seen.
 func TestReadExpected(t *testing.T) {
-	const want = tMultistream + tMigration
+	const want = Prelude
 	require.NoError(t, readExpected(strings.NewReader(want), want, 0))
 	require.NoError(t, readExpected(iotest.OneByteReader(strings.NewReader(want)), want, 0))
 	require.NoError(t, readExpected(iotest.DataErrReader(strings.NewReader(want)), want, 0))
@@ -131,7 +132,7 @@ func TestReadExpected(t *testing.T) {
 	require.Equal(t, len("rest"), r.Len())
 
 	never := iotest.ErrReader(errors.New("read on behind an answer that differs"))
-	na := readExpected(io.MultiReader(strings.NewReader(tMultistream+tNA), never), want, 0)
+	na := readExpected(io.MultiReader(strings.NewReader(MultistreamToken+NAToken), never), want, 0)
 	require.ErrorIs(t, na, msmux.ErrNotSupported[protocol.ID]{})
 	for cut := 1; cut < len(want); cut++ {
 		err := readExpected(io.MultiReader(strings.NewReader(want[:cut]+"?"), never), want, 0)
@@ -145,8 +146,8 @@ func TestReadExpected(t *testing.T) {
 func TestRefusal(t *testing.T) {
 	for _, app := range []protocol.ID{"/x", echoID} {
 		for lacks, answer := range map[protocol.ID]string{
-			ID:  tMultistream + tNA,
-			app: tMultistream + tMigration + tMultistream + tNA,
+			ID:  MultistreamToken + NAToken,
+			app: Prelude + MultistreamToken + NAToken,
 		} {
 			for _, read := range []func(io.Reader) io.Reader{
 				func(r io.Reader) io.Reader { return r }, iotest.OneByteReader, iotest.HalfReader,

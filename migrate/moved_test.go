@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // TestMovedStreamKeepsNoScope: a stream that has moved holds what it held before, unless
@@ -17,14 +18,14 @@ func TestMovedStreamKeepsNoScope(t *testing.T) {
 	move := func() {
 		t.Helper()
 		next := p.migrates(on)
-		next.sends(finalSizeBytes(1))
-		next.wants(finalSizeBytes(1))
-		p.hasLabel(next.label)
+		next.Sends(FinalSizeBytes(1))
+		next.Wants(FinalSizeBytes(1))
+		p.hasLabel(next.Label)
 		on = next
-		on.sends("x") // so that the next final size is the same
+		on.Sends("x") // so that the next final size is the same
 		p.reads(s, "x")
 		p.writes(s, "y")
-		on.wants("y")
+		on.Wants("y")
 	}
 	kept := func() (*scope, *span) {
 		s.mu.Lock()

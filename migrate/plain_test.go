@@ -251,7 +251,7 @@ func (o *observed) note(c network.Conn, id protocol.ID, dir network.Direction) {
 	o.seen = append(o.seen, fmt.Sprint(c.ConnState().Transport, " ", id, " ", dir))
 }
 
-func (o *observed) take() []string {
+func (o *observed) Take() []string {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	seen := o.seen
@@ -277,7 +277,7 @@ func TestStreamObserver(t *testing.T) {
 		defer cancel()
 		s, err := p.hosts[0].NewStream(ctx, p.hosts[1].ID(), ids...)
 		require.NoError(t, err)
-		require.Equal(t, []string{"tcp " + string(ids[0]) + " Outbound"}, obs[0].take())
+		require.Equal(t, []string{"tcp " + string(ids[0]) + " Outbound"}, obs[0].Take())
 		_, err = s.Write([]byte{1})
 		require.NoError(t, err)
 		return s
@@ -286,18 +286,18 @@ func TestStreamObserver(t *testing.T) {
 
 	s := opens(context.Background(), echoID)
 	<-handled
-	require.Equal(t, []string{"tcp " + string(echoID) + " Inbound"}, obs[1].take(), "labelled")
+	require.Equal(t, []string{"tcp " + string(echoID) + " Inbound"}, obs[1].Take(), "labelled")
 
 	opens(WithoutLabel(context.Background()), askedID)
 	<-handled
-	require.Equal(t, []string{"tcp " + string(askedID) + " Inbound"}, obs[1].take(), "without a label")
+	require.Equal(t, []string{"tcp " + string(askedID) + " Inbound"}, obs[1].Take(), "without a label")
 
 	require.NoError(t, p.hosts[0].Migrate(context.Background(), s, p.conns[0][1]))
-	require.Equal(t, []string{"quic-v1 " + string(ID) + " Outbound"}, obs[0].take())
-	require.Equal(t, []string{"quic-v1 " + string(ID) + " Inbound"}, obs[1].take(), "a migration")
+	require.Equal(t, []string{"quic-v1 " + string(ID) + " Outbound"}, obs[0].Take())
+	require.Equal(t, []string{"quic-v1 " + string(ID) + " Inbound"}, obs[1].Take(), "a migration")
 
 	n := testing.AllocsPerRun(100, func() { p.hosts[0].observe(p.conns[0][0], echoID, network.DirInbound) })
-	_ = obs[0].take()
+	_ = obs[0].Take()
 	plainNote := testing.AllocsPerRun(100, func() { obs[0].note(p.conns[0][0], echoID, network.DirInbound) })
 	require.LessOrEqual(t, n, plainNote, "telling costs no allocation")
 }

@@ -7,6 +7,8 @@ import (
 	"testing/synctest"
 
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // ackWatcher is a new stream that has something happen before the Write of the ack
@@ -34,8 +36,8 @@ func TestReadyBeforeTheAckLeaves(t *testing.T) {
 		ack     string
 		first   string // what the initiator sends on the new stream before its data
 	}{
-		"verified":   {migrateBytes, ackVerified, finalSizeBytes(0)},
-		"draft-only": {migrateDraftBytes, ackDraft, ""},
+		"verified":   {MigrateBytes, AckVerified, FinalSizeBytes(0)},
+		"draft-only": {MigrateDraftBytes, AckDraft, ""},
 	} {
 		bubble(t, name, func(t *testing.T) {
 			h, old := verifyingHost(), newFake()
@@ -51,7 +53,7 @@ func TestReadyBeforeTheAckLeaves(t *testing.T) {
 				close(acked)
 			}}
 			next.conn.remote = playerLow
-			next.feeds(tMultistream+tMigration+initiator.request(label+2, label), nil)
+			next.feeds(Prelude+initiator.request(label+2, label), nil)
 			defer func() { _ = next.Reset() }()
 			done := make(chan struct{})
 			go func() {

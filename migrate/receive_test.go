@@ -12,6 +12,8 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // The receiving half, over fake streams, in virtual time.
@@ -1141,7 +1143,7 @@ func TestMemoryOfADraftHandover(t *testing.T) {
 		h, old, next := verifyingHost(), newFake(), newFake()
 		s := acceptedOn(t, h, old)
 		next.conn.remote = playerLow
-		next.feeds(tMultistream+tMigration+migrateDraftBytes(s.Label()+2, s.Label()), nil)
+		next.feeds(Prelude+MigrateDraftBytes(s.Label()+2, s.Label()), nil)
 		go h.handleStream(next)
 		synctest.Wait()
 		old.feeds("data", nil)

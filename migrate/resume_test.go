@@ -16,34 +16,35 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/pb"
 )
 
 // What a peer may send, and must not, about streams that outlive their connection; byte by byte.
 
 func resumableLabelBytes(id uint64) string {
-	return lengthy("\x0a" + lengthy("\x08"+uvarint(id)+"\xa8\x06\x01"))
+	return Lengthy("\x0a" + Lengthy("\x08"+Uvarint(id)+"\xa8\x06\x01"))
 }
 
 func resumeBytes(id, from, origin, epoch, received uint64) string {
-	resume := lengthy("\x08" + uvarint(origin) + "\x10" + uvarint(epoch) + "\x18" + uvarint(received))
-	return lengthy("\x12" + lengthy("\x08"+uvarint(id)+"\x10"+uvarint(from)+"\xaa\x06"+resume))
+	resume := Lengthy("\x08" + Uvarint(origin) + "\x10" + Uvarint(epoch) + "\x18" + Uvarint(received))
+	return Lengthy("\x12" + Lengthy("\x08"+Uvarint(id)+"\x10"+Uvarint(from)+"\xaa\x06"+resume))
 }
 
 func ackReceivedBytes(received uint64) string {
-	return lengthy("\x1a" + lengthy("\xa8\x06"+uvarint(received)))
+	return Lengthy("\x1a" + Lengthy("\xa8\x06"+Uvarint(received)))
 }
 
 func ackStaleBytes(epoch uint64, wait string) string {
-	return lengthy("\x1a" + lengthy("\xb2\x06"+lengthy("\x08"+uvarint(epoch)+"\x10"+wait)))
+	return Lengthy("\x1a" + Lengthy("\xb2\x06"+Lengthy("\x08"+Uvarint(epoch)+"\x10"+wait)))
 }
 
 func receivedBytes(origin, received uint64) string {
-	return lengthy("\x08" + uvarint(origin) + "\x10" + uvarint(received))
+	return Lengthy("\x08" + Uvarint(origin) + "\x10" + Uvarint(received))
 }
 
 func endBytes(origin, end uint64) string {
-	return lengthy("\x08" + uvarint(origin) + "\x18" + uvarint(end))
+	return Lengthy("\x08" + Uvarint(origin) + "\x18" + Uvarint(end))
 }
 
 // meetResuming is a host that resumes streams, and a raw peer that says it does.
@@ -52,16 +53,16 @@ func meetResuming(t *testing.T) *rawPeer {
 }
 
 // hostAcceptsResumable is hostAccepts with a stream that may outlive its connection.
-func (p *rawPeer) hostAcceptsResumable() (*Stream, *rawStream) {
+func (p *rawPeer) hostAcceptsResumable() (*Stream, *RawStream) {
 	p.t.Helper()
-	label := p.fresh()
-	u := p.opens(0, tMultistream, tMigration, resumableLabelBytes(label), tMultistream, tEcho, "!")
-	u.label = label
-	u.wants(tMultistream, tMigration, tMultistream, tEcho)
+	label := p.Fresh()
+	u := p.Opens(0, Prelude, resumableLabelBytes(label), MultistreamToken, EchoToken, "!")
+	u.Label = label
+	u.Wants(Prelude, MultistreamToken, EchoToken)
 	s := p.accepted()
 	p.reads(s, "!")
 	p.writes(s, "?")
-	u.wants("?")
+	u.Wants("?")
 	return s, u
 }
 
@@ -69,9 +70,9 @@ func (p *rawPeer) hostAcceptsResumable() (*Stream, *rawStream) {
 func epoch(n uint64) uint64 { return 2*n - 1 }
 
 // resumes asks on connection 1 to resume the stream that was opened as u.
-func (p *rawPeer) resumes(u *rawStream, e, received uint64) *rawStream {
+func (p *rawPeer) resumes(u *RawStream, e, received uint64) *RawStream {
 	p.t.Helper()
-	return p.opens(1, tMultistream, tMigration, resumeBytes(p.fresh(), u.label, u.label, e, received))
+	return p.Opens(1, Prelude, resumeBytes(p.Fresh(), u.Label, u.Label, e, received))
 }
 
 func TestPeerResumes(t *testing.T) {
@@ -79,45 +80,45 @@ func TestPeerResumes(t *testing.T) {
 	s, old := p.hostAcceptsResumable()
 	p.writes(s, "abc")
 	next := p.resumes(old, epoch(1), 1+1)
-	next.wants(tMultistream, tMigration, ackReceivedBytes(1), "bc")
-	old.wantsReset(network.StreamSupplanted)
+	next.Wants(Prelude, ackReceivedBytes(1), "bc")
+	old.WantsReset(network.StreamSupplanted)
 	p.talk(s, next)
 	require.NoError(t, s.Close())
-	next.wantsEOF()
+	next.WantsEOF()
 }
 
 // What was written meanwhile arrives, and the end of writing.
 func TestPeerResumesWhatHasEnded(t *testing.T) {
 	p := meetResuming(t)
 	s, old := p.hostAcceptsResumable()
-	p.host.resumer.get(p.ID(), old.label).lose(nil, errors.New("test"))
+	p.host.resumer.get(p.ID(), old.Label).lose(nil, errors.New("test"))
 	p.writes(s, strings.Repeat("x", 300))
 	require.NoError(t, s.Close())
-	first := p.arrives() // ours, which nobody answers
-	first.wants(tMultistream, tMigration)
+	first := p.Arrives() // ours, which nobody answers
+	first.Wants(Prelude)
 	next := p.resumes(old, epoch(2), 1)
-	next.wants(tMultistream, tMigration, ackReceivedBytes(everything), strings.Repeat("x", 300))
-	next.wantsEOF()
-	require.NotNil(t, p.host.resumer.get(p.ID(), old.label), "nobody has confirmed the end")
-	p.reportsTo(receivedBytes(old.label, 1+300+1))
-	WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.label) == nil })
+	next.Wants(Prelude, ackReceivedBytes(everything), strings.Repeat("x", 300))
+	next.WantsEOF()
+	require.NotNil(t, p.host.resumer.get(p.ID(), old.Label), "nobody has confirmed the end")
+	p.reportsTo(receivedBytes(old.Label, 1+300+1))
+	WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.Label) == nil })
 }
 
 // reportsTo sends reports on connection 1.
-func (p *rawPeer) reportsTo(parts ...string) *rawStream {
+func (p *rawPeer) reportsTo(parts ...string) *RawStream {
 	p.t.Helper()
-	return p.opens(1, tMultistream, tok(ResumeID), strings.Join(parts, ""))
+	return p.Opens(1, MultistreamToken, Token(ResumeID), strings.Join(parts, ""))
 }
 
 func TestStaleAttempts(t *testing.T) {
 	p := meetResuming(t)
 	s, old := p.hostAcceptsResumable()
 	next := p.resumes(old, epoch(3), 1)
-	next.wants(tMultistream, tMigration, ackReceivedBytes(1))
+	next.Wants(Prelude, ackReceivedBytes(1))
 	for _, e := range []uint64{epoch(1), epoch(3)} {
 		late := p.resumes(old, e, 0)
-		late.wants(tMultistream, tMigration, ackStaleBytes(epoch(3), "\x00"))
-		late.wantsEOF()
+		late.Wants(Prelude, ackStaleBytes(epoch(3), "\x00"))
+		late.WantsEOF()
 	}
 	p.talk(s, next)
 }
@@ -128,23 +129,23 @@ func TestUnknownStreamsAreDenied(t *testing.T) {
 		return nil
 	}}}.meet(t)
 	ours := p.host.labels.fresh(p.ID())
-	theirs := p.fresh()
+	theirs := p.Fresh()
 	for _, origin := range []uint64{ours, theirs} {
-		u := p.resumes(&rawStream{label: origin}, epoch(1), 0)
-		u.wants(tMultistream, tMigration, ackDenied)
-		u.wantsEOF()
+		u := p.resumes(&RawStream{Label: origin}, epoch(1), 0)
+		u.Wants(Prelude, AckDenied)
+		u.WantsEOF()
 	}
 	// Its opening, which comes late, is refused: the peer has given it up.
-	u := p.opens(0, tMultistream, tMigration, resumableLabelBytes(theirs), tMultistream, tEcho, "!")
-	u.wantsReset(network.StreamProtocolNegotiationFailed)
+	u := p.Opens(0, Prelude, resumableLabelBytes(theirs), MultistreamToken, EchoToken, "!")
+	u.WantsReset(network.StreamProtocolNegotiationFailed)
 }
 
 func TestWithoutTheOptionResumptionsAreDenied(t *testing.T) {
 	p := meet(t, resuming)
 	s, old := p.hostAcceptsResumable()
 	u := p.resumes(old, epoch(1), 1)
-	u.wants(tMultistream, tMigration, ackDenied)
-	u.wantsEOF()
+	u.Wants(Prelude, AckDenied)
+	u.WantsEOF()
 	p.talk(s, old)
 }
 
@@ -153,24 +154,24 @@ func TestViolationsOfResumption(t *testing.T) {
 	for _, tc := range []struct {
 		name    string
 		lives   bool // the stream does
-		attempt func(p *rawPeer, old *rawStream) *rawStream
+		attempt func(p *rawPeer, old *RawStream) *RawStream
 	}{
-		{"more received than sent", false, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, epoch(1), 3) }},
-		{"epoch of the host's parity", true, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, epoch(1)+1, 1) }},
-		{"epoch from far away", true, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, 1<<20+1, 1) }},
-		{"no epoch", true, func(p *rawPeer, old *rawStream) *rawStream { return p.resumes(old, 0, 1) }},
-		{"label of the host's parity", true, func(p *rawPeer, old *rawStream) *rawStream {
-			return p.opens(1, tMultistream, tMigration, resumeBytes(old.label+1, old.label, old.label, epoch(1), 1))
+		{"more received than sent", false, func(p *rawPeer, old *RawStream) *RawStream { return p.resumes(old, epoch(1), 3) }},
+		{"epoch of the host's parity", true, func(p *rawPeer, old *RawStream) *RawStream { return p.resumes(old, epoch(1)+1, 1) }},
+		{"epoch from far away", true, func(p *rawPeer, old *RawStream) *RawStream { return p.resumes(old, 1<<20+1, 1) }},
+		{"no epoch", true, func(p *rawPeer, old *RawStream) *RawStream { return p.resumes(old, 0, 1) }},
+		{"label of the host's parity", true, func(p *rawPeer, old *RawStream) *RawStream {
+			return p.Opens(1, Prelude, resumeBytes(old.Label+1, old.Label, old.Label, epoch(1), 1))
 		}},
-		{"data before the ack", true, func(p *rawPeer, old *rawStream) *rawStream {
-			return p.opens(1, tMultistream+tMigration+resumeBytes(p.fresh(), old.label, old.label, epoch(1), 1)+"x")
+		{"data before the ack", true, func(p *rawPeer, old *RawStream) *RawStream {
+			return p.Opens(1, Prelude+resumeBytes(p.Fresh(), old.Label, old.Label, epoch(1), 1)+"x")
 		}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := meetResuming(t)
 			s, old := p.hostAcceptsResumable()
 			other, otherOld := p.hostAcceptsResumable()
-			tc.attempt(p, old).wantsReset(network.StreamProtocolViolation)
+			tc.attempt(p, old).WantsReset(network.StreamProtocolViolation)
 			if tc.lives {
 				p.talk(s, old)
 			} else {
@@ -191,16 +192,16 @@ func TestReportsThatLie(t *testing.T) {
 			p := meetResuming(t)
 			s, old := p.hostAcceptsResumable()
 			other, otherOld := p.hostAcceptsResumable()
-			p.reportsTo(report(old.label))
+			p.reportsTo(report(old.Label))
 			p.failed(s)
-			old.wantsReset(network.StreamProtocolViolation)
+			old.WantsReset(network.StreamProtocolViolation)
 			p.talk(other, otherOld)
 		})
 	}
 	t.Run("no message", func(t *testing.T) {
 		p := meetResuming(t)
 		s, old := p.hostAcceptsResumable()
-		p.reportsTo("\xff\xff\xff\x7f").wantsReset(network.StreamProtocolViolation)
+		p.reportsTo("\xff\xff\xff\x7f").WantsReset(network.StreamProtocolViolation)
 		p.talk(s, old)
 	})
 }
@@ -209,34 +210,34 @@ func TestReportsThatLie(t *testing.T) {
 func TestEndsAreBelievedWhereTheyWereAnnounced(t *testing.T) {
 	p := meetResuming(t)
 	s, old := p.hostAcceptsResumable()
-	p.reportsTo(endBytes(old.label, 1+3))
+	p.reportsTo(endBytes(old.Label, 1+3))
 	WaitFor(t, "the end to be known", func() bool {
 		s.recv.mu.Lock()
 		defer s.recv.mu.Unlock()
 		return s.recv.resumption.incoming.told
 	})
-	old.sends("ab")
+	old.Sends("ab")
 	p.reads(s, "ab")
-	old.closesWrite() // too early
+	old.ClosesWrite() // too early
 	got := make(chan error, 1)
 	go func() {
 		_, err := s.Read(make([]byte, 1))
 		got <- err
 	}()
 	next := p.arrivesAfter(old)
-	next.sends(tMultistream, tMigration, ackReceivedBytes(1), "c")
+	next.Sends(Prelude, ackReceivedBytes(1), "c")
 	require.NoError(t, <-got)
-	next.closesWrite()
+	next.ClosesWrite()
 	_, err := s.Read(make([]byte, 1))
 	require.Equal(t, io.EOF, err)
 }
 
 // arrivesAfter is the host's attempt to resume what was opened as u.
-func (p *rawPeer) arrivesAfter(u *rawStream) *rawStream {
+func (p *rawPeer) arrivesAfter(u *RawStream) *RawStream {
 	p.t.Helper()
-	next := p.arrives()
-	next.wants(tMultistream, tMigration)
-	_, err := readMessage(next.r)
+	next := p.Arrives()
+	next.Wants(Prelude)
+	_, err := readMessage(next)
 	require.NoError(p.t, err)
 	return next
 }
@@ -245,10 +246,10 @@ func (p *rawPeer) arrivesAfter(u *rawStream) *rawStream {
 func TestLeave(t *testing.T) {
 	p := meetResuming(t)
 	s, old := p.hostAcceptsResumable()
-	p.host.Leave(p.ends[0])
+	p.host.Leave(p.Ends[0])
 	next := p.arrivesAfter(old)
-	require.Equal(t, p.conns[1], next.Conn(), "another connection")
-	next.sends(tMultistream, tMigration, ackReceivedBytes(1))
+	require.Equal(t, p.Conns[1], next.Conn(), "another connection")
+	next.Sends(Prelude, ackReceivedBytes(1))
 	p.talk(s, next)
 }
 
@@ -377,17 +378,17 @@ func TestWhichStreamsMayBeResumed(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := meet(t, tc.kind, tc.opts...)
-			ctx, cancel := context.WithTimeout(t.Context(), rawPatience)
+			ctx, cancel := context.WithTimeout(t.Context(), Patience)
 			defer cancel()
 			s, err := p.host.NewStream(ctx, p.ID(), echoID)
 			require.NoError(t, err)
 			p.writes(s.(*Stream), "!")
-			u := p.arrives()
-			label := labelBytes(s.(*Stream).Label())
+			u := p.Arrives()
+			label := LabelBytes(s.(*Stream).Label())
 			if tc.want {
 				label = resumableLabelBytes(s.(*Stream).Label())
 			}
-			u.wants(tMultistream, tMigration, label, tMultistream, tEcho, "!")
+			u.Wants(Prelude, label, MultistreamToken, EchoToken, "!")
 			require.Equal(t, tc.want, s.(*Stream).send.resumption != nil)
 		})
 	}
@@ -430,8 +431,8 @@ func TestTombstonesAreBounded(t *testing.T) {
 	for range 4 {
 		s, old := p.hostAcceptsResumable()
 		require.NoError(t, s.Close())
-		old.wantsEOF()
-		all = append(all, old.label)
+		old.WantsEOF()
+		all = append(all, old.Label)
 	}
 	var kept []uint64
 	for _, origin := range all {
@@ -444,5 +445,5 @@ func TestTombstonesAreBounded(t *testing.T) {
 	WaitFor(t, "the first to be forgotten", func() bool { return p.host.resumer.get(p.ID(), all[0]) == nil })
 	s, old := p.hostAcceptsResumable()
 	require.NoError(t, s.Close())
-	require.NotNil(t, p.host.resumer.get(p.ID(), old.label), "there is room again")
+	require.NotNil(t, p.host.resumer.get(p.ID(), old.Label), "there is room again")
 }

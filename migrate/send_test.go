@@ -116,7 +116,7 @@ func TestFlushDespiteDeadline(t *testing.T) {
 	require.NoError(t, h.setDeadline(past))
 	notYet(t, done, "flush")
 	u.grants(len(open), nil)
-	require.NoError(t, take(t, done, "flush"))
+	require.NoError(t, Take(t, done, "flush"))
 	require.Equal(t, open, u.taken())
 	n, err := h.write([]byte("hello"))
 	require.Equal(t, os.ErrDeadlineExceeded, err)
@@ -136,13 +136,13 @@ func TestLargeFirstWriteThatBlocks(t *testing.T) {
 	old.awaitWriter()
 	flushed := make(chan error, 1)
 	go func() { flushed <- h.flush() }()
-	require.NoError(t, take(t, flushed, "flush"))
+	require.NoError(t, Take(t, flushed, "flush"))
 	n, err := h.pause()
 	require.NoError(t, err)
 	require.Equal(t, uint64(3), n)
 	_, err = h.resume(next)
 	require.NoError(t, err)
-	require.Equal(t, writeResult{len(data), nil}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{len(data), nil}, Take(t, w, "the Write"))
 	require.Equal(t, open+data[:3], old.taken())
 	require.Equal(t, data[3:], next.taken())
 }
@@ -162,7 +162,7 @@ func TestCloseWriteCallsWriteOut(t *testing.T) {
 	u.awaitWriter()
 	require.NoError(t, h.closeWrite())
 	require.NoError(t, h.setDeadline(time.Time{}), "does not let that Write go on")
-	require.Equal(t, writeResult{2, errWriteClosed}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{2, errWriteClosed}, Take(t, w, "the Write"))
 }
 
 // TestSwitchBetweenWrites: what was written so far is counted, and the count begins anew
@@ -182,7 +182,7 @@ func TestSwitchBetweenWrites(t *testing.T) {
 	closed, err := h.resume(next)
 	require.NoError(t, err)
 	require.False(t, closed)
-	require.Equal(t, writeResult{3, nil}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{3, nil}, Take(t, w, "the Write"))
 	require.Equal(t, "oldoldold", old.taken())
 	require.Equal(t, "new", next.taken())
 	require.Same(t, next, h.stream())
@@ -208,7 +208,7 @@ func TestKick(t *testing.T) {
 		notYet(t, w, "a Write that was called out")
 		_, err = h.resume(next)
 		require.NoError(t, err)
-		require.Equal(t, writeResult{len(data), nil}, take(t, w, "the Write"))
+		require.Equal(t, writeResult{len(data), nil}, Take(t, w, "the Write"))
 		require.Equal(t, data[:cut], old.taken())
 		require.Equal(t, data[cut:], next.taken())
 	}
@@ -242,7 +242,7 @@ func TestKickAgain(t *testing.T) {
 	require.Equal(t, uint64(2), n)
 	_, err = h.resume(next)
 	require.NoError(t, err)
-	require.Equal(t, writeResult{5, nil}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{5, nil}, Take(t, w, "the Write"))
 	require.Equal(t, "llo", next.taken())
 }
 
@@ -280,7 +280,7 @@ func TestKickThatComesTooLate(t *testing.T) {
 	n, err := h.pause()
 	require.NoError(t, err)
 	require.Equal(t, uint64(5), n)
-	require.Equal(t, writeResult{5, nil}, take(t, w, "the Write"), "everything was taken: nothing is left to wait for")
+	require.Equal(t, writeResult{5, nil}, Take(t, w, "the Write"), "everything was taken: nothing is left to wait for")
 	_, err = h.resume(next)
 	require.NoError(t, err)
 	require.Empty(t, next.taken())
@@ -302,7 +302,7 @@ func TestWriteErrorWhileHeld(t *testing.T) {
 		notYet(t, w, "the Write")
 		_, err = h.resume(next)
 		require.NoError(t, err)
-		require.Equal(t, writeResult{5, nil}, take(t, w, "the Write"))
+		require.Equal(t, writeResult{5, nil}, Take(t, w, "the Write"))
 		require.Equal(t, "lo", next.taken())
 		require.False(t, h.held, "on the new stream an error is an error again")
 	})
@@ -315,7 +315,7 @@ func TestWriteErrorWhileHeld(t *testing.T) {
 		WaitFor(t, "the old stream to fail", old.sees(func() bool { return len(old.writes) == 1 }))
 		notYet(t, w, "the Write")
 		h.hold(false)
-		require.Equal(t, writeResult{3, network.ErrReset}, take(t, w, "the Write"))
+		require.Equal(t, writeResult{3, network.ErrReset}, Take(t, w, "the Write"))
 	})
 	t.Run("not held", func(t *testing.T) {
 		old := newFake()
@@ -335,7 +335,7 @@ func TestWriteErrorWhileHeld(t *testing.T) {
 		w := writing(h, "hello")
 		old.awaitWriter()
 		require.NoError(t, h.setDeadline(past))
-		require.Equal(t, writeResult{3, os.ErrDeadlineExceeded}, take(t, w, "the Write"))
+		require.Equal(t, writeResult{3, os.ErrDeadlineExceeded}, Take(t, w, "the Write"))
 	})
 	t.Run("failed", func(t *testing.T) {
 		old := newFake()
@@ -346,7 +346,7 @@ func TestWriteErrorWhileHeld(t *testing.T) {
 		WaitFor(t, "the old stream to fail", old.sees(func() bool { return len(old.writes) == 1 }))
 		gone := errors.New("gone")
 		h.fail(gone)
-		require.Equal(t, writeResult{3, gone}, take(t, w, "the Write"))
+		require.Equal(t, writeResult{3, gone}, Take(t, w, "the Write"))
 	})
 }
 
@@ -382,7 +382,7 @@ func TestWriteLosesItsConnection(t *testing.T) {
 				h.mu.Unlock()
 			}
 			u.grants(0, test.err)
-			require.Error(t, take(t, done, "the Write"))
+			require.Error(t, Take(t, done, "the Write"))
 			require.Equal(t, test.lost, h.hasLost())
 		})
 	}
@@ -399,7 +399,7 @@ func TestWriteDeadlineWhilePaused(t *testing.T) {
 	_, err := h.pause()
 	require.NoError(t, err)
 	require.NoError(t, h.setDeadline(past))
-	require.Equal(t, writeResult{2, os.ErrDeadlineExceeded}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{2, os.ErrDeadlineExceeded}, Take(t, w, "the Write"))
 	_, err = h.resume(next)
 	require.NoError(t, err)
 	n, err := h.write([]byte("llo"))
@@ -420,7 +420,7 @@ func TestWriteDeadlineWhilePaused(t *testing.T) {
 	w = writing(h, "hello")
 	_, err = h.resume(next)
 	require.NoError(t, err)
-	require.Equal(t, writeResult{5, nil}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{5, nil}, Take(t, w, "the Write"))
 	require.Empty(t, old.taken())
 }
 
@@ -453,7 +453,7 @@ func TestWriterThatWaitsWhenClosed(t *testing.T) {
 	_, err := h.pause()
 	require.NoError(t, err)
 	require.NoError(t, h.closeWrite())
-	require.Equal(t, writeResult{2, errWriteClosed}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{2, errWriteClosed}, Take(t, w, "the Write"))
 }
 
 // TestSendHalfThatFailed: everything reports why.
@@ -487,10 +487,10 @@ func TestSendHalfThatFailed(t *testing.T) {
 	}()
 	WaitFor(t, "pause", h.isPaused)
 	h.fail(gone)
-	require.Equal(t, gone, take(t, paused, "pause"))
+	require.Equal(t, gone, Take(t, paused, "pause"))
 	notYet(t, w, "a Write inside the stream")
 	require.NoError(t, old2.Reset())
-	require.Equal(t, writeResult{0, gone}, take(t, w, "the Write"))
+	require.Equal(t, writeResult{0, gone}, Take(t, w, "the Write"))
 }
 
 // TestConcurrentWrites take turns: no buffer is torn, not even where a switch comes in

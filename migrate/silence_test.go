@@ -9,6 +9,8 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // silentExchange is a stream whose other end has yet to answer: to Migrate, or to the ack.
@@ -34,7 +36,7 @@ func newSilentExchange(t *testing.T, initiator bool) *silentExchange {
 		go func() { x.over <- x.h.Migrate(context.Background(), x.s, x.next.conn) }()
 	} else {
 		label := x.s.Label()
-		x.next.feeds(tMultistream+tMigration+migrateBytes(label+2, label), nil)
+		x.next.feeds(Prelude+MigrateBytes(label+2, label), nil)
 		go func() {
 			x.h.handleStream(x.next)
 			x.over <- nil
@@ -71,9 +73,9 @@ func TestReadInsideADeadPath(t *testing.T) {
 			x.old.dead = make(chan struct{})
 			got := x.reading()
 			if initiator {
-				x.next.feeds(tMultistream+tMigration+ackVerified, nil)
+				x.next.feeds(Prelude+AckVerified, nil)
 			}
-			x.next.feeds(finalSizeBytes(0)+"new", nil)
+			x.next.feeds(FinalSizeBytes(0)+"new", nil)
 			require.Equal(t, readResult{"new", nil}, now(t, got, "the Read"))
 			later(t, x.over, "the exchange")
 			close(x.old.dead)
@@ -152,7 +154,7 @@ func TestBothPathsDead(t *testing.T) {
 			}
 			later(t, x.over, "the exchange")
 			if initiator { // the answer comes after all
-				x.next.feeds(tMultistream+tMigration+ackVerified+finalSizeBytes(0), io.EOF)
+				x.next.feeds(Prelude+AckVerified+FinalSizeBytes(0), io.EOF)
 				require.NoError(t, now(t, x.over, "the exchange"))
 				require.Equal(t, readResult{"", io.EOF}, now(t, x.reading(), "the next Read"))
 			}
@@ -179,9 +181,9 @@ func TestBothPathsDead(t *testing.T) {
 		each("the new stream brings something", func(t *testing.T, x *silentExchange) {
 			x.old.ends(network.ErrReset)
 			got := x.reading()
-			answer := tMultistream + tMigration + ackVerified + finalSizeBytes(0)
+			answer := Prelude + AckVerified + FinalSizeBytes(0)
 			if !initiator {
-				answer = finalSizeBytes(0)
+				answer = FinalSizeBytes(0)
 			}
 			for _, b := range []byte(answer) {
 				time.Sleep(maxSilence - time.Nanosecond)

@@ -11,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // Peers that stall: they cost bounded memory, and no other stream's progress (M4).
@@ -32,22 +33,22 @@ func TestPeerThatNeverSendsFinalSize(t *testing.T) {
 		other, otherEnd := p.hostOpens()
 		ctx, cancel := context.WithCancel(context.Background())
 		moved := make(chan error, 1)
-		go func() { moved <- p.host.Migrate(ctx, s, p.ends[1]) }()
-		next := p.arrives()
-		next.wantsMigrate(old.label)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
+		go func() { moved <- p.host.Migrate(ctx, s, p.Ends[1]) }()
+		next := p.Arrives()
+		next.WantsMigrate(old.Label)
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
 		cancel()
-		require.ErrorIs(t, take(t, moved, "Migrate to return"), context.Canceled)
+		require.ErrorIs(t, Take(t, moved, "Migrate to return"), context.Canceled)
 
 		p.writes(s, "new")
-		next.wants("new")
-		old.sends("old")
+		next.Wants("new")
+		old.Sends("old")
 		p.reads(s, "old")
 		p.talk(other, otherEnd)
 		require.NoError(t, s.Reset())
-		next.wantsReset(network.StreamNoError)
+		next.WantsReset(network.StreamNoError)
 		require.NoError(t, other.Reset())
 		p.nothingLeft()
 	})
@@ -59,8 +60,8 @@ func TestPeerThatNeverSendsFinalSize(t *testing.T) {
 		p.talk(s, old)
 		p.talk(other, otherEnd)
 		require.NoError(t, s.Reset())
-		next.wantsReset(network.StreamNoError)
-		old.wantsReset(network.StreamNoError)
+		next.WantsReset(network.StreamNoError)
+		old.WantsReset(network.StreamNoError)
 		require.NoError(t, other.Reset())
 		p.nothingLeft()
 	})
@@ -70,7 +71,7 @@ func TestPeerThatNeverSendsFinalSize(t *testing.T) {
 		s, old := p.hostOpens()
 		next := p.migrates(old)
 		require.NoError(t, s.Close())
-		old.wantsEOF()
+		old.WantsEOF()
 		require.NoError(t, next.Reset())
 		p.nothingLeft()
 	})
@@ -83,15 +84,15 @@ func TestPeerThatNeverAnswers(t *testing.T) {
 	s, old := p.hostOpens()
 	ctx, cancel := context.WithCancel(context.Background())
 	moved := make(chan error, 1)
-	go func() { moved <- p.host.Migrate(ctx, s, p.ends[1]) }()
-	next := p.arrives()
-	next.wantsMigrate(old.label)
+	go func() { moved <- p.host.Migrate(ctx, s, p.Ends[1]) }()
+	next := p.Arrives()
+	next.WantsMigrate(old.Label)
 	cancel()
-	require.ErrorIs(t, take(t, moved, "Migrate to return"), context.Canceled)
+	require.ErrorIs(t, Take(t, moved, "Migrate to return"), context.Canceled)
 	p.talk(s, old)
 	require.NoError(t, s.Reset())
-	next.wantsReset(network.StreamNoError)
-	old.wantsReset(network.StreamNoError)
+	next.WantsReset(network.StreamNoError)
+	old.WantsReset(network.StreamNoError)
 	p.nothingLeft()
 }
 
@@ -103,20 +104,20 @@ func TestStall(t *testing.T) {
 			p := meet(t, verified, WithStallTimeout(50*time.Millisecond))
 			s, old := p.hostOpens()
 			other, otherEnd := p.hostOpens()
-			var next *rawStream
+			var next *RawStream
 			if role == "initiator" {
 				_, next = p.asked(s)
-				next.acks(ackVerified)
-				next.wants(finalSizeBytes(1))
+				next.Acks(AckVerified)
+				next.Wants(FinalSizeBytes(1))
 			} else {
 				next = p.migrates(old)
 			}
 			// Before the final size, from which on the time counts.
-			old.sends("abc")
+			old.Sends("abc")
 			p.reads(s, "abc")
-			next.sends(finalSizeBytes(1 + 5))
+			next.Sends(FinalSizeBytes(1 + 5))
 			require.Empty(t, p.readsEnd(s, network.ErrReset))
-			next.wantsReset(network.StreamNoError)
+			next.WantsReset(network.StreamNoError)
 			p.failed(s)
 			p.talk(other, otherEnd)
 			require.NoError(t, other.Reset())
@@ -134,14 +135,14 @@ func TestStallFillsNothing(t *testing.T) {
 	p := meet(t, verified)
 	s, old := p.hostOpens()
 	next := p.migrates(old)
-	next.sends(finalSizeBytes(1 + debt))
-	next.wants(finalSizeBytes(1))
+	next.Sends(FinalSizeBytes(1 + debt))
+	next.Wants(FinalSizeBytes(1))
 	// The path may be quiet for maxHold at most, and the test takes as long as it takes: a
 	// byte of what is owed comes now and then.
 	paid := 0
 	pays := func() {
 		if paid < debt-1 {
-			old.sends("o")
+			old.Sends("o")
 			paid++
 		}
 	}
@@ -161,11 +162,11 @@ func TestStallFillsNothing(t *testing.T) {
 	require.NoError(t, err)
 	pays()
 	p.writes(s2, "hello")
-	u := p.arrives()
+	u := p.Arrives()
 	pays()
-	u.wants(tMultistream, tMigration, labelBytes(s2.Label()), tMultistream, tEcho, "hello")
+	u.Wants(Prelude, LabelBytes(s2.Label()), MultistreamToken, EchoToken, "hello")
 	pays()
-	u.sends(tMultistream, tMigration, tMultistream, tEcho, strings.Repeat("x", 100<<10))
+	u.Sends(Prelude, MultistreamToken, EchoToken, strings.Repeat("x", 100<<10))
 	p.reads(s2, strings.Repeat("x", 100<<10))
 	pays()
 
@@ -175,9 +176,9 @@ func TestStallFillsNothing(t *testing.T) {
 	require.Equal(t, int64(maxAhead+debt), s.Scope().Stat().Memory,
 		"what is read ahead has to be reserved, and what the old stream has brought and will bring")
 
-	old.sends(strings.Repeat("o", debt-paid))
+	old.Sends(strings.Repeat("o", debt-paid))
 	p.reads(s, strings.Repeat("o", debt)+data)
-	require.NoError(t, take(t, written, "the peer to write"))
+	require.NoError(t, Take(t, written, "the peer to write"))
 	require.Zero(t, s.Scope().Stat().Memory)
 	p.talk(s, next)
 }
@@ -202,9 +203,9 @@ func TestPeerThatNeverReads(t *testing.T) {
 		}()
 		WaitFor(t, "the Write to be inside the old stream", s.send.writesInside)
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		final := next.finalSize()
-		next.sends(finalSizeBytes(1))
+		next.Acks(AckVerified)
+		final := next.FinalSize()
+		next.Sends(FinalSizeBytes(1))
 		moved.is(nil)
 		p.talk(other, otherEnd)
 		select {
@@ -215,13 +216,13 @@ func TestPeerThatNeverReads(t *testing.T) {
 		require.Zero(t, s.Scope().Stat().Memory)
 
 		// It reads after all: the old stream to its end, then the new one.
-		got, err := io.ReadAll(old.r)
+		got, err := io.ReadAll(old)
 		require.NoError(t, err)
 		require.Len(t, got, int(final-1), "the final size is not what the old stream carried")
 		rest := make([]byte, len(data)-len(got))
-		_, err = io.ReadFull(next.r, rest)
+		_, err = io.ReadFull(next, rest)
 		require.NoError(t, err)
-		require.NoError(t, take(t, wrote, "the Write to end"))
+		require.NoError(t, Take(t, wrote, "the Write to end"))
 		require.True(t, string(append(got, rest...)) == string(data), "the bytes differ")
 		p.talk(s, next)
 	})
@@ -233,15 +234,15 @@ func TestDraftResponderInNoHurry(t *testing.T) {
 	p := meet(t, draftOnly, WithStallTimeout(time.Millisecond))
 	s, old := p.hostOpens()
 	moved, next := p.asked(s)
-	next.acks(ackDraft)
-	old.wantsEOF()
+	next.Acks(AckDraft)
+	old.WantsEOF()
 	// Longer than the stall timeout: the notice of a quiet old stream comes after it.
 	WaitFor(t, "the host to notice that the old stream is quiet", s.recv.readsAhead)
-	old.sends("old")
-	old.closesWrite()
+	old.Sends("old")
+	old.ClosesWrite()
 	moved.is(nil)
 	// Only now: what comes ahead of the old stream's end makes that end due.
-	next.sends("new")
+	next.Sends("new")
 	p.reads(s, "oldnew")
 	p.talk(s, next)
 }
@@ -252,10 +253,10 @@ func TestDraftResponderThatStalls(t *testing.T) {
 	p := meet(t, draftOnly, WithStallTimeout(50*time.Millisecond))
 	s, old := p.hostOpens()
 	moved, next := p.asked(s)
-	next.acks(ackDraft)
-	old.wantsEOF()
-	next.sends("new")
-	next.wantsReset(network.StreamNoError)
+	next.Acks(AckDraft)
+	old.WantsEOF()
+	next.Sends("new")
+	next.WantsReset(network.StreamNoError)
 	moved.is(network.ErrReset)
 	p.readsEnd(s, network.ErrReset)
 	p.nothingLeft()

@@ -17,6 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // What the application was told, and when: between the beginning of an exchange and the
@@ -111,14 +112,14 @@ func TestErrorIsKeptForTheNextExchange(t *testing.T) {
 		s, _ := p.hostOpens()
 		got := reading(s)
 		moved, _ := p.asked(s)
-		require.NoError(t, p.conns[0].Close())
+		require.NoError(t, p.Conns[0].Close())
 		p.holds(s)
-		next := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), s.Label()))
-		next.wants(tMultistream, tMigration, ackVerified)
+		next := p.Opens(1, Prelude, MigrateBytes(p.Fresh(), s.Label()))
+		next.Wants(Prelude, AckVerified)
 		moved.is(ErrTryLater)
-		next.sends(finalSizeBytes(1), "new")
-		next.wants(finalSizeBytes(1))
-		require.Equal(t, "new", take(t, got, "the Read"))
+		next.Sends(FinalSizeBytes(1), "new")
+		next.Wants(FinalSizeBytes(1))
+		require.Equal(t, "new", Take(t, got, "the Read"))
 		require.NoError(t, s.Reset())
 		p.nothingLeft()
 	}
@@ -174,20 +175,20 @@ func TestMigrateThatOvertakesTheAck(t *testing.T) {
 			p := meeting{kind: draftOnly, hostHigher: higher, opts: []Option{withBusyWait(time.Hour)}}.meet(t)
 			s, old := p.hostOpens()
 			require.NoError(t, s.CloseWrite())
-			old.wantsEOF()
+			old.WantsEOF()
 			moved, next := p.asked(s)
-			old.closesWrite()
-			theirs := p.opens(0, tMultistream, tMigration, migrateDraftBytes(p.fresh(), next.label))
+			old.ClosesWrite()
+			theirs := p.Opens(0, Prelude, MigrateDraftBytes(p.Fresh(), next.Label))
 			WaitFor(t, "theirs to wait for its turn", func() bool { return s.queued() == 1 })
-			next.acks(ackDraft)
-			next.wantsEOF()
+			next.Acks(AckDraft)
+			next.WantsEOF()
 			moved.is(nil)
-			theirs.wants(tMultistream, tMigration, ackDraft)
-			next.sends("1st")
-			next.closesWrite()
-			theirs.sends("2nd")
-			theirs.closesWrite()
-			theirs.wantsEOF()
+			theirs.Wants(Prelude, AckDraft)
+			next.Sends("1st")
+			next.ClosesWrite()
+			theirs.Sends("2nd")
+			theirs.ClosesWrite()
+			theirs.WantsEOF()
 			require.Equal(t, "1st2nd", p.readsEnd(s, io.EOF))
 			WaitFor(t, "the second migration to end", func() bool { return s.Migrations() == 2 })
 			require.NoError(t, s.Close())
@@ -216,8 +217,8 @@ func (l *lossy) Write(p []byte) (int, error) {
 // of it (W1).
 func TestAnswerThatMeetsTheDeadline(t *testing.T) {
 	for name, opening := range map[string]string{
-		"labelled": tMultistream + tMigration + labelBytes(600+newLabels(playHost).parity(playerLow, false)) + tMultistream + tEcho,
-		"ordinary": tMultistream + tEcho,
+		"labelled": Prelude + LabelBytes(600+newLabels(playHost).parity(playerLow, false)) + MultistreamToken + EchoToken,
+		"ordinary": MultistreamToken + EchoToken,
 	} {
 		// An ordinary stream is answered token by token, as the plain host does it.
 		writes := map[string]int{"labelled": 1, "ordinary": 2}[name]
@@ -246,13 +247,13 @@ func TestAnswerThatMeetsTheDeadline(t *testing.T) {
 	u := newFake()
 	u.grants(3, os.ErrDeadlineExceeded)
 	n := verifyingHost().negotiator(u)
-	_, _ = io.WriteString(n, tMultistream)
+	_, _ = io.WriteString(n, MultistreamToken)
 	require.Error(t, n.flush())
 	u.grants(-1, nil)
 	left, err := n.finish(ackMessage(true), 0)
 	require.False(t, left)
 	require.Error(t, err)
-	require.Equal(t, tMultistream[:3], u.taken())
+	require.Equal(t, MultistreamToken[:3], u.taken())
 }
 
 // TestReadsOfAnOpeningThatBlocks: an application that polls, with short deadlines, a stream
@@ -293,10 +294,10 @@ func TestOpeningThatIsSentAgain(t *testing.T) {
 			require.ErrorIs(t, err, os.ErrDeadlineExceeded)
 		}
 		polls()
-		require.Equal(t, tMultistream[:3], u.taken())
+		require.Equal(t, MultistreamToken[:3], u.taken())
 		u.grants(-1, nil)
 		polls()
-		require.Equal(t, tMultistream+tMigration+labelBytes(s.Label())+tMultistream+tEcho, u.taken())
+		require.Equal(t, Prelude+LabelBytes(s.Label())+MultistreamToken+EchoToken, u.taken())
 		require.NoError(t, s.Reset())
 		synctest.Wait()
 	})

@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // Both ends tell how long a migration has taken so far.
@@ -71,7 +72,7 @@ func TestEventsOfResumption(t *testing.T) {
 	first := s.Conn()
 	p.writes(s, "abc")
 	next := p.resumes(old, epoch(1), 1+1) // it has "?a"
-	next.wants(tMultistream, tMigration, ackReceivedBytes(1), "bc")
+	next.Wants(Prelude, ackReceivedBytes(1), "bc")
 	st.await(t, s, Resumed)
 	lost, resumed := st.event(s, Lost), st.event(s, Resumed)
 	require.Error(t, lost.Err)
@@ -84,7 +85,7 @@ func TestEventsOfResumption(t *testing.T) {
 	require.EqualValues(t, len("bc"), resumed.Again)
 	require.Positive(t, resumed.Took)
 
-	p.host.resumer.get(p.ID(), old.label).lose(nil, errTooLate)
+	p.host.resumer.get(p.ID(), old.Label).lose(nil, errTooLate)
 	require.NoError(t, s.Reset())
 	st.await(t, s, GivenUp)
 	require.NoError(t, st.event(s, GivenUp).Err, "the application has ended it")

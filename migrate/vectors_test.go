@@ -15,6 +15,7 @@ import (
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/internal/vectors"
 	"github.com/go-portage/portage/pb"
 )
@@ -57,19 +58,19 @@ func TestVectorsOfOpenings(t *testing.T) {
 		t.Run(v.Name, func(t *testing.T) {
 			p := meeting{kind: verified, hostHigher: v.Opener == "lower"}.meet(t)
 			p.host.SetStreamHandler(goldenProtocol, func(s network.Stream) { p.app <- s.(*Stream) })
-			u := p.opens(0, string(v.Bytes))
+			u := p.Opens(0, string(v.Bytes))
 			switch v.Reset {
 			case "":
 				require.NotEmpty(t, v.Answer)
-				u.wants(string(v.Answer))
+				u.Wants(string(v.Answer))
 				p.talk(p.accepted(), u)
 			case "any":
-				u.wantsReset(network.StreamNoError)
+				u.WantsReset(network.StreamNoError)
 				p.nothingLeft()
 			default:
 				code, err := strconv.ParseUint(v.Reset, 0, 32)
 				require.NoError(t, err)
-				u.wantsReset(network.StreamErrorCode(code))
+				u.WantsReset(network.StreamErrorCode(code))
 				p.nothingLeft()
 			}
 		})
@@ -99,7 +100,7 @@ func playVector(t *testing.T, v vectors.Exchange, side string) {
 	p.host.SetStreamHandler(goldenProtocol, func(s network.Stream) { p.app <- s.(*Stream) })
 	var (
 		s      *Stream
-		on     = make(map[string]*rawStream)
+		on     = make(map[string]*RawStream)
 		before string // what the host sends with its application's first byte
 		wrote  string // the peer's application
 		moved  *outcome
@@ -121,11 +122,11 @@ func playVector(t *testing.T, v vectors.Exchange, side string) {
 		if st.Side != side { // the test plays it
 			switch {
 			case st.Event == "open":
-				on[st.Stream] = p.opens(0, string(st.Bytes))
+				on[st.Stream] = p.Opens(0, string(st.Bytes))
 			case st.Event == "migrate":
-				on[st.Stream] = p.opens(1, string(st.Bytes))
+				on[st.Stream] = p.Opens(1, string(st.Bytes))
 			case st.Bytes != "":
-				u.sends(string(st.Bytes))
+				u.Sends(string(st.Bytes))
 			case st.End:
 				_ = u.CloseWrite() // on QUIC an error where the host has closed the stream, as after a denial
 			default:
@@ -137,7 +138,7 @@ func playVector(t *testing.T, v vectors.Exchange, side string) {
 			continue
 		}
 		if s == nil && st.Event != "open" && before == "" {
-			u.wants(string(st.Bytes)) // the answer to the opening
+			u.Wants(string(st.Bytes)) // the answer to the opening
 			s = p.accepted()
 			continue
 		}
@@ -162,18 +163,18 @@ func playVector(t *testing.T, v vectors.Exchange, side string) {
 			require.Equal(t, "protocol", st.Event, what)
 		}
 		if u == nil {
-			u = p.arrives()
+			u = p.Arrives()
 			on[st.Stream] = u
 		}
 		switch {
 		case st.Bytes != "":
-			u.wants(before + string(st.Bytes))
+			u.Wants(before + string(st.Bytes))
 			before = ""
 		case st.End:
-			u.wantsEOF()
+			u.WantsEOF()
 		default:
 			require.Equal(t, "any", st.Reset, what)
-			u.wantsReset(network.StreamNoError)
+			u.WantsReset(network.StreamNoError)
 		}
 	}
 	require.Equal(t, wrote, p.readsEnd(s, io.EOF))
@@ -246,7 +247,7 @@ func playResumption(t *testing.T, v vectors.Exchange, side string) {
 	}
 	var (
 		s      *Stream
-		on     = make(map[string]*rawStream)
+		on     = make(map[string]*RawStream)
 		before string // what the host sends with its application's first byte
 	)
 	for i, st := range steps {
@@ -257,15 +258,15 @@ func playResumption(t *testing.T, v vectors.Exchange, side string) {
 		case st.Side != side && st.Event == "lose":
 			_ = u.ResetWithError(network.StreamSupplanted)
 		case st.Side != side && st.Event == "open":
-			on[st.Stream] = p.opens(0, bytes)
+			on[st.Stream] = p.Opens(0, bytes)
 		case st.Side != side && (st.Event == "resume" || report && u == nil):
-			on[st.Stream] = p.opens(1, bytes)
+			on[st.Stream] = p.Opens(1, bytes)
 		case st.Side != side && st.End:
-			u.closesWrite()
+			u.ClosesWrite()
 		case st.Side != side && st.Reset != "":
 			_ = u.ResetWithError(codeGivenUp)
 		case st.Side != side:
-			u.sends(bytes)
+			u.Sends(bytes)
 			if s != nil && side == "A" && st.Event == "write" {
 				p.reads(s, bytes)
 			}
@@ -279,11 +280,11 @@ func playResumption(t *testing.T, v vectors.Exchange, side string) {
 		case st.Event == "lose":
 			p.host.resumer.get(p.ID(), goldenFrom).lose(nil, errTooLate)
 			if side == "A" {
-				u.wantsReset(network.StreamSupplanted)
+				u.WantsReset(network.StreamSupplanted)
 			}
 		case st.Event == "resume":
-			u = p.arrives()
-			u.wants(bytes)
+			u = p.Arrives()
+			u.Wants(bytes)
 			on[st.Stream] = u
 		case report && u == nil:
 			require.True(t, strings.HasPrefix(bytes, header+token(string(ResumeID))), what)
@@ -295,26 +296,26 @@ func playResumption(t *testing.T, v vectors.Exchange, side string) {
 				bytes = before + bytes
 			}
 			if u == nil {
-				u = p.arrives()
+				u = p.Arrives()
 				on[st.Stream] = u
 			}
-			u.wants(bytes)
+			u.Wants(bytes)
 			if s == nil {
 				s = p.accepted()
 				p.reads(s, "hel")
 			}
 		case st.Event == "write":
 			p.writes(s, bytes)
-			u.wants(bytes)
+			u.Wants(bytes)
 		case st.Event == "close write":
 			require.NoError(t, s.CloseWrite(), what)
-			u.wantsEOF()
+			u.WantsEOF()
 		case st.End:
-			u.wantsEOF()
+			u.WantsEOF()
 		case st.Reset != "":
-			u.wantsReset(network.StreamSupplanted)
+			u.WantsReset(network.StreamSupplanted)
 		default:
-			u.wants(bytes)
+			u.Wants(bytes)
 		}
 		if next := i + 1; next < len(steps) && steps[next].Event == "lose" && steps[next].Side == side {
 			for _, st := range steps { // the label that the host's attempt is to give
@@ -334,13 +335,13 @@ func playResumption(t *testing.T, v vectors.Exchange, side string) {
 }
 
 // awaitsReport waits until the host has told what want says, and returns the stream of that.
-func (p *rawPeer) awaitsReport(want *pb.Progress) *rawStream {
+func (p *rawPeer) awaitsReport(want *pb.Progress) *RawStream {
 	p.t.Helper()
 	for {
-		u := take(p.t, p.reports, "a report")
-		u.wants(header, token(string(ResumeID)))
+		u := p.ArrivesFor(ResumeID)
+		u.Wants(header, token(string(ResumeID)))
 		for {
-			body, err := readBody(u.r, make([]byte, usualMessage))
+			body, err := readBody(u, make([]byte, usualMessage))
 			if err != nil {
 				break // it has reported what there was
 			}

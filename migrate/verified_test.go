@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // The verified handover (S12) with a scripted peer: what FinalSize says, and what the old
@@ -16,12 +17,12 @@ import (
 
 // migrates has the peer ask to migrate old to the new connection. The host has acked,
 // and waits for the peer's final size.
-func (p *rawPeer) migrates(old *rawStream) *rawStream {
+func (p *rawPeer) migrates(old *RawStream) *RawStream {
 	p.t.Helper()
-	id := p.fresh()
-	next := p.opens(1, tMultistream, tMigration, migrateBytes(id, old.label))
-	next.label = id
-	next.wants(tMultistream, tMigration, ackVerified)
+	id := p.Fresh()
+	next := p.Opens(1, Prelude, MigrateBytes(id, old.Label))
+	next.Label = id
+	next.Wants(Prelude, AckVerified)
 	return next
 }
 
@@ -30,7 +31,7 @@ func (p *rawPeer) migrates(old *rawStream) *rawStream {
 type handingOver struct {
 	p         *rawPeer
 	s         *Stream
-	old, next *rawStream
+	old, next *RawStream
 }
 
 // bothRoles runs the test with the host as the initiator and as the responder. Before,
@@ -40,20 +41,20 @@ func bothRoles(t *testing.T, extra string, final uint64, test func(t *testing.T,
 	t.Run("initiator", func(t *testing.T) { // the host is
 		p := meet(t, verified)
 		s, old := p.hostOpens()
-		old.sends(extra)
+		old.Sends(extra)
 		_, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
-		next.sends(finalSizeBytes(final))
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
+		next.Sends(FinalSizeBytes(final))
 		test(t, handingOver{p, s, old, next})
 	})
 	t.Run("responder", func(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
-		old.sends(extra)
+		old.Sends(extra)
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(final))
+		next.Sends(FinalSizeBytes(final))
 		test(t, handingOver{p, s, old, next})
 	})
 }
@@ -62,7 +63,7 @@ func bothRoles(t *testing.T, extra string, final uint64, test func(t *testing.T,
 // at both halves (S8).
 func (h handingOver) isReset(code network.StreamErrorCode) {
 	h.p.t.Helper()
-	h.next.wantsReset(code)
+	h.next.WantsReset(code)
 	h.p.readsEnd(h.s, network.ErrReset)
 	h.p.failed(h.s)
 	h.p.nothingLeft()
@@ -74,25 +75,25 @@ func (h handingOver) isReset(code network.StreamErrorCode) {
 func TestVerifiedResponder(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
-		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
 			next := p.migrates(old)
 			// Until the final size comes, the ack may have been lost (S3).
 			p.writes(s, "old still")
-			old.wants("old still")
-			next.sends(finalSizeBytes(1+9+8), "first of new")
-			next.wants(finalSizeBytes(1 + 9))
-			old.wantsEOF()
+			old.Wants("old still")
+			next.Sends(FinalSizeBytes(1+9+8), "first of new")
+			next.Wants(FinalSizeBytes(1 + 9))
+			old.WantsEOF()
 			p.writes(s, "new")
-			next.wants("new")
-			old.sends("old data ", "and last")
+			next.Wants("new")
+			old.Sends("old data ", "and last")
 			p.reads(s, "old data and lastfirst of new")
 			// No EOF came on the old stream, and none is needed.
 			p.settled(s, next)
 			p.talk(s, next)
-			next.closesWrite()
+			next.ClosesWrite()
 			p.readsEnd(s, io.EOF)
 			require.NoError(t, s.Close())
-			next.wantsEOF()
+			next.WantsEOF()
 			p.nothingLeft()
 		})
 	})
@@ -102,27 +103,27 @@ func TestVerifiedResponder(t *testing.T) {
 func TestVerifiedInitiator(t *testing.T) {
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
-		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
+		m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
 			moved, next := p.asked(s)
 			p.writes(s, "old until the ack")
-			old.wants("old until the ack")
-			next.acks(ackVerified)
-			next.wants(finalSizeBytes(1 + 17))
-			old.wantsEOF()
+			old.Wants("old until the ack")
+			next.Acks(AckVerified)
+			next.Wants(FinalSizeBytes(1 + 17))
+			old.WantsEOF()
 			p.writes(s, "new")
-			next.wants("new")
-			old.sends("old data ")
+			next.Wants("new")
+			old.Sends("old data ")
 			p.reads(s, "old data ")
-			next.sends(finalSizeBytes(1+9+8), "first of new")
-			old.sends("and last")
+			next.Sends(FinalSizeBytes(1+9+8), "first of new")
+			old.Sends("and last")
 			p.reads(s, "and lastfirst of new")
 			moved.is(nil)
 			p.settled(s, next)
 			p.talk(s, next)
-			next.closesWrite()
+			next.ClosesWrite()
 			p.readsEnd(s, io.EOF)
 			require.NoError(t, s.Close())
-			next.wantsEOF()
+			next.WantsEOF()
 			p.nothingLeft()
 		})
 	})
@@ -134,8 +135,8 @@ func TestVerifiedNeverReadingSide(t *testing.T) {
 	data := strings.Repeat("0123456789abcdef", 10<<10)
 	bothRoles(t, data, uint64(1+len(data)), func(t *testing.T, h handingOver) {
 		h.p.settled(h.s, h.next)
-		h.next.sends("new")
-		h.next.closesWrite()
+		h.next.Sends("new")
+		h.next.ClosesWrite()
 		require.Equal(t, data+"new", h.p.readsEnd(h.s, io.EOF))
 	})
 }
@@ -147,12 +148,12 @@ func TestVerifiedHalfClosed(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseWrite())
-		old.wantsEOF()
+		old.WantsEOF()
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		next.wantsEOF()
-		next.sends(finalSizeBytes(1), "new")
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		next.WantsEOF()
+		next.Sends(FinalSizeBytes(1), "new")
 		p.reads(s, "new")
 		moved.is(nil)
 	})
@@ -160,42 +161,42 @@ func TestVerifiedHalfClosed(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseWrite())
-		old.wantsEOF()
+		old.WantsEOF()
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(1), "new")
-		next.wants(finalSizeBytes(1))
-		next.wantsEOF()
+		next.Sends(FinalSizeBytes(1), "new")
+		next.Wants(FinalSizeBytes(1))
+		next.WantsEOF()
 		p.reads(s, "new")
 		p.settled(s, next)
 	})
 	t.Run("initiator, its writing", func(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		next.sends(finalSizeBytes(1))
-		next.closesWrite()
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		next.Sends(FinalSizeBytes(1))
+		next.ClosesWrite()
 		moved.is(nil)
 		require.Equal(t, "", p.readsEnd(s, io.EOF))
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 	})
 	t.Run("responder, its writing, EOF not read", func(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
-		old.sends("the last")
-		old.closesWrite()
+		old.Sends("the last")
+		old.ClosesWrite()
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(1 + 8))
-		next.closesWrite()
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
+		next.Sends(FinalSizeBytes(1 + 8))
+		next.ClosesWrite()
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
 		require.Equal(t, "the last", p.readsEnd(s, io.EOF))
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 	})
 	t.Run("responder, our reading", func(t *testing.T) {
 		// With a final size there is proof of the ack, so it is not denied (S3).
@@ -203,24 +204,24 @@ func TestVerifiedHalfClosed(t *testing.T) {
 		s, old := p.hostOpens()
 		require.NoError(t, s.CloseRead())
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(1))
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
+		next.Sends(FinalSizeBytes(1))
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
 		p.writes(s, "new")
-		next.wants("new")
+		next.Wants("new")
 		p.settled(s, next)
 		require.NoError(t, s.Close())
-		next.wantsEOF()
+		next.WantsEOF()
 		p.nothingLeft()
 	})
 	t.Run("data after the end", func(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
-		old.closesWrite()
+		old.ClosesWrite()
 		p.readsEnd(s, io.EOF)
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(1), "more")
-		next.wantsReset(network.StreamProtocolViolation) // S11
+		next.Sends(FinalSizeBytes(1), "more")
+		next.WantsReset(network.StreamProtocolViolation) // S11
 		p.failed(s)
 		p.nothingLeft()
 	})
@@ -230,7 +231,7 @@ func TestVerifiedHalfClosed(t *testing.T) {
 // had, so that both ends see a reset; what came is delivered (S8, S12).
 func TestFalseEOF(t *testing.T) {
 	bothRoles(t, "abc", 1+6, func(t *testing.T, h handingOver) {
-		h.old.closesWrite()
+		h.old.ClosesWrite()
 		got := h.p.readsEnd(h.s, network.ErrReset)
 		require.True(t, strings.HasPrefix("abc", got), "%q is not what was sent", got)
 		h.isReset(network.StreamNoError)
@@ -244,18 +245,18 @@ func TestFalseEOFThatWasBelieved(t *testing.T) {
 		t.Run(role, func(t *testing.T) {
 			p := meet(t, verified)
 			s, old := p.hostOpens()
-			old.closesWrite()
+			old.ClosesWrite()
 			p.readsEnd(s, io.EOF)
-			var next *rawStream
+			var next *RawStream
 			if role == "initiator" {
 				_, next = p.asked(s)
-				next.acks(ackVerified)
-				next.wants(finalSizeBytes(1))
+				next.Acks(AckVerified)
+				next.Wants(FinalSizeBytes(1))
 			} else {
 				next = p.migrates(old)
 			}
-			next.sends(finalSizeBytes(1 + 5))
-			next.wantsReset(network.StreamNoError)
+			next.Sends(FinalSizeBytes(1 + 5))
+			next.WantsReset(network.StreamNoError)
 			p.failed(s)
 			p.nothingLeft()
 		})
@@ -267,8 +268,8 @@ func TestFalseEOFThatWasBelieved(t *testing.T) {
 // (S12).
 func TestOldConnectionDies(t *testing.T) {
 	die := func(p *rawPeer) {
-		require.NoError(p.t, p.conns[0].Close())
-		WaitFor(p.t, "the host to notice", p.ends[0].IsClosed)
+		require.NoError(p.t, p.Conns[0].Close())
+		WaitFor(p.t, "the host to notice", p.Ends[0].IsClosed)
 	}
 	onBothTransports(t, func(t *testing.T, m meeting) {
 		m.kind = verified
@@ -285,27 +286,27 @@ func TestOldConnectionDies(t *testing.T) {
 				_, err := s.Write([]byte("new"))
 				wrote <- err
 			}()
-			next.acks(ackVerified)
-			next.wants(finalSizeBytes(1), "new")
-			require.NoError(t, take(t, wrote, "the Write"), "the dead stream took nothing, so the new one takes it")
-			next.sends(finalSizeBytes(1), "new")
-			require.Equal(t, "new", take(t, got, "the Read"))
+			next.Acks(AckVerified)
+			next.Wants(FinalSizeBytes(1), "new")
+			require.NoError(t, Take(t, wrote, "the Write"), "the dead stream took nothing, so the new one takes it")
+			next.Sends(FinalSizeBytes(1), "new")
+			require.Equal(t, "new", Take(t, got, "the Read"))
 			moved.is(nil)
 			p.talk(s, next)
 			require.NoError(t, s.Close())
-			next.wantsEOF()
+			next.WantsEOF()
 			p.nothingLeft()
 		})
 		t.Run("initiator, after the ack", func(t *testing.T) {
 			p := m.meet(t)
 			s, _ := p.hostOpens()
 			moved, next := p.asked(s)
-			next.acks(ackVerified)
-			next.wants(finalSizeBytes(1))
+			next.Acks(AckVerified)
+			next.Wants(FinalSizeBytes(1))
 			die(p)
 			p.writes(s, "new")
-			next.wants("new")
-			next.sends(finalSizeBytes(1), "new")
+			next.Wants("new")
+			next.Sends(FinalSizeBytes(1), "new")
 			p.reads(s, "new")
 			moved.is(nil)
 			p.talk(s, next)
@@ -320,9 +321,9 @@ func TestOldConnectionDies(t *testing.T) {
 				_, err := s.Write([]byte("new"))
 				wrote <- err
 			}()
-			next.sends(finalSizeBytes(1), "new")
-			next.wants(finalSizeBytes(1), "new")
-			require.NoError(t, take(t, wrote, "the Write"))
+			next.Sends(FinalSizeBytes(1), "new")
+			next.Wants(FinalSizeBytes(1), "new")
+			require.NoError(t, Take(t, wrote, "the Write"))
 			p.reads(s, "new")
 			p.settled(s, next)
 			p.talk(s, next)
@@ -331,11 +332,11 @@ func TestOldConnectionDies(t *testing.T) {
 			p := m.meet(t)
 			s, _ := p.hostOpens()
 			moved, next := p.asked(s)
-			next.acks(ackVerified)
-			next.wants(finalSizeBytes(1))
+			next.Acks(AckVerified)
+			next.Wants(FinalSizeBytes(1))
 			die(p)
-			next.sends(finalSizeBytes(1+5), "new")
-			next.wantsReset(network.StreamNoError)
+			next.Sends(FinalSizeBytes(1+5), "new")
+			next.WantsReset(network.StreamNoError)
 			moved.is(network.ErrReset)
 			p.readsEnd(s, network.ErrReset)
 			p.failed(s)
@@ -346,8 +347,8 @@ func TestOldConnectionDies(t *testing.T) {
 			s, old := p.hostOpens()
 			next := p.migrates(old)
 			die(p)
-			next.sends(finalSizeBytes(1+5), "new")
-			next.wantsReset(network.StreamNoError)
+			next.Sends(FinalSizeBytes(1+5), "new")
+			next.WantsReset(network.StreamNoError)
 			p.readsEnd(s, network.ErrReset)
 			p.failed(s)
 			p.nothingLeft()
@@ -360,9 +361,9 @@ func TestOldConnectionDies(t *testing.T) {
 			moved, next := p.asked(s)
 			die(p)
 			p.holds(s)
-			next.acks(ackDenied)
+			next.Acks(AckDenied)
 			moved.is(ErrDenied)
-			require.Contains(t, take(t, got, "the Read"), "error: ")
+			require.Contains(t, Take(t, got, "the Read"), "error: ")
 			_, err := s.Write([]byte("x"))
 			require.Error(t, err)
 			require.NoError(t, s.Reset())
@@ -382,14 +383,14 @@ func TestToldOfTheEnd(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			onBothTransports(t, func(t *testing.T, m meeting) {
 				m.kind = verified
-				m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *rawStream) {
-					require.NoError(t, p.conns[0].Close())
-					WaitFor(t, "the host to notice", p.ends[0].IsClosed)
+				m.either(t, func(t *testing.T, p *rawPeer, s *Stream, old *RawStream) {
+					require.NoError(t, p.Conns[0].Close())
+					WaitFor(t, "the host to notice", p.Ends[0].IsClosed)
 					require.Error(t, tell(s))
 					p.hostMigrates(s).is(ErrClosed)
-					next := p.opens(1, tMultistream, tMigration, migrateBytes(p.fresh(), s.Label()))
-					next.wants(tMultistream, tMigration, ackDenied)
-					next.wantsEOF()
+					next := p.Opens(1, Prelude, MigrateBytes(p.Fresh(), s.Label()))
+					next.Wants(Prelude, AckDenied)
+					next.WantsEOF()
 					require.Error(t, tell(s))
 					_ = s.Close()
 					p.nothingLeft()
@@ -407,8 +408,8 @@ func TestResetBeforeTheAck(t *testing.T) {
 	moved, next := p.asked(s)
 	require.NoError(t, s.Reset())
 	moved.is(ErrClosed)
-	next.wantsReset(network.StreamNoError)
-	old.wantsReset(network.StreamNoError)
+	next.WantsReset(network.StreamNoError)
+	old.WantsReset(network.StreamNoError)
 	p.nothingLeft()
 }
 
@@ -418,7 +419,7 @@ func TestFinalSizeTooHigh(t *testing.T) {
 	for name, final := range map[string]uint64{"by one": 1 + 1, "by all there is": 1<<64 - 1} {
 		t.Run(name, func(t *testing.T) {
 			bothRoles(t, "", final, func(t *testing.T, h handingOver) {
-				h.old.closesWrite()
+				h.old.ClosesWrite()
 				h.isReset(network.StreamNoError)
 			})
 		})
@@ -431,17 +432,17 @@ func TestFinalSizeTooLow(t *testing.T) {
 		t.Run(role, func(t *testing.T) {
 			p := meet(t, verified)
 			s, old := p.hostOpens()
-			old.sends("abc")
+			old.Sends("abc")
 			p.reads(s, "abc")
-			var next *rawStream
+			var next *RawStream
 			if role == "initiator" {
 				_, next = p.asked(s)
-				next.acks(ackVerified)
-				next.wants(finalSizeBytes(1))
+				next.Acks(AckVerified)
+				next.Wants(FinalSizeBytes(1))
 			} else {
 				next = p.migrates(old)
 			}
-			next.sends(finalSizeBytes(1 + 2))
+			next.Sends(FinalSizeBytes(1 + 2))
 			handingOver{p, s, old, next}.isReset(network.StreamProtocolViolation)
 		})
 	}
@@ -453,8 +454,8 @@ func TestFinalSizeMissing(t *testing.T) {
 	for name, sent := range map[string]string{
 		"data":          "\x02hi",
 		"no member":     "\x00",
-		"another":       ackVerified,
-		"oversized":     uvarint(1025),
+		"another":       AckVerified,
+		"oversized":     Uvarint(1025),
 		"overlong":      strings.Repeat("\xff", 10),
 		"not a message": "\x01\xff",
 	} {
@@ -463,16 +464,16 @@ func TestFinalSizeMissing(t *testing.T) {
 				t.Run(role, func(t *testing.T) {
 					p := meet(t, verified)
 					s, old := p.hostOpens()
-					var next *rawStream
+					var next *RawStream
 					if role == "initiator" {
 						_, next = p.asked(s)
-						next.acks(ackVerified)
-						next.wants(finalSizeBytes(1))
-						next.sends(sent)
+						next.Acks(AckVerified)
+						next.Wants(FinalSizeBytes(1))
+						next.Sends(sent)
 					} else {
 						next = p.migrates(old)
-						next.sends(sent)
-						old.wantsReset(network.StreamProtocolViolation)
+						next.Sends(sent)
+						old.WantsReset(network.StreamProtocolViolation)
 					}
 					handingOver{p, s, old, next}.isReset(network.StreamProtocolViolation)
 				})
@@ -485,8 +486,8 @@ func TestFinalSizeMissing(t *testing.T) {
 // looks like.
 func TestFinalSizeTwice(t *testing.T) {
 	bothRoles(t, "", 1, func(t *testing.T, h handingOver) {
-		h.next.sends(finalSizeBytes(1))
-		h.p.reads(h.s, finalSizeBytes(1))
+		h.next.Sends(FinalSizeBytes(1))
+		h.p.reads(h.s, FinalSizeBytes(1))
 		h.p.settled(h.s, h.next)
 	})
 }
@@ -496,9 +497,9 @@ func TestFinalSizeInPieces(t *testing.T) {
 	p := meet(t, verified)
 	s, old := p.hostOpens()
 	moved, next := p.asked(s)
-	next.drips(tMultistream, tMigration, ackVerified, finalSizeBytes(1), "new")
-	next.wants(finalSizeBytes(1))
-	old.wantsEOF()
+	next.Drips(Prelude, AckVerified, FinalSizeBytes(1), "new")
+	next.Wants(FinalSizeBytes(1))
+	old.WantsEOF()
 	p.reads(s, "new")
 	moved.is(nil)
 	p.talk(s, next)
@@ -510,9 +511,9 @@ func TestAckWithoutFinalSize(t *testing.T) {
 	p := meet(t, verified)
 	s, old := p.hostOpens()
 	moved, next := p.asked(s)
-	next.acks(ackDraft)
-	next.wantsReset(network.StreamProtocolViolation)
-	old.wantsReset(network.StreamProtocolViolation)
+	next.Acks(AckDraft)
+	next.WantsReset(network.StreamProtocolViolation)
+	old.WantsReset(network.StreamProtocolViolation)
 	moved.is(network.ErrReset)
 	p.readsEnd(s, network.ErrReset)
 	p.failed(s)
@@ -526,11 +527,11 @@ func TestUnadvertised(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
-		require.NoError(t, p.conns[0].Close())
-		next.sends(finalSizeBytes(1), "new")
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
+		require.NoError(t, p.Conns[0].Close())
+		next.Sends(FinalSizeBytes(1), "new")
 		p.reads(s, "new")
 		moved.is(nil)
 		p.talk(s, next)
@@ -539,9 +540,9 @@ func TestUnadvertised(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(1), "new")
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF()
+		next.Sends(FinalSizeBytes(1), "new")
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF()
 		p.reads(s, "new")
 		p.settled(s, next)
 	})
@@ -549,8 +550,8 @@ func TestUnadvertised(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
 		next := p.migratesDraft(old)
-		old.closesWrite()
-		old.wantsEOF()
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.settled(s, next)
 		p.talk(s, next)
 	})
@@ -563,9 +564,9 @@ func TestVerifiedReset(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
 		moved, next := p.asked(s)
-		next.acks(ackVerified)
-		next.wants(finalSizeBytes(1))
-		old.wantsEOF() // else the reset could be faster
+		next.Acks(AckVerified)
+		next.Wants(FinalSizeBytes(1))
+		old.WantsEOF() // else the reset could be faster
 		require.NoError(t, next.Reset())
 		moved.is(network.ErrReset)
 		p.readsEnd(s, network.ErrReset)
@@ -577,7 +578,7 @@ func TestVerifiedReset(t *testing.T) {
 		s, old := p.hostOpens()
 		next := p.migrates(old)
 		require.NoError(t, next.Reset())
-		old.wantsReset(network.StreamNoError)
+		old.WantsReset(network.StreamNoError)
 		p.readsEnd(s, network.ErrReset)
 		p.failed(s)
 		p.nothingLeft()
@@ -586,8 +587,8 @@ func TestVerifiedReset(t *testing.T) {
 		p := meet(t, verified)
 		s, old := p.hostOpens()
 		next := p.migrates(old)
-		next.closesWrite()
-		old.wantsReset(network.StreamNoError)
+		next.ClosesWrite()
+		old.WantsReset(network.StreamNoError)
 		p.readsEnd(s, network.ErrReset)
 		p.nothingLeft()
 	})
@@ -603,20 +604,20 @@ func TestVerifiedReset(t *testing.T) {
 				p := meet(t, verified)
 				s, old := p.hostOpens()
 				got := reading(s)
-				var next *rawStream
+				var next *RawStream
 				if role == "initiator" {
 					_, next = p.asked(s)
 					require.NoError(t, old.Reset())
 					p.holds(s)
-					next.acks(ackVerified)
+					next.Acks(AckVerified)
 				} else {
 					next = p.migrates(old)
 					require.NoError(t, old.Reset())
 					p.holds(s)
 				}
-				next.sends(finalSizeBytes(1), "new")
-				next.wants(finalSizeBytes(1))
-				require.Equal(t, "new", take(t, got, "the Read"))
+				next.Sends(FinalSizeBytes(1), "new")
+				next.Wants(FinalSizeBytes(1))
+				require.Equal(t, "new", Take(t, got, "the Read"))
 				p.settled(s, next)
 				p.talk(s, next)
 			})
@@ -634,9 +635,9 @@ func TestErrorsHaveADirection(t *testing.T) {
 		_, err := s.Write([]byte("x"))
 		return err != nil
 	})
-	old.sends("to be ")
+	old.Sends("to be ")
 	p.reads(s, "to be ")
-	old.sends("read")
-	old.closesWrite()
+	old.Sends("read")
+	old.ClosesWrite()
 	require.Equal(t, "read", p.readsEnd(s, io.EOF))
 }

@@ -10,15 +10,17 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // untouched checks that the host's stream s, which the peer has on u, is as it was.
-func (p *rawPeer) untouched(s *Stream, u *rawStream) {
+func (p *rawPeer) untouched(s *Stream, u *RawStream) {
 	p.t.Helper()
 	p.talk(s, u)
-	require.Equal(p.t, u.label, s.Label())
+	require.Equal(p.t, u.Label, s.Label())
 	require.Equal(p.t, 0, s.Migrations())
-	p.hasLabel(u.label)
+	p.hasLabel(u.Label)
 	p.host.labels.mu.Lock()
 	defer p.host.labels.mu.Unlock()
 	pl := p.host.labels.peers[p.ID()]
@@ -29,22 +31,9 @@ func (p *rawPeer) untouched(s *Stream, u *rawStream) {
 // padded is a Label whose message is exactly size bytes long, the rest a field that
 // nobody knows.
 func padded(id uint64, size int) string {
-	m := "\x0a" + lengthy("\x08"+uvarint(id))
+	m := "\x0a" + Lengthy("\x08"+Uvarint(id))
 	rest := size - len(m) - len("\xaa\x06") - 2
-	return lengthy(m + "\xaa\x06" + lengthy(strings.Repeat("x", rest)))
-}
-
-// malformed is what no message may look like (W4).
-var malformed = map[string]string{
-	"no member":              "\x00",
-	"unknown member":         lengthy("\xaa\x06" + lengthy("")),
-	"oversized":              uvarint(1025) + strings.Repeat("\x00", 1025),
-	"length of 70 bits":      strings.Repeat("\xff", 10),
-	"length that is too big": "\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01",
-	"member beyond the end":  "\x02\x0a\x05",
-	"unknown wire type":      "\x01\x0f",
-	"field zero":             "\x02\x00\x00",
-	"member of another type": lengthy("\x08\x02"),
+	return Lengthy(m + "\xaa\x06" + Lengthy(strings.Repeat("x", rest)))
 }
 
 // TestViolationOnOpening: what an inbound stream must not begin with (W4, W5, L1, L2,
@@ -58,29 +47,29 @@ func TestViolationOnOpening(t *testing.T) {
 		p := m.meet(t)
 		p.host.violations.Every = 0
 		s, old := p.hostAccepts()
-		mine, other := p.fresh(), p.fresh()
+		mine, other := p.Fresh(), p.Fresh()
 		wrong := mine ^ 1
 		rows := map[string]string{
-			"ack":                           ackVerified,
-			"final size":                    finalSizeBytes(5),
-			"label of the wrong parity":     labelBytes(wrong) + tMultistream + tEcho,
-			"label that is alive":           labelBytes(old.label) + tMultistream + tEcho,
-			"nested ID":                     labelBytes(mine) + tMultistream + tMigration,
-			"nested ID as a second choice":  labelBytes(mine) + tMultistream + tok("/test/other/1.0.0") + tMigration,
-			"nested ID and label":           labelBytes(mine) + tMultistream + tMigration + labelBytes(other) + tMultistream + tEcho,
-			"migrate of the wrong parity":   migrateBytes(wrong, old.label),
-			"migrate to a label alive":      migrateBytes(old.label, old.label),
-			"migrate with data":             migrateBytes(mine, old.label) + finalSizeBytes(1),
-			"migrate with data, draft-only": migrateDraftBytes(mine, old.label) + "x",
+			"ack":                           AckVerified,
+			"final size":                    FinalSizeBytes(5),
+			"label of the wrong parity":     LabelBytes(wrong) + MultistreamToken + EchoToken,
+			"label that is alive":           LabelBytes(old.Label) + MultistreamToken + EchoToken,
+			"nested ID":                     LabelBytes(mine) + Prelude,
+			"nested ID as a second choice":  LabelBytes(mine) + MultistreamToken + Token("/test/other/1.0.0") + MigrationToken,
+			"nested ID and label":           LabelBytes(mine) + Prelude + LabelBytes(other) + MultistreamToken + EchoToken,
+			"migrate of the wrong parity":   MigrateBytes(wrong, old.Label),
+			"migrate to a label alive":      MigrateBytes(old.Label, old.Label),
+			"migrate with data":             MigrateBytes(mine, old.Label) + FinalSizeBytes(1),
+			"migrate with data, draft-only": MigrateDraftBytes(mine, old.Label) + "x",
 		}
-		for name, bytes := range malformed {
+		for name, bytes := range Malformed {
 			rows[name] = bytes
 		}
 		for name, bytes := range rows {
 			t.Run(name, func(t *testing.T) {
-				for i := range p.conns {
-					u := p.opens(i, tMultistream, tMigration, bytes)
-					u.wantsReset(network.StreamProtocolViolation)
+				for i := range p.Conns {
+					u := p.Opens(i, Prelude, bytes)
+					u.WantsReset(network.StreamProtocolViolation)
 					p.untouched(s, old)
 					// Before the reset. A handler that refuses ID would look the same to the peer.
 					require.Len(t, logs.TakeAll(), 1, "the violation is logged, once")
@@ -96,13 +85,13 @@ func TestViolationOnOpening(t *testing.T) {
 
 		// After all of that the stream can migrate.
 		next := p.migrates(old)
-		next.sends(finalSizeBytes(uint64(1 + 4*2*len(rows))))
-		next.wants(finalSizeBytes(uint64(1 + 4*2*len(rows))))
-		old.wantsEOF()
+		next.Sends(FinalSizeBytes(uint64(1 + 4*2*len(rows))))
+		next.Wants(FinalSizeBytes(uint64(1 + 4*2*len(rows))))
+		old.WantsEOF()
 		p.settled(s, next)
 		p.talk(s, next)
 		require.NoError(t, s.Close())
-		next.wantsEOF()
+		next.WantsEOF()
 		p.nothingLeft()
 	})
 }
@@ -114,10 +103,10 @@ func TestTwoAliveLabels(t *testing.T) {
 	s1, u1 := p.hostAccepts()
 	s2, u2 := p.hostAccepts()
 	for range 2 {
-		p.opens(1, tMultistream, tMigration, migrateBytes(u2.label, u1.label)).wantsReset(network.StreamProtocolViolation)
+		p.Opens(1, Prelude, MigrateBytes(u2.Label, u1.Label)).WantsReset(network.StreamProtocolViolation)
 		p.talk(s1, u1)
 		p.talk(s2, u2)
-		require.ElementsMatch(t, []uint64{u1.label, u2.label}, p.labelled())
+		require.ElementsMatch(t, []uint64{u1.Label, u2.Label}, p.labelled())
 	}
 }
 
@@ -126,23 +115,23 @@ func TestNegotiationThatFails(t *testing.T) {
 	p := meet(t, verified)
 	s, old := p.hostAccepts()
 	for name, bytes := range map[string]string{
-		"message that is cut off":     tMultistream + tMigration + "\x05\x0a\x03",
-		"length that is cut off":      tMultistream + tMigration + "\x85",
-		"no message":                  tMultistream + tMigration,
-		"no protocol":                 tMultistream + tMigration + labelBytes(p.fresh()),
-		"no multistream behind label": tMultistream + tMigration + labelBytes(p.fresh()) + tEcho,
-		"protocol that is cut off":    tMultistream + tMigration + labelBytes(p.fresh()) + tMultistream + tEcho[:7],
+		"message that is cut off":     Prelude + "\x05\x0a\x03",
+		"length that is cut off":      Prelude + "\x85",
+		"no message":                  Prelude,
+		"no protocol":                 Prelude + LabelBytes(p.Fresh()),
+		"no multistream behind label": Prelude + LabelBytes(p.Fresh()) + EchoToken,
+		"protocol that is cut off":    Prelude + LabelBytes(p.Fresh()) + MultistreamToken + EchoToken[:7],
 		"empty":                       "",
 		"not multistream":             "GET / HTTP/1.1\r\nHost: example.org\r\n\r\n",
-		"header that is cut off":      tMultistream[:7],
-		"ID that is cut off":          tMultistream + tMigration[:7],
+		"header that is cut off":      MultistreamToken[:7],
+		"ID that is cut off":          Prelude[:7],
 	} {
 		t.Run(name, func(t *testing.T) {
-			u := p.opens(1, bytes)
+			u := p.Opens(1, bytes)
 			if err := u.CloseWrite(); name != "no multistream behind label" {
 				require.NoError(t, err)
 			} // of which the host has seen enough: its reset may come first
-			u.wantsReset(network.StreamProtocolNegotiationFailed)
+			u.WantsReset(network.StreamProtocolNegotiationFailed)
 			p.untouched(s, old)
 		})
 	}
@@ -151,26 +140,26 @@ func TestNegotiationThatFails(t *testing.T) {
 // TestLargestMessage: 1024 bytes are not too many (W4).
 func TestLargestMessage(t *testing.T) {
 	p := meet(t, verified)
-	label := p.fresh()
+	label := p.Fresh()
 	message := padded(label, 1024)
 	require.Len(t, message, 1024+2)
-	u := p.opens(0, tMultistream, tMigration, message, tMultistream, tEcho, "hello")
-	u.wants(tMultistream, tMigration, tMultistream, tEcho)
+	u := p.Opens(0, Prelude, message, MultistreamToken, EchoToken, "hello")
+	u.Wants(Prelude, MultistreamToken, EchoToken)
 	s := p.accepted()
 	p.reads(s, "hello")
 	p.talk(s, u)
 
-	p.opens(0, tMultistream, tMigration, padded(p.fresh(), 1025), tMultistream, tEcho).
-		wantsReset(network.StreamProtocolViolation)
+	p.Opens(0, Prelude, padded(p.Fresh(), 1025), MultistreamToken, EchoToken).
+		WantsReset(network.StreamProtocolViolation)
 }
 
 // TestLastMemberCounts, as protobuf has it: of two members, the last one stands.
 func TestLastMemberCounts(t *testing.T) {
 	p := meet(t, verified)
-	label := p.fresh()
-	m := "\x1a\x00" + "\x0a" + lengthy("\x08"+uvarint(label))
-	u := p.opens(0, tMultistream, tMigration, lengthy(m), tMultistream, tEcho)
-	u.wants(tMultistream, tMigration, tMultistream, tEcho)
+	label := p.Fresh()
+	m := "\x1a\x00" + "\x0a" + Lengthy("\x08"+Uvarint(label))
+	u := p.Opens(0, Prelude, Lengthy(m), MultistreamToken, EchoToken)
+	u.Wants(Prelude, MultistreamToken, EchoToken)
 	p.talk(p.accepted(), u)
 }
 
@@ -182,34 +171,34 @@ func TestViolationInAnswer(t *testing.T) {
 		p := m.meet(t)
 		s, old := p.hostOpens()
 		rows := map[string]string{
-			"label":      labelBytes(p.fresh()),
-			"migrate":    migrateBytes(p.fresh(), old.label),
-			"final size": finalSizeBytes(1),
+			"label":      LabelBytes(p.Fresh()),
+			"migrate":    MigrateBytes(p.Fresh(), old.Label),
+			"final size": FinalSizeBytes(1),
 		}
-		for name, bytes := range malformed {
+		for name, bytes := range Malformed {
 			rows[name] = bytes
 		}
 		for name, bytes := range rows {
 			t.Run(name, func(t *testing.T) {
 				moved, next := p.asked(s)
-				next.acks(bytes)
-				next.wantsReset(network.StreamProtocolViolation)
+				next.Acks(bytes)
+				next.WantsReset(network.StreamProtocolViolation)
 				moved.is(ErrTryLater)
 				p.untouched(s, old)
 			})
 		}
 		t.Run("cut off", func(t *testing.T) {
 			moved, next := p.asked(s)
-			next.acks(ackVerified[:2])
-			next.closesWrite()
-			next.wantsReset(network.StreamNoError)
+			next.Acks(AckVerified[:2])
+			next.ClosesWrite()
+			next.WantsReset(network.StreamNoError)
 			moved.is(ErrTryLater)
 			p.untouched(s, old)
 		})
 		t.Run("not multistream", func(t *testing.T) {
 			moved, next := p.asked(s)
-			next.sends("GET / HTTP/1.1\r\n\r\n")
-			next.wantsReset(network.StreamNoError)
+			next.Sends("GET / HTTP/1.1\r\n\r\n")
+			next.WantsReset(network.StreamNoError)
 			moved.is(ErrTryLater)
 			p.untouched(s, old)
 		})

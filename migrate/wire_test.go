@@ -13,6 +13,9 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
 // The bytes of the example exchange in docs/protocol.md: a host with the lower peer ID, so
@@ -108,40 +111,40 @@ func TestGoldenExchange(t *testing.T) {
 	s, err := p.hostBegins(0, goldenProtocol)
 	require.NoError(t, err)
 	p.writes(s, "hello")
-	old := p.arrives()
-	old.wants(golden(t, goldenOpening+goldenHello))
-	old.sends(golden(t, goldenAnswer+goldenHello))
+	old := p.Arrives()
+	old.Wants(golden(t, goldenOpening+goldenHello))
+	old.Sends(golden(t, goldenAnswer+goldenHello))
 	p.reads(s, "hello")
 	more := strings.Repeat("x", 995)
 	p.writes(s, more)
-	old.wants(more)
-	old.sends(more)
+	old.Wants(more)
+	old.Sends(more)
 
 	moved := p.hostMigrates(s)
-	next := p.arrives()
-	next.wants(golden(t, goldenPrelude+goldenMigrate))
-	next.sends(golden(t, goldenPrelude+goldenAckVerified))
-	next.wants(golden(t, goldenFinalSize))
-	old.wantsEOF()
-	next.sends(golden(t, goldenFinalSize))
-	old.closesWrite()
+	next := p.Arrives()
+	next.Wants(golden(t, goldenPrelude+goldenMigrate))
+	next.Sends(golden(t, goldenPrelude+goldenAckVerified))
+	next.Wants(golden(t, goldenFinalSize))
+	old.WantsEOF()
+	next.Sends(golden(t, goldenFinalSize))
+	old.ClosesWrite()
 	p.reads(s, more)
 	moved.is(nil)
 	require.Equal(t, uint64(goldenTo), s.Label())
 	p.talk(s, next)
 	require.NoError(t, s.Close())
-	next.wantsEOF()
+	next.WantsEOF()
 	p.nothingLeft()
 }
 
 // TestGoldenAnswers: the bytes of the acceptor and responder (W1, W2, W4, S12).
 func TestGoldenAnswers(t *testing.T) {
-	accept := func(t *testing.T, opts ...Option) (*rawPeer, *Stream, *rawStream) {
+	accept := func(t *testing.T, opts ...Option) (*rawPeer, *Stream, *RawStream) {
 		// The script plays the lower peer, with the labels of the example.
 		p := meeting{kind: verified, hostHigher: true, opts: opts}.meet(t)
 		p.host.SetStreamHandler(goldenProtocol, func(s network.Stream) { p.app <- s.(*Stream) })
-		old := p.opens(0, golden(t, goldenOpening+goldenHello))
-		old.wants(golden(t, goldenAnswer))
+		old := p.Opens(0, golden(t, goldenOpening+goldenHello))
+		old.Wants(golden(t, goldenAnswer))
 		s := p.accepted()
 		require.Equal(t, uint64(goldenFrom), s.Label())
 		p.reads(s, "hello")
@@ -151,31 +154,31 @@ func TestGoldenAnswers(t *testing.T) {
 		p, s, old := accept(t)
 		thousand := strings.Repeat("x", 1000)
 		p.writes(s, thousand)
-		old.wants(thousand)
-		old.sends(thousand[5:])
-		next := p.opens(1, golden(t, goldenPrelude+goldenMigrate))
-		next.wants(golden(t, goldenPrelude+goldenAckVerified))
-		next.sends(golden(t, goldenFinalSize))
-		old.closesWrite()
-		next.wants(golden(t, goldenFinalSize))
-		old.wantsEOF()
+		old.Wants(thousand)
+		old.Sends(thousand[5:])
+		next := p.Opens(1, golden(t, goldenPrelude+goldenMigrate))
+		next.Wants(golden(t, goldenPrelude+goldenAckVerified))
+		next.Sends(golden(t, goldenFinalSize))
+		old.ClosesWrite()
+		next.Wants(golden(t, goldenFinalSize))
+		old.WantsEOF()
 		p.reads(s, thousand[5:])
 		p.talk(s, next)
 		require.Equal(t, uint64(goldenTo), s.Label())
 	})
 	t.Run("draft", func(t *testing.T) {
 		p, s, old := accept(t)
-		next := p.opens(1, golden(t, goldenPrelude+goldenMigrateDraft))
-		next.wants(golden(t, goldenPrelude+goldenAckDraft))
-		old.closesWrite()
-		old.wantsEOF()
+		next := p.Opens(1, golden(t, goldenPrelude+goldenMigrateDraft))
+		next.Wants(golden(t, goldenPrelude+goldenAckDraft))
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.talk(s, next)
 	})
 	t.Run("denied", func(t *testing.T) {
 		p, s, old := accept(t, WithAcceptor(func(*Stream, network.Conn) bool { return false }))
-		next := p.opens(1, golden(t, goldenPrelude+goldenMigrate))
-		next.wants(golden(t, goldenPrelude+goldenAckDenied))
-		next.wantsEOF()
+		next := p.Opens(1, golden(t, goldenPrelude+goldenMigrate))
+		next.Wants(golden(t, goldenPrelude+goldenAckDenied))
+		next.WantsEOF()
 		p.talk(s, old)
 	})
 }
@@ -217,12 +220,12 @@ func TestOpeningSize(t *testing.T) {
 	p.countTo(1<<33 - 2)
 	s, u := p.hostOpens()
 	require.Equal(t, uint64(1<<33-2), s.Label(), "not the largest label")
-	labelled := len(tMultistream + tMigration + labelBytes(u.label) + tMultistream + tEcho)
-	plain := len(tMultistream + tEcho)
+	labelled := len(Prelude + LabelBytes(u.Label) + MultistreamToken + EchoToken)
+	plain := len(MultistreamToken + EchoToken)
 	require.LessOrEqual(t, labelled-plain, 64)
-	require.Equal(t, opening(u.label, echoID), []byte(tMultistream+tMigration+labelBytes(u.label)+tMultistream+tEcho))
+	require.Equal(t, opening(u.Label, echoID), []byte(Prelude+LabelBytes(u.Label)+MultistreamToken+EchoToken))
 
-	answered := len(tMultistream + tMigration + tMultistream + tEcho)
+	answered := len(Prelude + MultistreamToken + EchoToken)
 	require.Equal(t, answered, len(answer(echoID)))
 	require.LessOrEqual(t, answered-plain, 48)
 }
@@ -271,7 +274,7 @@ func TestOpenerThatReadsFirst(t *testing.T) {
 		require.NoError(t, err)
 		return s
 	}
-	answer := tMultistream + tMigration + tMultistream + tEcho
+	answer := Prelude + MultistreamToken + EchoToken
 	t.Run("read", func(t *testing.T) {
 		p := meet(t, verified)
 		s := open(t, p)
@@ -280,20 +283,20 @@ func TestOpenerThatReadsFirst(t *testing.T) {
 			_, err := io.ReadFull(s, make([]byte, 8))
 			read <- err
 		}()
-		u := p.arrives()
-		u.wants(tMultistream, tMigration, labelBytes(s.Label()), tMultistream, tEcho)
-		u.sends(answer, "greeting")
-		require.NoError(t, take(t, read, "the greeting"))
+		u := p.Arrives()
+		u.Wants(Prelude, LabelBytes(s.Label()), MultistreamToken, EchoToken)
+		u.Sends(answer, "greeting")
+		require.NoError(t, Take(t, read, "the greeting"))
 		p.talk(s, u)
 	})
 	t.Run("close write", func(t *testing.T) {
 		p := meet(t, verified)
 		s := open(t, p)
 		require.NoError(t, s.CloseWrite())
-		u := p.arrives()
-		u.wants(tMultistream, tMigration, labelBytes(s.Label()), tMultistream, tEcho)
-		u.wantsEOF()
-		u.sends(answer, "greeting")
+		u := p.Arrives()
+		u.Wants(Prelude, LabelBytes(s.Label()), MultistreamToken, EchoToken)
+		u.WantsEOF()
+		u.Sends(answer, "greeting")
 		p.reads(s, "greeting")
 	})
 	t.Run("close", func(t *testing.T) {
@@ -302,11 +305,11 @@ func TestOpenerThatReadsFirst(t *testing.T) {
 		label := s.Label()
 		closed := make(chan error, 1)
 		go func() { closed <- s.Close() }()
-		u := p.arrives()
-		u.wants(tMultistream, tMigration, labelBytes(label), tMultistream, tEcho)
-		u.sends(answer)
-		require.NoError(t, take(t, closed, "Close"))
-		u.wantsEOF()
+		u := p.Arrives()
+		u.Wants(Prelude, LabelBytes(label), MultistreamToken, EchoToken)
+		u.Sends(answer)
+		require.NoError(t, Take(t, closed, "Close"))
+		u.WantsEOF()
 		p.nothingLeft()
 	})
 }
@@ -318,9 +321,9 @@ func TestAnswerInPieces(t *testing.T) {
 	s, err := p.hostBegins(0, echoID)
 	require.NoError(t, err)
 	p.writes(s, "hello")
-	u := p.arrives()
-	u.wants(tMultistream, tMigration, labelBytes(s.Label()), tMultistream, tEcho, "hello")
-	go u.drips(tMultistream, tMigration, tMultistream, tEcho, "hello")
+	u := p.Arrives()
+	u.Wants(Prelude, LabelBytes(s.Label()), MultistreamToken, EchoToken, "hello")
+	go u.Drips(Prelude, MultistreamToken, EchoToken, "hello")
 	p.reads(s, "hello")
 	p.talk(s, u)
 }
@@ -329,9 +332,9 @@ func TestAnswerInPieces(t *testing.T) {
 // where it does not speak what identify said.
 func TestAnswerThatIsNone(t *testing.T) {
 	for name, tc := range map[string]struct{ answer, says string }{
-		"no label":       {tMultistream + tNA, "protocols not supported"},
-		"no application": {tMultistream + tMigration + tMultistream + tNA, "protocols not supported"},
-		"other":          {tMultistream + tMigration + tMultistream + tok("/test/no/1.0.0"), "unexpected answer"},
+		"no label":       {MultistreamToken + NAToken, "protocols not supported"},
+		"no application": {Prelude + MultistreamToken + NAToken, "protocols not supported"},
+		"other":          {Prelude + MultistreamToken + Token("/test/no/1.0.0"), "unexpected answer"},
 		"garbage":        {"HTTP/1.1 400 Bad Request\r\n\r\n", "unexpected answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -339,8 +342,8 @@ func TestAnswerThatIsNone(t *testing.T) {
 			s, err := p.hostBegins(0, echoID)
 			require.NoError(t, err)
 			p.writes(s, "hello")
-			u := p.arrives()
-			u.sends(tc.answer)
+			u := p.Arrives()
+			u.Sends(tc.answer)
 			inTime(t, "Read to fail", func() error {
 				_, err = s.Read(make([]byte, 100))
 				return nil
@@ -356,52 +359,52 @@ func TestAnswerThatIsNone(t *testing.T) {
 // before its next token, is served.
 func TestOpenerThatWaits(t *testing.T) {
 	p := meet(t, verified)
-	label := p.fresh()
-	u := p.opens(0)
-	u.sends(tMultistream)
-	u.wants(tMultistream)
-	u.sends(tMigration)
-	u.wants(tMigration)
-	u.sends(labelBytes(label), tMultistream)
-	u.wants(tMultistream)
-	u.sends(tEcho)
-	u.wants(tEcho)
+	label := p.Fresh()
+	u := p.Opens(0)
+	u.Sends(MultistreamToken)
+	u.Wants(MultistreamToken)
+	u.Sends(MigrationToken)
+	u.Wants(MigrationToken)
+	u.Sends(LabelBytes(label), MultistreamToken)
+	u.Wants(MultistreamToken)
+	u.Sends(EchoToken)
+	u.Wants(EchoToken)
 	s := p.accepted()
 	require.Equal(t, label, s.Label())
 	p.talk(s, u)
 
 	// The same for a migration.
-	id := p.fresh()
-	next := p.opens(1)
-	next.sends(tMultistream)
-	next.wants(tMultistream)
-	next.sends(tMigration)
-	next.wants(tMigration)
-	next.sends(migrateDraftBytes(id, label))
-	next.wants(ackDraft)
-	u.closesWrite()
-	u.wantsEOF()
+	id := p.Fresh()
+	next := p.Opens(1)
+	next.Sends(MultistreamToken)
+	next.Wants(MultistreamToken)
+	next.Sends(MigrationToken)
+	next.Wants(MigrationToken)
+	next.Sends(MigrateDraftBytes(id, label))
+	next.Wants(AckDraft)
+	u.ClosesWrite()
+	u.WantsEOF()
 	p.talk(s, next)
 }
 
 // TestOpenerByteByByte: how the bytes are cut into packets does not matter.
 func TestOpenerByteByByte(t *testing.T) {
 	p := meet(t, verified)
-	label, id := p.fresh(), p.fresh()
-	u := p.opens(0)
-	u.drips(tMultistream, tMigration, labelBytes(label), tMultistream, tEcho, "hello")
-	u.wants(tMultistream, tMigration, tMultistream, tEcho)
+	label, id := p.Fresh(), p.Fresh()
+	u := p.Opens(0)
+	u.Drips(Prelude, LabelBytes(label), MultistreamToken, EchoToken, "hello")
+	u.Wants(Prelude, MultistreamToken, EchoToken)
 	s := p.accepted()
 	p.reads(s, "hello")
 	p.talk(s, u)
 
-	next := p.opens(1)
-	next.drips(tMultistream, tMigration, migrateBytes(id, label))
-	next.wants(tMultistream, tMigration, ackVerified)
-	next.drips(finalSizeBytes(9), "after")
-	u.closesWrite()
-	next.wants(finalSizeBytes(4))
-	u.wantsEOF()
+	next := p.Opens(1)
+	next.Drips(Prelude, MigrateBytes(id, label))
+	next.Wants(Prelude, AckVerified)
+	next.Drips(FinalSizeBytes(9), "after")
+	u.ClosesWrite()
+	next.Wants(FinalSizeBytes(4))
+	u.WantsEOF()
 	p.reads(s, "after")
 	p.talk(s, next)
 }
@@ -409,32 +412,32 @@ func TestOpenerByteByByte(t *testing.T) {
 // TestSecondChoice: a protocol that the acceptor does not speak is answered with na, and
 // the next one is taken; behind the label, and before it.
 func TestSecondChoice(t *testing.T) {
-	tOther := tok("/test/other/1.0.0")
+	tOther := Token("/test/other/1.0.0")
 	t.Run("behind the label", func(t *testing.T) {
 		p := meet(t, verified)
-		u := p.opens(0, tMultistream, tMigration, labelBytes(p.fresh()), tMultistream, tOther)
-		u.wants(tMultistream, tMigration, tMultistream, tNA)
-		u.sends(tEcho)
-		u.wants(tEcho)
+		u := p.Opens(0, Prelude, LabelBytes(p.Fresh()), MultistreamToken, tOther)
+		u.Wants(Prelude, MultistreamToken, NAToken)
+		u.Sends(EchoToken)
+		u.Wants(EchoToken)
 		p.talk(p.accepted(), u)
 	})
 	t.Run("behind the label, in one flight", func(t *testing.T) {
 		p := meet(t, verified)
-		u := p.opens(0, tMultistream, tMigration, labelBytes(p.fresh()), tMultistream, tOther, tEcho, "hello")
-		u.wants(tMultistream, tMigration, tMultistream, tNA, tEcho)
+		u := p.Opens(0, Prelude, LabelBytes(p.Fresh()), MultistreamToken, tOther, EchoToken, "hello")
+		u.Wants(Prelude, MultistreamToken, NAToken, EchoToken)
 		s := p.accepted()
 		p.reads(s, "hello")
 		p.talk(s, u)
 	})
 	t.Run("before the label", func(t *testing.T) {
 		p := meet(t, verified)
-		label := p.fresh()
-		u := p.opens(0, tMultistream, tOther)
-		u.wants(tMultistream, tNA)
-		u.sends(tMigration)
-		u.wants(tMigration)
-		u.sends(labelBytes(label), tMultistream, tEcho)
-		u.wants(tMultistream, tEcho)
+		label := p.Fresh()
+		u := p.Opens(0, MultistreamToken, tOther)
+		u.Wants(MultistreamToken, NAToken)
+		u.Sends(MigrationToken)
+		u.Wants(MigrationToken)
+		u.Sends(LabelBytes(label), MultistreamToken, EchoToken)
+		u.Wants(MultistreamToken, EchoToken)
 		s := p.accepted()
 		require.Equal(t, label, s.Label())
 		p.talk(s, u)
@@ -442,18 +445,18 @@ func TestSecondChoice(t *testing.T) {
 	t.Run("before Migrate", func(t *testing.T) {
 		p := meet(t, draftOnly)
 		s, old := p.hostOpens()
-		next := p.opens(1, tMultistream, tOther, tMigration, migrateDraftBytes(p.fresh(), old.label))
-		next.wants(tMultistream, tNA, tMigration, ackDraft)
-		old.closesWrite()
-		old.wantsEOF()
+		next := p.Opens(1, MultistreamToken, tOther, MigrationToken, MigrateDraftBytes(p.Fresh(), old.Label))
+		next.Wants(MultistreamToken, NAToken, MigrationToken, AckDraft)
+		old.ClosesWrite()
+		old.WantsEOF()
 		p.talk(s, next)
 	})
 	t.Run("none", func(t *testing.T) {
 		p := meet(t, verified)
-		u := p.opens(0, tMultistream, tMigration, labelBytes(p.fresh()), tMultistream, tOther)
-		u.wants(tMultistream, tMigration, tMultistream, tNA)
-		u.closesWrite()
-		u.wantsReset(network.StreamProtocolNegotiationFailed)
+		u := p.Opens(0, Prelude, LabelBytes(p.Fresh()), MultistreamToken, tOther)
+		u.Wants(Prelude, MultistreamToken, NAToken)
+		u.ClosesWrite()
+		u.WantsReset(network.StreamProtocolNegotiationFailed)
 		p.nothingLeft()
 	})
 }
@@ -462,7 +465,7 @@ func TestSecondChoice(t *testing.T) {
 // speaks, it negotiates behind the label, with na and a second choice.
 func TestHostNegotiatesBehindLabel(t *testing.T) {
 	const other, third protocol.ID = "/test/other/1.0.0", "/test/third/1.0.0"
-	tOther, tThird := tok(other), tok(third)
+	tOther, tThird := Token(other), Token(third)
 	type opened struct {
 		s   *Stream
 		err error
@@ -479,12 +482,12 @@ func TestHostNegotiatesBehindLabel(t *testing.T) {
 		p := meet(t, verified)
 		p.countTo(600)
 		done := open(t, p)
-		u := p.arrives()
-		u.wants(tMultistream, tMigration, labelBytes(600), tMultistream, tOther)
-		u.sends(tMultistream, tMigration, tMultistream, tNA)
-		u.wants(tThird)
-		u.sends(tThird)
-		o := take(t, done, "NewStream")
+		u := p.Arrives()
+		u.Wants(Prelude, LabelBytes(600), MultistreamToken, tOther)
+		u.Sends(Prelude, MultistreamToken, NAToken)
+		u.Wants(tThird)
+		u.Sends(tThird)
+		o := Take(t, done, "NewStream")
 		require.NoError(t, o.err)
 		require.Equal(t, third, o.s.Protocol())
 		s := o.s
@@ -493,34 +496,34 @@ func TestHostNegotiatesBehindLabel(t *testing.T) {
 
 		// What was negotiated does not count as the application's (S12).
 		moved := p.hostMigrates(s)
-		next := p.arrives()
-		next.wantsMigrate(600)
-		next.sends(tMultistream, tMigration, ackVerified)
-		next.wants(finalSizeBytes(4))
+		next := p.Arrives()
+		next.WantsMigrate(600)
+		next.Sends(Prelude, AckVerified)
+		next.Wants(FinalSizeBytes(4))
 		old := u
-		old.wantsEOF()
-		next.sends(finalSizeBytes(4))
+		old.WantsEOF()
+		next.Sends(FinalSizeBytes(4))
 		moved.is(nil)
 		p.talk(s, next)
 	})
 	t.Run("none", func(t *testing.T) {
 		p := meet(t, verified)
 		done := open(t, p)
-		u := p.arrives()
-		u.sends(tMultistream, tMigration, tMultistream, tNA, tNA)
-		o := take(t, done, "NewStream")
+		u := p.Arrives()
+		u.Sends(Prelude, MultistreamToken, NAToken, NAToken)
+		o := Take(t, done, "NewStream")
 		require.ErrorContains(t, o.err, "protocols not supported")
-		u.wantsReset(network.StreamProtocolNegotiationFailed)
+		u.WantsReset(network.StreamProtocolNegotiationFailed)
 		p.nothingLeft()
 	})
 	t.Run("no label", func(t *testing.T) {
 		p := meet(t, verified)
 		done := open(t, p)
-		u := p.arrives()
-		u.sends(tMultistream, tNA)
-		o := take(t, done, "NewStream")
+		u := p.Arrives()
+		u.Sends(MultistreamToken, NAToken)
+		o := Take(t, done, "NewStream")
 		require.Error(t, o.err)
-		u.wantsReset(network.StreamProtocolNegotiationFailed)
+		u.WantsReset(network.StreamProtocolNegotiationFailed)
 		p.nothingLeft()
 	})
 }
@@ -528,18 +531,18 @@ func TestHostNegotiatesBehindLabel(t *testing.T) {
 // TestPlainStreamIsUntouched: a stream without a label reaches its handler raw, to the
 // byte, however it is cut.
 func TestPlainStreamIsUntouched(t *testing.T) {
-	for name, send := range map[string]func(u *rawStream, parts ...string){
-		"one flight":   (*rawStream).sends,
-		"byte by byte": (*rawStream).drips,
+	for name, send := range map[string]func(u *RawStream, parts ...string){
+		"one flight":   (*RawStream).Sends,
+		"byte by byte": (*RawStream).Drips,
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := meet(t, verified)
 			plain := make(chan network.Stream, 1)
 			p.host.SetStreamHandler(echoID, func(s network.Stream) { plain <- s })
-			u := p.opens(0)
-			send(u, tMultistream, tEcho, "hello")
-			u.wants(tMultistream, tEcho)
-			s := take(t, plain, "the handler to be called")
+			u := p.Opens(0)
+			send(u, MultistreamToken, EchoToken, "hello")
+			u.Wants(MultistreamToken, EchoToken)
+			s := Take(t, plain, "the handler to be called")
 			_, labelled := s.(*Stream)
 			require.False(t, labelled, "the stream has no label")
 			got := make([]byte, 5)
@@ -554,8 +557,8 @@ func TestPlainStreamIsUntouched(t *testing.T) {
 // TestFinalSizeIDIsNotSpoken: a stream opened on it is reset (S12).
 func TestFinalSizeIDIsNotSpoken(t *testing.T) {
 	p := meet(t, verified)
-	u := p.opens(0, tMultistream, tok("/portage/final-size/1.0.0"))
-	u.wantsReset(network.StreamNoError)
+	u := p.Opens(0, MultistreamToken, Token("/portage/final-size/1.0.0"))
+	u.WantsReset(network.StreamNoError)
 	p.nothingLeft()
 }
 

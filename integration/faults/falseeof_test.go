@@ -1,7 +1,6 @@
 package faults
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -17,11 +16,10 @@ import (
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/protobuf/encoding/protodelim"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/migrate"
-	"github.com/go-portage/portage/pb"
 )
 
 // Yamux can report a clean EOF that is none when its session goes down: in place of the
@@ -343,7 +341,8 @@ func falseEOFFromDraft(t *testing.T, w way, initiator, acked, alive bool) {
 		if !acked {
 			end()
 		}
-		sendDraft(t, next, &pb.StreamMigration{Type: &pb.StreamMigration_AckMigrate{AckMigrate: new(pb.AckMigrate)}})
+		_, err = io.WriteString(next, AckDraft)
+		require.NoError(t, err)
 		if acked {
 			WaitFor(t, "the host to have the ack", func() bool { ok, _ := l.has(point{s, true, migrate.Acked}); return ok })
 			end()
@@ -356,8 +355,11 @@ func falseEOFFromDraft(t *testing.T, w way, initiator, acked, alive bool) {
 		if l.nodes[acceptor].ID() > l.nodes[opener].ID() {
 			id++ // L1
 		}
-		sendDraft(t, next, &pb.StreamMigration{Type: &pb.StreamMigration_Migrate{Migrate: &pb.Migrate{Id: &id, From: &label}}})
-		require.NotNil(t, readDraft(t, next).GetAckMigrate())
+		_, err = io.WriteString(next, MigrateDraftBytes(id, label))
+		require.NoError(t, err)
+		require.NoError(t, next.SetReadDeadline(time.Now().Add(Patience)))
+		require.NoError(t, Expect(next, AckDraft))
+		require.NoError(t, next.SetReadDeadline(time.Time{}))
 		end()
 	}
 	_, _ = io.WriteString(next, "and more")
@@ -394,8 +396,8 @@ func serveDraft(node *Node) *draft {
 	app.AddHandler(testID, nil)
 	node.SetStreamHandler(testID, func(u network.Stream) { _ = u.Reset() }) // advertises it
 	node.SetStreamHandler(migrate.ID, func(u network.Stream) {
-		m := new(pb.StreamMigration)
-		if err := protodelim.UnmarshalFrom(bufio.NewReaderSize(oneByte{u}, 16), m); err != nil {
+		m, err := ReadMessage(u)
+		if err != nil {
 			_ = u.Reset()
 			return
 		}
@@ -413,23 +415,3 @@ func serveDraft(node *Node) *draft {
 	})
 	return d
 }
-
-func sendDraft(t *testing.T, u network.Stream, m *pb.StreamMigration) {
-	t.Helper()
-	_, err := protodelim.MarshalTo(u, m)
-	require.NoError(t, err)
-}
-
-func readDraft(t *testing.T, u network.Stream) *pb.StreamMigration {
-	t.Helper()
-	m := new(pb.StreamMigration)
-	require.NoError(t, u.SetReadDeadline(time.Now().Add(Patience)))
-	require.NoError(t, protodelim.UnmarshalFrom(bufio.NewReaderSize(oneByte{u}, 16), m))
-	require.NoError(t, u.SetReadDeadline(time.Time{}))
-	return m
-}
-
-// oneByte reads one byte at a time: what follows a message is not for its reader.
-type oneByte struct{ io.Reader }
-
-func (r oneByte) Read(p []byte) (int, error) { return r.Reader.Read(p[:1]) }

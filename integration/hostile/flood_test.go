@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,6 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/migrate"
 )
 
@@ -87,7 +90,7 @@ func TestFloods(t *testing.T) {
 				t.Logf("%-7d  %v", n, u)
 
 				bound := int64(slack) + perStream*int64(u.peer.NumStreamsInbound+u.peer.NumStreamsOutbound)
-				for _, c := range e.conns {
+				for _, c := range e.Conns {
 					bound += perEnd * int64(len(c.GetStreams()))
 				}
 				if f.reserves {
@@ -110,10 +113,11 @@ func TestFloods(t *testing.T) {
 }
 
 func violations(e *hostile, n int) {
+	malformed := slices.Sorted(maps.Values(Malformed))
 	each(n, func(k int) {
-		in := prelude + malformed[k%len(malformed)]
+		in := Prelude + malformed[k%len(malformed)]
 		if k%10 == 0 {
-			in = tMultistream + token(migrate.FinalSizeID)
+			in = MultistreamToken + Token(migrate.FinalSizeID)
 		}
 		if u, err := e.floods(k%2, in); err == nil {
 			_, _ = io.Copy(io.Discard, u)
@@ -127,7 +131,7 @@ func violations(e *hostile, n int) {
 func halfOpen(e *hostile, n int) {
 	var full atomic.Bool
 	each(n, func(k int) {
-		in, i := opening(e.fresh(), echoID), k%2
+		in, i := OpeningBytes(e.Fresh(), echoID), k%2
 		if full.Load() {
 			i = 0
 		}
@@ -138,13 +142,13 @@ func halfOpen(e *hostile, n int) {
 }
 
 func unknownLabels(e *hostile, n int) {
-	each(n, func(k int) { _, _ = e.floods(k%2, prelude+asks(e.fresh(), e.fresh())) })
+	each(n, func(k int) { _, _ = e.floods(k%2, Prelude+MigrateBytes(e.Fresh(), e.Fresh())) })
 }
 
 func sameLabel(e *hostile, n int) {
-	label := e.fresh()
+	label := e.Fresh()
 	each(n, func(k int) {
-		if u, err := e.floods(k%2, opening(label, echoID)); err == nil {
+		if u, err := e.floods(k%2, OpeningBytes(label, echoID)); err == nil {
 			_ = u.CloseWrite()
 			_, _ = io.Copy(io.Discard, u)
 			_ = u.Reset()
@@ -155,11 +159,11 @@ func sameLabel(e *hostile, n int) {
 // proposals does not read the answers, until the muxer has room for no more. Then it does:
 // they wait in this process, and would be taken for something that the victim keeps.
 func proposals(e *hostile, n int) {
-	in := prelude + labelled(e.fresh()) + tMultistream + strings.Repeat("\x02x\n", n)
+	in := Prelude + LabelBytes(e.Fresh()) + MultistreamToken + strings.Repeat("\x02x\n", n)
 	var all []network.Stream
 	for i := range 2 {
-		u, err := e.opens(i, "", Patience)
-		require.NoError(e.t, err)
+		u, err := e.Open(i, Patience, "")
+		require.NoError(e.T, err)
 		_ = u.SetWriteDeadline(time.Now().Add(2 * time.Second))
 		_, _ = io.WriteString(u, in)
 		tried.Add(int64(n))
@@ -182,18 +186,18 @@ func askedAndLeft(e *hostile, n int) {
 			return
 		}
 		for range 2 {
-			u, err := e.floods(1, prelude+asks(e.fresh(), label))
+			u, err := e.floods(1, Prelude+MigrateBytes(e.Fresh(), label))
 			if err != nil {
 				return
 			}
 			go func() {
-				if wants(u, prelude+ackVerified) == nil {
+				if Expect(u, Prelude+AckVerified) == nil {
 					acked.Add(1)
 				}
 			}()
 		}
 	})
-	WaitFor(e.t, "a migration to be acked", func() bool { return acked.Load() >= 8 })
+	WaitFor(e.T, "a migration to be acked", func() bool { return acked.Load() >= 8 })
 }
 
 // ackedAndLeft acks what the victim asks for, and says nothing more.
@@ -203,11 +207,11 @@ func ackedAndLeft(e *hostile, n int) {
 		if err != nil {
 			return // the victim has as many streams with this peer as it may have
 		}
-		_, err = io.WriteString(u, answer(echoID))
-		require.NoError(e.t, err)
-		to := e.ends[0]
+		_, err = io.WriteString(u, AnswerBytes(echoID))
+		require.NoError(e.T, err)
+		to := e.Ends[0]
 		if st.Conn() == to {
-			to = e.ends[1]
+			to = e.Ends[1]
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		failed := make(chan struct{})
@@ -216,10 +220,10 @@ func ackedAndLeft(e *hostile, n int) {
 			close(failed)
 		}()
 		select {
-		case next := <-e.came:
+		case next := <-e.Came():
 			tried.Add(1)
-			_, err = io.WriteString(next, prelude+ackVerified)
-			require.NoError(e.t, err)
+			_, err = io.WriteString(next, Prelude+AckVerified)
+			require.NoError(e.T, err)
 		case <-failed:
 		}
 		cancel()
@@ -230,29 +234,29 @@ func movedInALoop(e *hostile, n int) {
 	u, label := e.mustStream(0, echoID)
 	for k := range n {
 		_, err := io.WriteString(u, "x")
-		require.NoError(e.t, err)
-		require.NoError(e.t, wants(u, "x"))
-		id := e.fresh()
-		next, err := e.tries(1-k%2, prelude+asks(id, label))
-		require.NoError(e.t, err)
-		require.NoError(e.t, wants(next, prelude+ackVerified), "migration %d", k)
-		_, err = io.WriteString(next, finalSize(1))
-		require.NoError(e.t, err)
-		require.NoError(e.t, wants(next, finalSize(1)), "migration %d", k)
+		require.NoError(e.T, err)
+		require.NoError(e.T, Expect(u, "x"))
+		id := e.Fresh()
+		next, err := e.tries(1-k%2, Prelude+MigrateBytes(id, label))
+		require.NoError(e.T, err)
+		require.NoError(e.T, Expect(next, Prelude+AckVerified), "migration %d", k)
+		_, err = io.WriteString(next, FinalSizeBytes(1))
+		require.NoError(e.T, err)
+		require.NoError(e.T, Expect(next, FinalSizeBytes(1)), "migration %d", k)
 		_ = u.Close()
 		u, label = next, id
 	}
 }
 
 // asked opens a stream whose handler does not read, and has its migration acked.
-func (e *hostile) asked(size uint64) (old, next network.Stream) {
-	e.t.Helper()
+func (e *hostile) asked(size uint64) (old, next *RawStream) {
+	e.T.Helper()
 	old, label := e.mustStream(0, holdID)
-	next, err := e.tries(1, prelude+asks(e.fresh(), label))
-	require.NoError(e.t, err)
-	require.NoError(e.t, wants(next, prelude+ackVerified))
-	_, err = io.WriteString(next, finalSize(size))
-	require.NoError(e.t, err)
+	next, err := e.tries(1, Prelude+MigrateBytes(e.Fresh(), label))
+	require.NoError(e.T, err)
+	require.NoError(e.T, Expect(next, Prelude+AckVerified))
+	_, err = io.WriteString(next, FinalSizeBytes(size))
+	require.NoError(e.T, err)
 	return old, next
 }
 
@@ -265,7 +269,7 @@ func drips(e *hostile, n int) {
 			for range n / 4 {
 				tried.Add(1)
 				if _, err := old.Write([]byte{1}); err != nil {
-					e.t.Errorf("drip: %v", err)
+					e.T.Errorf("drip: %v", err)
 					return
 				}
 				time.Sleep(20 * time.Microsecond) // so that each is read alone
@@ -287,7 +291,7 @@ func ahead(e *hostile, n int) {
 		tried.Add(1)
 		go func() { _, _ = next.Write(data) }()
 	}
-	WaitFor(e.t, "data to be read ahead, as far as that goes", func() bool {
+	WaitFor(e.T, "data to be read ahead, as far as that goes", func() bool {
 		return e.s.stat().Peers[e.ID()].Memory >= int64(n)*(256<<10)
 	})
 }
@@ -298,16 +302,16 @@ func ahead(e *hostile, n int) {
 func TestDripsForEver(t *testing.T) {
 	s := newScene(t)
 	e := s.newHostile(t, true)
-	long := lengthy("\x0a" + lengthy("\x08"+uvarint(e.fresh())) + "\xaa\x06" + lengthy(strings.Repeat("x", 990)))
+	long := Lengthy("\x0a" + Lengthy("\x08"+Uvarint(e.Fresh())) + "\xaa\x06" + Lengthy(strings.Repeat("x", 990)))
 	forEver := func() string { return strings.Repeat("\x02x\n", 1000) }
 	points := map[string][2]string{ // what is sent at once, and what drips
-		"header":         {"", prelude + long},
-		"ID":             {tMultistream, tMigration + long},
-		"length":         {prelude, long},
-		"message":        {prelude + long[:2], long[2:]},
-		"behind a label": {prelude + labelled(e.fresh()), tMultistream + forEver()},
-		"proposals":      {prelude + labelled(e.fresh()) + tMultistream, forEver()},
-		"plain":          {tMultistream, forEver()},
+		"header":         {"", Prelude + long},
+		"ID":             {MultistreamToken, MigrationToken + long},
+		"length":         {Prelude, long},
+		"message":        {Prelude + long[:2], long[2:]},
+		"behind a label": {Prelude + LabelBytes(e.Fresh()), MultistreamToken + forEver()},
+		"proposals":      {Prelude + LabelBytes(e.Fresh()) + MultistreamToken, forEver()},
+		"plain":          {MultistreamToken, forEver()},
 	}
 	var running sync.WaitGroup
 	stop := make(chan struct{})
@@ -340,11 +344,11 @@ func TestDripsForEver(t *testing.T) {
 	// Behind the ack: the final size, and the old stream up to it.
 	for _, what := range []string{"\xff\x07" + strings.Repeat("\xaa", 1000), strings.Repeat("\x00", 10)} {
 		u, label := e.mustStream(0, holdID)
-		next, err := e.tries(1, prelude+asks(e.fresh(), label))
+		next, err := e.tries(1, Prelude+MigrateBytes(e.Fresh(), label))
 		require.NoError(t, err)
-		require.NoError(t, wants(next, prelude+ackVerified))
+		require.NoError(t, Expect(next, Prelude+AckVerified))
 		if what[0] == 0 {
-			_, err = io.WriteString(next, finalSize(1<<40))
+			_, err = io.WriteString(next, FinalSizeBytes(1<<40))
 			require.NoError(t, err)
 			next = u
 		}
@@ -369,7 +373,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 	data := make([]byte, 1<<20)
 	for i := range 2 {
 		for range 8 {
-			u, err := e.tries(i, opening(e.fresh(), echoID))
+			u, err := e.tries(i, OpeningBytes(e.Fresh(), echoID))
 			require.NoError(t, err)
 			_ = u.SetWriteDeadline(time.Now().Add(time.Second))
 			go func() { _, _ = u.Write(data) }()
@@ -377,7 +381,7 @@ func TestPeerThatReadsNothing(t *testing.T) {
 	}
 	s.progress("windows that are full", true)
 	for k := range 40 {
-		_, _ = e.floods(k%2, prelude+asks(e.fresh(), e.fresh()))
+		_, _ = e.floods(k%2, Prelude+MigrateBytes(e.Fresh(), e.Fresh()))
 	}
 	u := s.measure(e.ID())
 	t.Logf("held: %v", u)
@@ -403,27 +407,27 @@ func TestBothAsk(t *testing.T) {
 	for _, lower := range []bool{true, false} {
 		t.Run(fmt.Sprintf("lower %v", lower), func(t *testing.T) {
 			e := s.newHostile(t, lower)
-			replies := []string{"", prelude + ackVerified, prelude + ackVerified + finalSize(1), prelude + ackDenied, prelude + ackDraft, "\x00"}
+			replies := []string{"", Prelude + AckVerified, Prelude + AckVerified + FinalSizeBytes(1), Prelude + AckDenied, Prelude + AckDraft, "\x00"}
 			for k := range 60 {
 				st, u := e.opened()
-				_, err := io.WriteString(u, answer(echoID)+"?")
+				_, err := io.WriteString(u, AnswerBytes(echoID)+"?")
 				require.NoError(t, err)
-				require.NoError(t, wants(st, "?"))
+				require.NoError(t, Expect(st, "?"))
 				to := 0
-				if st.Conn() == e.ends[0] {
+				if st.Conn() == e.Ends[0] {
 					to = 1
 				}
 				moved := make(chan error, 1)
 				label := st.Label()
-				go func() { moved <- s.victim.Migrate(context.Background(), st, e.ends[to]) }()
+				go func() { moved <- s.victim.Migrate(context.Background(), st, e.Ends[to]) }()
 				var mine []network.Stream
 				for range 3 {
-					next, err := e.tries(to, prelude+asks(e.fresh(), label))
+					next, err := e.tries(to, Prelude+MigrateBytes(e.Fresh(), label))
 					require.NoError(t, err)
 					mine = append(mine, next)
 				}
 				for _, next := range mine {
-					_, _ = io.WriteString(next, []string{finalSize(1), "", finalSize(9)}[k%3])
+					_, _ = io.WriteString(next, []string{FinalSizeBytes(1), "", FinalSizeBytes(9)}[k%3])
 				}
 				// Whatever the victim opens is answered so, also what it has given up already
 				// and the peer gets to see only now.
@@ -434,7 +438,7 @@ func TestBothAsk(t *testing.T) {
 				deadline := time.After(Patience)
 				returned := false
 				select {
-				case theirs := <-e.came:
+				case theirs := <-e.Came():
 					reply(theirs)
 				case <-moved:
 					returned = true
@@ -447,7 +451,7 @@ func TestBothAsk(t *testing.T) {
 				_ = u.Reset()
 				for !returned {
 					select {
-					case theirs := <-e.came:
+					case theirs := <-e.Came():
 						reply(theirs)
 					case <-moved:
 						returned = true
@@ -471,24 +475,24 @@ func TestDataAfterTheEnd(t *testing.T) {
 	e := s.newHostile(t, true)
 	for k := range 40 {
 		st, u := e.opened()
-		_, err := io.WriteString(u, answer(echoID)+"abc")
+		_, err := io.WriteString(u, AnswerBytes(echoID)+"abc")
 		require.NoError(t, err)
 		require.NoError(t, u.CloseWrite())
 		got, err := io.ReadAll(st)
 		require.NoError(t, err)
 		require.Equal(t, "abc", string(got))
 		to := 0
-		if st.Conn() == e.ends[0] {
+		if st.Conn() == e.Ends[0] {
 			to = 1
 		}
-		next, err := e.tries(to, prelude+asks(e.fresh(), st.Label()))
+		next, err := e.tries(to, Prelude+MigrateBytes(e.Fresh(), st.Label()))
 		require.NoError(t, err)
-		require.NoError(t, wants(next, prelude+ackVerified))
+		require.NoError(t, Expect(next, Prelude+AckVerified))
 		size := uint64(3)
 		if k%2 == 0 {
 			size = 4 // it had more to say, it says now
 		}
-		_, err = io.WriteString(next, finalSize(size)+"more")
+		_, err = io.WriteString(next, FinalSizeBytes(size)+"more")
 		require.NoError(t, err)
 		_, reset := e.ended(next)
 		require.True(t, reset)

@@ -6,13 +6,12 @@
 //   - it harms its own streams only: an honest peer's go on, and go on migrating;
 //   - nothing is left of it when it is gone.
 //
-// The hostile side speaks over raw streams, and all of its bytes are made here.
+// The hostile side is a peer made of raw bytes, see internal/rawpeer.
 package hostile
 
 import (
 	"context"
 	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -33,6 +32,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/migrate"
 )
 
@@ -47,38 +47,9 @@ func TestMain(m *testing.M) {
 
 // The protocols of the victim's applications.
 const (
-	echoID protocol.ID = "/test/echo/1.0.0" // gives back what it gets
+	echoID             = EchoID             // gives back what it gets
 	holdID protocol.ID = "/test/hold/1.0.0" // never reads, until the stream ends
 )
-
-// The bytes of the wire, see docs/protocol.md.
-const (
-	tMultistream = "\x13/multistream/1.0.0\n"
-	tMigration   = "\x19/libp2p/stream-migration\n"
-	prelude      = tMultistream + tMigration
-	ackDraft     = "\x02\x1a\x00"
-	ackVerified  = "\x05\x1a\x03\xa0\x06\x01"
-	ackDenied    = "\x04\x1a\x02\x08\x01"
-)
-
-func uvarint(x uint64) string       { return string(binary.AppendUvarint(nil, x)) }
-func lengthy(s string) string       { return uvarint(uint64(len(s))) + s }
-func token(id protocol.ID) string   { return lengthy(string(id) + "\n") }
-func labelled(id uint64) string     { return lengthy("\x0a" + lengthy("\x08"+uvarint(id))) }
-func finalSize(size uint64) string  { return lengthy("\xa2\x06" + lengthy("\x08"+uvarint(size))) }
-func asks(id, from uint64) string   { return asksWith(id, from, "\xa0\x06\x01") }
-func asksDraft(id, f uint64) string { return asksWith(id, f, "") }
-func asksWith(id, from uint64, more string) string {
-	return lengthy("\x12" + lengthy("\x08"+uvarint(id)+"\x10"+uvarint(from)+more))
-}
-
-// opening is what begins a labelled stream of that application.
-func opening(label uint64, app protocol.ID) string {
-	return prelude + labelled(label) + tMultistream + token(app)
-}
-
-// answer is what answers it.
-func answer(app protocol.ID) string { return prelude + tMultistream + token(app) }
 
 // refusal is how long a flood waits for a stream that the victim may not let it have: where
 // QUIC has no more of them, it waits for ever.
@@ -328,15 +299,10 @@ func inMigrate() (n int) {
 	return n
 }
 
-// hostile is a peer with two connections to the victim, whose streams are raw.
+// hostile is a raw peer of the victim's.
 type hostile struct {
-	*Node
+	*RawPeer
 	s     *scene
-	t     *testing.T
-	conns [2]network.Conn     // its ends
-	ends  [2]network.Conn     // the victim's
-	came  chan network.Stream // what the victim opens, unread
-	label uint64
 	taken sink // answers, of streams that only flood
 	base  usage
 }
@@ -356,70 +322,18 @@ func (s *scene) newHostile(t *testing.T, lower bool) *hostile {
 			break
 		}
 	}
-	e := &hostile{
-		Node: New(t, []Transport{TCP, QUIC}, libp2p.Identity(key), libp2p.ResourceManager(&network.NullResourceManager{})),
-		s:    s, t: t, came: make(chan network.Stream, 1<<12), label: 1 << 33,
-	}
-	if !lower {
-		e.label++
-	}
-	for _, id := range []protocol.ID{migrate.ID, migrate.FinalSizeID, echoID} {
-		e.SetStreamHandler(id, func(s network.Stream) { _ = s.Reset() })
-	}
-	e.conns[0], e.conns[1] = Join(t, e.Node, s.node, TCP, QUIC)
-	for i, c := range e.conns {
-		e.ends[i] = Far(t, s.node, c)
-	}
-	e.Network().SetStreamHandler(e.deliver)
+	node := New(t, []Transport{TCP, QUIC}, libp2p.Identity(key), libp2p.ResourceManager(&network.NullResourceManager{}))
+	e := &hostile{s: s, RawPeer: NewRawPeer(t, node, s.node, TCP, QUIC, migrate.ID, migrate.FinalSizeID, echoID)}
+	e.TakeOver()
 	e.base = s.measure(e.ID())
 	return e
 }
 
-// deliver hands the test what the victim opens behind the first header; identify is
-// served as ever.
-func (e *hostile) deliver(u network.Stream) {
-	first := make([]byte, len(tMultistream)+1)
-	if _, err := io.ReadFull(u, first); err != nil {
-		_ = u.Reset()
-		return
-	}
-	rest := make([]byte, first[len(first)-1])
-	if _, err := io.ReadFull(u, rest); err != nil {
-		_ = u.Reset()
-		return
-	}
-	if string(first[len(tMultistream):])+string(rest) == tMigration {
-		e.came <- u
-		return
-	}
-	if id, handle, err := e.Mux().Negotiate(&again{u, append(first, rest...)}); err == nil {
-		_ = handle(id, u)
-	}
-}
-
-// again gives once more what was read.
-type again struct {
-	network.Stream
-	in []byte
-}
-
-func (a *again) Read(p []byte) (int, error) {
-	if len(a.in) > 0 {
-		n := copy(p, a.in)
-		a.in = a.in[n:]
-		return n, nil
-	}
-	return a.Stream.Read(p)
-}
-
-// fresh returns a label that the hostile peer may give.
-func (e *hostile) fresh() uint64 { return atomic.AddUint64(&e.label, 2) }
-
 // tries opens a stream on connection i, for which there is room, and sends it bytes, as one
 // bad input.
-func (e *hostile) tries(i int, bytes string) (network.Stream, error) {
+func (e *hostile) tries(i int, bytes string) (*RawStream, error) {
 	tried.Add(1)
-	u, err := e.opens(i, "", Patience)
+	u, err := e.Open(i, Patience, "")
 	if err != nil {
 		return nil, err
 	}
@@ -432,33 +346,17 @@ func (e *hostile) tries(i int, bytes string) (network.Stream, error) {
 }
 
 // floods is tries, where the victim may have had enough: that is what fails of it then.
-func (e *hostile) floods(i int, bytes string) (network.Stream, error) {
+func (e *hostile) floods(i int, bytes string) (*RawStream, error) {
 	tried.Add(1)
-	return e.opens(i, bytes, refusal)
-}
-
-// opens opens a stream on connection i, within that time, and sends it bytes.
-func (e *hostile) opens(i int, bytes string, within time.Duration) (network.Stream, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), within)
-	defer cancel()
-	u, err := e.conns[i].NewStream(ctx)
-	if err != nil {
-		return nil, err
-	}
-	_ = u.SetDeadline(time.Now().Add(Patience))
-	if _, err := io.WriteString(u, bytes); err != nil {
-		_ = u.Reset()
-		return nil, err
-	}
-	return u, nil
+	return e.Open(i, refusal, bytes)
 }
 
 // stream opens a labelled stream on connection i, within that time, and has its answer.
-func (e *hostile) stream(i int, app protocol.ID, within time.Duration) (network.Stream, uint64, error) {
-	label := e.fresh()
-	u, err := e.opens(i, opening(label, app), within)
+func (e *hostile) stream(i int, app protocol.ID, within time.Duration) (*RawStream, uint64, error) {
+	label := e.Fresh()
+	u, err := e.Open(i, within, OpeningBytes(label, app))
 	if err == nil {
-		if err = wants(u, answer(app)); err != nil {
+		if err = Expect(u, AnswerBytes(app)); err != nil {
 			_ = u.Reset()
 		}
 	}
@@ -466,33 +364,23 @@ func (e *hostile) stream(i int, app protocol.ID, within time.Duration) (network.
 }
 
 // mustStream is stream, of a peer that has room for it.
-func (e *hostile) mustStream(i int, app protocol.ID) (network.Stream, uint64) {
-	e.t.Helper()
+func (e *hostile) mustStream(i int, app protocol.ID) (*RawStream, uint64) {
+	e.T.Helper()
 	u, label, err := e.stream(i, app, Patience)
-	require.NoError(e.t, err)
+	require.NoError(e.T, err)
 	return u, label
-}
-
-// wants reads exactly that.
-func wants(u io.Reader, want string) error {
-	got := make([]byte, len(want))
-	n, err := io.ReadFull(u, got)
-	if err != nil || string(got) != want {
-		return fmt.Errorf("wanted %q, got %q: %w", want, got[:n], errors.Join(err, io.ErrUnexpectedEOF))
-	}
-	return nil
 }
 
 // ended reads to the end, whichever that is, and says with which code it was reset.
 func (e *hostile) ended(u network.Stream) (code network.StreamErrorCode, reset bool) {
-	e.t.Helper()
+	e.T.Helper()
 	_, err := io.Copy(io.Discard, u)
 	if err == nil {
 		return 0, false
 	}
 	var se *network.StreamError
 	if !errors.Is(err, network.ErrReset) {
-		e.t.Fatalf("the victim does not end the stream: %v", err)
+		e.T.Fatalf("the victim does not end the stream: %v", err)
 	}
 	if errors.As(err, &se) {
 		code = se.ErrorCode
@@ -524,11 +412,11 @@ func outcome(u network.Stream, acked string) (got string, reset bool, err error)
 
 // echoes checks that a stream of the hostile peer's still works.
 func (e *hostile) echoes(u network.Stream) {
-	e.t.Helper()
+	e.T.Helper()
 	const what = "still here"
 	_, err := io.WriteString(u, what)
-	require.NoError(e.t, err)
-	require.NoError(e.t, wants(u, what))
+	require.NoError(e.T, err)
+	require.NoError(e.T, Expect(u, what))
 }
 
 // each runs f for 0 to n-1, 64 at a time: some inputs have to wait for 5 s (L4).
@@ -549,11 +437,11 @@ func eachOf(workers, n int, f func(k int)) {
 
 // goes closes the hostile peer, and waits until nothing of it is left at the victim.
 func (e *hostile) goes() {
-	e.t.Helper()
-	require.NoError(e.t, e.Close())
+	e.T.Helper()
+	require.NoError(e.T, e.Close())
 	s := e.s
-	WaitFor(e.t, "the victim to forget the hostile peer", func() bool {
-		for _, c := range e.ends {
+	WaitFor(e.T, "the victim to forget the hostile peer", func() bool {
+		for _, c := range e.Ends {
 			if !c.IsClosed() || len(s.victim.Streams(c)) > 0 || len(c.GetStreams()) > 0 {
 				return false
 			}
@@ -561,12 +449,12 @@ func (e *hostile) goes() {
 		p := s.stat().Peers[e.ID()]
 		return p.NumStreamsInbound+p.NumStreamsOutbound+p.NumConnsInbound+p.NumConnsOutbound == 0 && p.Memory == 0
 	})
-	WaitFor(e.t, "the victim's goroutines for the hostile peer to end", func() bool {
+	WaitFor(e.T, "the victim's goroutines for the hostile peer to end", func() bool {
 		s.honest.still.Lock()
 		defer s.honest.still.Unlock()
 		return inMigrate() <= e.base.goroutines
 	})
 	now := s.measure(e.ID())
-	e.t.Logf("gone:    %v", now)
+	e.T.Logf("gone:    %v", now)
 	s.progress("after the attack", true)
 }

@@ -13,24 +13,9 @@ import (
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/migrate"
 )
-
-// malformed are messages that are none (W4).
-var malformed = []string{
-	"\x00",                            // without a member
-	lengthy("\xaa\x06" + lengthy("")), // of a member that nobody knows
-	uvarint(1025) + strings.Repeat("\x00", 1025),
-	uvarint(1<<20) + strings.Repeat("\x0a", 4096),
-	uvarint(1<<63) + "\x0a\x00",
-	strings.Repeat("\xff", 10),
-	"\x02\x0a\x05", // a member beyond the end
-	"\x01\x0f",     // an unknown wire type
-	"\x02\x00\x00", // field zero
-	lengthy("\x08\x02"),
-	lengthy("\x0a" + lengthy("\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")), // an id of 70 bits
-	lengthy(strings.Repeat("\x0b", 1000)),                                         // groups that never end
-}
 
 // mutants are s cut off at each byte, and s with each byte changed.
 func mutants(s string) (all []string) {
@@ -60,7 +45,7 @@ func TestBadBeginnings(t *testing.T) {
 			}
 			var all []input
 			var own, prey [2]network.Stream // prey is what is asked to migrate
-			for i := range e.conns {
+			for i := range e.Conns {
 				var label, preyed uint64
 				own[i], label = e.mustStream(i, echoID)
 				prey[i], preyed = e.mustStream(i, echoID)
@@ -72,37 +57,37 @@ func TestBadBeginnings(t *testing.T) {
 						all = append(all, input{1 - i, in, violates})
 					}
 				}
-				for _, m := range malformed {
-					add(true, prelude+m, prelude+labelled(e.fresh())+m)
+				for _, m := range Malformed {
+					add(true, Prelude+m, Prelude+LabelBytes(e.Fresh())+m)
 				}
-				id := e.fresh()
+				id := e.Fresh()
 				for _, in := range []string{
-					ackVerified, ackDraft, ackDenied, finalSize(0), finalSize(1 << 63), // out of order
-					labelled(id^1) + tMultistream + token(echoID),  // of the wrong parity
-					labelled(label) + tMultistream + token(echoID), // alive
-					labelled(id) + labelled(id+2) + tMultistream + token(echoID),
-					labelled(id) + asks(id+2, label),
-					labelled(id) + prelude + labelled(id+2), // nested
-					labelled(id) + tMultistream + token("/test/unknown") + tMigration + labelled(id),
-					labelled(id) + tMultistream + token(migrate.FinalSizeID),
-					labelled(id) + tMultistream + "\xff\x7f" + strings.Repeat("x", 2000),
-					asks(id^1, label), asks(label, label), // of the wrong parity; alive
+					AckVerified, AckDraft, AckDenied, FinalSizeBytes(0), FinalSizeBytes(1 << 63), // out of order
+					LabelBytes(id^1) + MultistreamToken + Token(echoID),  // of the wrong parity
+					LabelBytes(label) + MultistreamToken + Token(echoID), // alive
+					LabelBytes(id) + LabelBytes(id+2) + MultistreamToken + Token(echoID),
+					LabelBytes(id) + MigrateBytes(id+2, label),
+					LabelBytes(id) + Prelude + LabelBytes(id+2), // nested
+					LabelBytes(id) + MultistreamToken + Token("/test/unknown") + MigrationToken + LabelBytes(id),
+					LabelBytes(id) + MultistreamToken + Token(migrate.FinalSizeID),
+					LabelBytes(id) + MultistreamToken + "\xff\x7f" + strings.Repeat("x", 2000),
+					MigrateBytes(id^1, label), MigrateBytes(label, label), // of the wrong parity; alive
 				} {
-					add(true, prelude+in)
+					add(true, Prelude+in)
 				}
 				for _, in := range []string{
-					asks(id, preyed) + finalSize(0) + "too early", asks(id, preyed) + "x",
-					asksDraft(id, preyed) + "too early",
-					asks(id, preyed) + asks(id, preyed),
+					MigrateBytes(id, preyed) + FinalSizeBytes(0) + "too early", MigrateBytes(id, preyed) + "x",
+					MigrateDraftBytes(id, preyed) + "too early",
+					MigrateBytes(id, preyed) + MigrateBytes(id, preyed),
 				} {
-					add(false, prelude+in)
+					add(false, Prelude+in)
 				}
 				// A label of another peer's is one of a stream that is not there (L3).
 				for range 4 {
-					add(false, prelude+asks(e.fresh(), foreign), prelude+asks(e.fresh(), s.honest.streams[1].Label()))
+					add(false, Prelude+MigrateBytes(e.Fresh(), foreign), Prelude+MigrateBytes(e.Fresh(), s.honest.streams[1].Label()))
 				}
-				add(false, mutants(opening(e.fresh(), echoID))...)
-				add(false, mutants(prelude+asks(e.fresh(), preyed))...)
+				add(false, mutants(OpeningBytes(e.Fresh(), echoID))...)
+				add(false, mutants(Prelude+MigrateBytes(e.Fresh(), preyed))...)
 			}
 			each(len(all), func(k int) {
 				in := all[k]
@@ -113,7 +98,7 @@ func TestBadBeginnings(t *testing.T) {
 						return
 					}
 					_ = end(u)
-					got, reset, err := outcome(u, prelude+ackDraft)
+					got, reset, err := outcome(u, Prelude+AckDraft)
 					switch {
 					case err != nil:
 						t.Errorf("a stream that begins with %q does not end: %v", in.bytes, err)
@@ -130,7 +115,7 @@ func TestBadBeginnings(t *testing.T) {
 			}
 			// Those that were reset at this end, and have told nothing of what became of them.
 			WaitFor(t, "the victim to have none of the hostile peer's streams but its own two", func() bool {
-				return len(e.ends[0].GetStreams()) == 1 && len(e.ends[1].GetStreams()) == 1
+				return len(e.Ends[0].GetStreams()) == 1 && len(e.Ends[1].GetStreams()) == 1
 			})
 			t.Logf("at rest: %v", s.measure(e.ID()))
 			e.goes()
@@ -150,23 +135,23 @@ func TestLabelsOfOthers(t *testing.T) {
 		var asked []network.Stream
 		for _, e := range es {
 			for _, label := range labels {
-				u, err := e.tries(1, prelude+asks(e.fresh(), label))
+				u, err := e.tries(1, Prelude+MigrateBytes(e.Fresh(), label))
 				require.NoError(t, err)
 				asked = append(asked, u)
 			}
 		}
 		for _, u := range asked {
-			require.NoError(t, wants(u, prelude+ackDenied))
+			require.NoError(t, Expect(u, Prelude+AckDenied))
 		}
 		for _, e := range es {
 			for _, label := range labels {
 				// The same number may be one of the hostile peer's own.
-				u, err := e.tries(0, opening(label, echoID))
+				u, err := e.tries(0, OpeningBytes(label, echoID))
 				require.NoError(t, err)
-				if wants(u, answer(echoID)) == nil {
+				if Expect(u, AnswerBytes(echoID)) == nil {
 					_, err = io.WriteString(u, "mine")
 					require.NoError(t, err)
-					require.NoError(t, wants(u, "mine"))
+					require.NoError(t, Expect(u, "mine"))
 				}
 				_ = u.Reset()
 			}
@@ -181,15 +166,15 @@ func TestLabelsOfOthers(t *testing.T) {
 }
 
 // opened has the victim open a stream to the hostile peer.
-func (e *hostile) opened() (*migrate.Stream, network.Stream) {
-	e.t.Helper()
+func (e *hostile) opened() (*migrate.Stream, *RawStream) {
+	e.T.Helper()
 	st, u, err := e.openedIfRoom()
-	require.NoError(e.t, err)
+	require.NoError(e.T, err)
 	return st, u
 }
 
-func (e *hostile) openedIfRoom() (*migrate.Stream, network.Stream, error) {
-	e.t.Helper()
+func (e *hostile) openedIfRoom() (*migrate.Stream, *RawStream, error) {
+	e.T.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()
 	ns, err := e.s.victim.NewStream(ctx, e.ID(), echoID)
@@ -198,29 +183,15 @@ func (e *hostile) openedIfRoom() (*migrate.Stream, network.Stream, error) {
 	}
 	st := ns.(*migrate.Stream)
 	_, err = st.Write([]byte("!"))
-	require.NoError(e.t, err)
+	require.NoError(e.T, err)
 	for {
-		u := e.arrives()
-		label := labelled(st.Label())
-		if wants(u, label) != nil {
+		u := e.Arrives()
+		if Expect(u, Prelude+LabelBytes(st.Label())) != nil {
 			_ = u.Reset() // an earlier Migrate, which nobody waits for
 			continue
 		}
-		require.NoError(e.t, wants(u, tMultistream+token(echoID)+"!"))
+		require.NoError(e.T, Expect(u, MultistreamToken+Token(echoID)+"!"))
 		return st, u, nil
-	}
-}
-
-// arrives returns the next stream that the victim opens, behind its prelude.
-func (e *hostile) arrives() network.Stream {
-	e.t.Helper()
-	select {
-	case u := <-e.came:
-		_ = u.SetDeadline(time.Now().Add(Patience))
-		return u
-	case <-time.After(Patience):
-		e.t.Fatal("the victim opens no stream")
-		panic("unreachable")
 	}
 }
 
@@ -230,10 +201,10 @@ func (e *hostile) arrives() network.Stream {
 func TestBadAnswers(t *testing.T) {
 	s := newScene(t)
 	e := s.newHostile(t, true)
-	const right = prelude + tMultistream + "\x11/test/echo/1.0.0\n"
+	const right = Prelude + MultistreamToken + EchoToken
 	t.Run("opening", func(t *testing.T) {
-		e.t = t
-		bad := append(mutants(right), "", "\x03na\n", tMultistream+"\x03na\n", prelude+ackVerified, prelude+tMultistream+"\x03na\n", strings.Repeat("x", 70000))
+		e.T = t
+		bad := append(mutants(right), "", "\x03na\n", MultistreamToken+"\x03na\n", Prelude+AckVerified, Prelude+MultistreamToken+"\x03na\n", strings.Repeat("x", 70000))
 		for _, in := range bad {
 			for _, end := range []func(network.Stream) error{network.Stream.CloseWrite, network.Stream.Reset} {
 				tried.Add(1)
@@ -252,18 +223,18 @@ func TestBadAnswers(t *testing.T) {
 		s.progress("bad answers to openings", true)
 	})
 	t.Run("migrate", func(t *testing.T) {
-		e.t = t
-		bad := mutants(prelude + ackVerified + finalSize(3))
-		for _, m := range malformed {
-			bad = append(bad, prelude+m, prelude+ackVerified+m)
+		e.T = t
+		bad := mutants(Prelude + AckVerified + FinalSizeBytes(3))
+		for _, m := range Malformed {
+			bad = append(bad, Prelude+m, Prelude+AckVerified+m)
 		}
 		for _, m := range []string{
-			labelled(e.fresh()), asks(e.fresh(), e.fresh()), finalSize(3), ackVerified + ackVerified,
-			ackVerified + "data", ackVerified + finalSize(2), ackVerified + finalSize(0),
-			ackVerified + finalSize(4), ackVerified + finalSize(1<<64-1), ackDenied,
-			ackVerified + labelled(e.fresh()), ackDraft + finalSize(3), ackDenied + finalSize(3),
+			LabelBytes(e.Fresh()), MigrateBytes(e.Fresh(), e.Fresh()), FinalSizeBytes(3), AckVerified + AckVerified,
+			AckVerified + "data", AckVerified + FinalSizeBytes(2), AckVerified + FinalSizeBytes(0),
+			AckVerified + FinalSizeBytes(4), AckVerified + FinalSizeBytes(1<<64-1), AckDenied,
+			AckVerified + LabelBytes(e.Fresh()), AckDraft + FinalSizeBytes(3), AckDenied + FinalSizeBytes(3),
 		} {
-			bad = append(bad, prelude+m)
+			bad = append(bad, Prelude+m)
 		}
 		for k, in := range bad {
 			for _, readBefore := range []bool{false, true} {
@@ -272,7 +243,7 @@ func TestBadAnswers(t *testing.T) {
 		}
 		s.progress("bad answers to Migrates", true)
 	})
-	e.t = t
+	e.T = t
 	t.Logf("at rest: %v", s.measure(e.ID()))
 	e.goes()
 }
@@ -287,21 +258,21 @@ func timedOut(err error) bool {
 // answers with in. With readBefore the victim's application has read that by then. whole
 // says that all of the answer arrives: the new stream is closed, else it is reset.
 func (e *hostile) answersMigrate(in, opening string, readBefore, whole bool) {
-	t, data := e.t, "abc"
+	t, data := e.T, "abc"
 	tried.Add(1)
 	st, u := e.opened()
 	_, err := io.WriteString(u, opening+data)
 	require.NoError(t, err)
 	if readBefore {
-		require.NoError(t, wants(st, data))
+		require.NoError(t, Expect(st, data))
 	}
-	to := e.ends[0]
+	to := e.Ends[0]
 	if st.Conn() == to {
-		to = e.ends[1]
+		to = e.Ends[1]
 	}
 	moved := make(chan error, 1)
 	go func() { moved <- e.s.victim.Migrate(context.Background(), st, to) }()
-	next := e.arrives()
+	next := e.Arrives()
 	_, _ = io.WriteString(next, in)
 	if whole {
 		_ = next.CloseWrite()
@@ -324,14 +295,14 @@ func (e *hostile) answersMigrate(in, opening string, readBefore, whole bool) {
 	}
 	what := fmt.Sprintf("answer %q, read before: %v, whole: %v: the application got %q and %v, Migrate returned %v",
 		in, readBefore, whole, got, readErr, migrateErr)
-	size, sized := sizeIn(strings.TrimPrefix(in, prelude+ackVerified))
-	sized = sized && strings.HasPrefix(in, prelude+ackVerified)
+	size, sized := sizeIn(strings.TrimPrefix(in, Prelude+AckVerified))
+	sized = sized && strings.HasPrefix(in, Prelude+AckVerified)
 	switch {
 	case errors.Is(migrateErr, migrate.ErrTryLater), errors.Is(migrateErr, migrate.ErrDenied):
 		// It stays where it was (S9, M3), and has all that was said there.
 		require.NoError(t, readErr, what)
 		require.Equal(t, data, got, what)
-		require.False(t, whole && strings.HasPrefix(in, prelude+ackVerified), what)
+		require.False(t, whole && strings.HasPrefix(in, Prelude+AckVerified), what)
 	case errors.Is(migrateErr, network.ErrReset):
 		require.ErrorIs(t, readErr, network.ErrReset, what)
 		require.True(t, strings.HasPrefix(data, got), what)
@@ -354,7 +325,7 @@ func (e *hostile) answersMigrate(in, opening string, readBefore, whole bool) {
 // tests make.
 func sizeIn(in string) (size uint64, ok bool) {
 	for _, size := range []uint64{0, 1, 2, 3, 4, 1<<64 - 1} {
-		if strings.HasPrefix(in, finalSize(size)) {
+		if strings.HasPrefix(in, FinalSizeBytes(size)) {
 			return size, true
 		}
 	}
@@ -370,14 +341,14 @@ func TestAfterTheAck(t *testing.T) {
 	e := s.newHostile(t, false)
 	const data = "abc"
 	after := map[string]string{
-		"final size too high": finalSize(4), "too low": finalSize(2), "huge": finalSize(1<<64 - 1),
-		"missing": "data without a final size", "twice": finalSize(3) + finalSize(3) + finalSize(3),
-		"ack": ackVerified, "label": labelled(1), "migrate": asks(1, 1), "nothing": "",
+		"final size too high": FinalSizeBytes(4), "too low": FinalSizeBytes(2), "huge": FinalSizeBytes(1<<64 - 1),
+		"missing": "data without a final size", "twice": FinalSizeBytes(3) + FinalSizeBytes(3) + FinalSizeBytes(3),
+		"ack": AckVerified, "label": LabelBytes(1), "migrate": MigrateBytes(1, 1), "nothing": "",
 	}
-	for k, m := range malformed {
-		after[fmt.Sprintf("malformed %d", k)] = m
+	for what, m := range Malformed {
+		after["malformed: "+what] = m
 	}
-	for k, m := range mutants(finalSize(3) + "data") {
+	for k, m := range mutants(FinalSizeBytes(3) + "data") {
 		after[fmt.Sprintf("mutant %d", k)] = m
 	}
 	var names []string
@@ -394,17 +365,17 @@ func TestAfterTheAck(t *testing.T) {
 			}
 			defer old.Reset()
 			_, _ = io.WriteString(old, data)
-			if err := wants(old, data); err != nil {
+			if err := Expect(old, data); err != nil {
 				t.Errorf("%s: echo: %v", name, err)
 				return
 			}
-			next, err := e.tries(1-i, prelude+asks(e.fresh(), label))
+			next, err := e.tries(1-i, Prelude+MigrateBytes(e.Fresh(), label))
 			if err != nil {
 				t.Errorf("%s: %v", name, err)
 				return
 			}
 			defer next.Reset()
-			if err := wants(next, prelude+ackVerified); err != nil {
+			if err := Expect(next, Prelude+AckVerified); err != nil {
 				t.Errorf("%s: %v", name, err)
 				return
 			}
@@ -426,7 +397,7 @@ func TestAfterTheAck(t *testing.T) {
 			case !eof: // reset at this end, too
 			case right && (reset || got != in):
 				t.Errorf("%s: it should have moved, and echo", what)
-			case !right && (!reset || !strings.HasPrefix(finalSize(3), got)):
+			case !right && (!reset || !strings.HasPrefix(FinalSizeBytes(3), got)):
 				t.Errorf("%s: it should have been reset", what)
 			}
 			got, reset, err = outcome(old, "")

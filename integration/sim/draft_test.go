@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"bufio"
 	"io"
 	"testing"
 	"time"
@@ -10,11 +9,10 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
-	"google.golang.org/protobuf/encoding/protodelim"
 
+	. "github.com/go-portage/portage/internal/rawpeer"
 	. "github.com/go-portage/portage/internal/simtest"
 	"github.com/go-portage/portage/migrate"
-	"github.com/go-portage/portage/pb"
 )
 
 // With a responder that has only the draft, the proof that all has arrived is EOF on the
@@ -66,15 +64,13 @@ func (d *draftOnly) serve(node *Node) {
 	app.AddHandler(testID, nil)
 	node.SetStreamHandler(testID, func(u network.Stream) { _ = u.Reset() }) // advertises it
 	node.SetStreamHandler(migrate.ID, func(u network.Stream) {
-		var m pb.StreamMigration
-		// One byte at a time: what follows the message is not for this reader.
-		if err := protodelim.UnmarshalFrom(bufio.NewReaderSize(oneByte{u}, 16), &m); err != nil {
+		m, err := ReadMessage(u)
+		if err != nil {
 			_ = u.Reset()
 			return
 		}
 		if m.GetMigrate() != nil {
-			ack := &pb.StreamMigration{Type: &pb.StreamMigration_AckMigrate{AckMigrate: new(pb.AckMigrate)}}
-			if _, err := protodelim.MarshalTo(u, ack); err != nil {
+			if _, err := io.WriteString(u, AckDraft); err != nil {
 				_ = u.Reset()
 				return
 			}
@@ -95,7 +91,3 @@ func (d *draftOnly) serve(node *Node) {
 		}
 	})
 }
-
-type oneByte struct{ io.Reader }
-
-func (r oneByte) Read(p []byte) (int, error) { return r.Reader.Read(p[:1]) }

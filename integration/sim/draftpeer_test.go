@@ -1,7 +1,6 @@
 package sim
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -13,16 +12,15 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	msmux "github.com/multiformats/go-multistream"
-	"github.com/multiformats/go-varint"
-	"google.golang.org/protobuf/encoding/protodelim"
 
+	. "github.com/go-portage/portage/internal/rawpeer"
 	. "github.com/go-portage/portage/internal/simtest"
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/pb"
 )
 
-// draftHost is a host that has the draft and nothing else: an implementation of its own,
-// which shares no code with package migrate. It is as simple as one can be that loses
+// draftHost is a host that has the draft and nothing else: an implementation of its own, on the
+// bytes of internal/rawpeer, which shares no code with package migrate. It is as simple as one can be that loses
 // nothing where nothing goes wrong: it reads an old stream only when its application
 // reads, and it believes every EOF.
 type draftHost struct {
@@ -111,25 +109,6 @@ func (h *draftHost) newStream(u network.Stream, label uint64, st *simStream) *dr
 	return s
 }
 
-func tokenOf(s string) string { return string(varint.ToUvarint(uint64(len(s)+1))) + s + "\n" }
-
-var draftPrelude = tokenOf("/multistream/1.0.0") + tokenOf(string(migrate.ID))
-
-func sendDraft(u network.Stream, before string, m *pb.StreamMigration, after string) error {
-	w := bufio.NewWriter(u)
-	_, _ = w.WriteString(before)
-	if _, err := protodelim.MarshalTo(w, m); err != nil {
-		return err
-	}
-	_, _ = w.WriteString(after)
-	return w.Flush()
-}
-
-func readDraft(u network.Stream) (*pb.StreamMigration, error) {
-	m := new(pb.StreamMigration)
-	return m, protodelim.UnmarshalFrom(bufio.NewReaderSize(oneByte{u}, 16), m)
-}
-
 // NewStream opens a labelled stream, and sends its opening at once.
 func (h *draftHost) NewStream(ctx context.Context, p peer.ID, pids ...protocol.ID) (network.Stream, error) {
 	st := h.w.streamOf(pids[0])
@@ -146,18 +125,16 @@ func (h *draftHost) NewStream(ctx context.Context, p peer.ID, pids ...protocol.I
 	}
 	label := h.fresh(p)
 	s := h.newStream(u, label, st)
-	app := tokenOf("/multistream/1.0.0") + tokenOf(string(st.pid))
-	m := &pb.StreamMigration{Type: &pb.StreamMigration_Label{Label: &pb.Label{Id: &label}}}
-	if err := sendDraft(u, draftPrelude, m, app); err != nil {
+	if _, err := io.WriteString(u, OpeningBytes(label, st.pid)); err != nil {
 		_ = u.Reset()
 		return nil, err
 	}
-	s.owed = len(draftPrelude) + len(app)
+	s.owed = len(AnswerBytes(st.pid))
 	return s, nil
 }
 
 func (h *draftHost) handle(u network.Stream) {
-	m, err := readDraft(u)
+	m, err := ReadMessage(u)
 	switch {
 	case err != nil:
 		_ = u.Reset()
@@ -212,10 +189,10 @@ func (h *draftHost) Migrate(ctx context.Context, ns network.Stream, to network.C
 	s.asking = u
 	s.mu.Unlock()
 	s.step(true, migrate.Started, u)
-	m := &pb.StreamMigration{Type: &pb.StreamMigration_Migrate{Migrate: &pb.Migrate{Id: &id, From: &from}}}
-	if err = sendDraft(u, draftPrelude, m, ""); err == nil {
-		if _, err = io.ReadFull(u, make([]byte, len(draftPrelude))); err == nil {
-			m, err = readDraft(u)
+	var m *pb.StreamMigration
+	if _, err = io.WriteString(u, Prelude+MigrateDraftBytes(id, from)); err == nil {
+		if err = Expect(u, Prelude); err == nil {
+			m, err = ReadMessage(u)
 		}
 	}
 	ack := m.GetAckMigrate()
@@ -269,15 +246,12 @@ func (s *draftStream) stays(goesOn bool) {
 // respond is the responder's.
 func (h *draftHost) respond(u network.Stream, id, from uint64) {
 	s := h.find(from)
-	answer := func(deny bool) error {
-		ack := new(pb.AckMigrate)
-		if deny {
-			ack.DenyMigrate = &deny
-		}
-		return sendDraft(u, "", &pb.StreamMigration{Type: &pb.StreamMigration_AckMigrate{AckMigrate: ack}}, "")
+	answer := func(ack string) error {
+		_, err := io.WriteString(u, ack)
+		return err
 	}
 	if s == nil {
-		_ = answer(true)
+		_ = answer(AckDenied)
 		_ = u.Close()
 		return
 	}
@@ -289,7 +263,7 @@ func (h *draftHost) respond(u network.Stream, id, from uint64) {
 	}
 	if s.closedR || s.aborted {
 		s.mu.Unlock()
-		_ = answer(true)
+		_ = answer(AckDenied)
 		_ = u.Close()
 		return
 	}
@@ -304,7 +278,7 @@ func (h *draftHost) respond(u network.Stream, id, from uint64) {
 	h.enter(id, s)
 	s.step(false, migrate.Started, u)
 	s.step(false, migrate.Acked, u) // it may have left whatever comes
-	if err := answer(false); err != nil {
+	if err := answer(AckDraft); err != nil {
 		_ = s.Reset()
 		return
 	}

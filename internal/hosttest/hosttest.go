@@ -5,6 +5,7 @@ package hosttest
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -78,11 +79,19 @@ type Node struct {
 	gate *gate
 }
 
+// virtualOnly is the environment variable that, where it is set, has every test skip itself
+// which makes a host of this package. What is left of a package are its tests in virtual time,
+// whatever they are called, so that they can be run apart from those in real time.
+const virtualOnly = "VIRTUAL_TIME_ONLY"
+
 // New returns a host that listens on the given transports on loopback, with go-libp2p's
 // default resource limits. It is closed with the test. A libp2p.SwarmOpts among opts takes
-// the place of PatientDials.
+// the place of PatientDials. See virtualOnly.
 func New(t testing.TB, transports []Transport, opts ...libp2p.Option) *Node {
 	t.Helper()
+	if os.Getenv(virtualOnly) != "" {
+		t.Skipf("in real time, and %s is set", virtualOnly)
+	}
 	var listen []string
 	for _, tr := range transports {
 		if a, ok := listenAddrs[tr]; ok {
@@ -247,6 +256,18 @@ func (n *Node) Know(other *Node, addr ma.Multiaddr) {
 	n.gate.restrict(other.ID(), addr)
 	n.Peerstore().ClearAddrs(other.ID())
 	n.Peerstore().AddAddr(other.ID(), addr, peerstore.PermanentAddrTTL)
+}
+
+// Take returns what comes from ch, which is to come.
+func Take[E any](t testing.TB, ch <-chan E, what string) E {
+	t.Helper()
+	select {
+	case v := <-ch:
+		return v
+	case <-time.After(Patience):
+		t.Fatalf("waited in vain for %s", what)
+		panic("unreachable")
+	}
 }
 
 // WaitFor waits until cond holds, and fails the test when it does not within Patience.
