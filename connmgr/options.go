@@ -163,6 +163,10 @@ const (
 	// with more than one.
 	fullProbe = 24 << 10
 
+	// How long that question waits at most for a TCP connection to be unused. Streams that are
+	// to leave another connection for this one wait for longer.
+	largeWithin = 10 * time.Second
+
 	// How long after a question for which there was no room it is put again; then twice as
 	// long each time.
 	refusedWait = 100 * time.Millisecond

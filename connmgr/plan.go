@@ -466,6 +466,9 @@ func (pl *planner) askPaths() {
 			continue
 		}
 		at := pl.dueProbe(c)
+		if until := pl.sparedUntil(c); pl.narrow(c) && until.After(f.now) {
+			pl.look(until)
+		}
 		if at.After(f.now) {
 			pl.look(at)
 		} else if !c.path.asking {
@@ -506,18 +509,53 @@ func (pl *planner) narrow(c *connFacts) bool {
 
 // asksLarge says whether c, when it is asked, is asked for that. It costs no relay's budget: a
 // limited connection is never asked, nor the oldest, which has carried what there was.
-func (pl *planner) asksLarge(c *connFacts) bool { return pl.narrow(c) && !pl.spared(c) }
+func (pl *planner) asksLarge(c *connFacts) bool {
+	return pl.narrow(c) && !pl.sparedUntil(c).After(pl.f.now)
+}
 
-// spared says whether c is not asked for that now. A TCP connection whose path swallows what
-// is large does not survive the question, and a peer without Portage goes on using it. It is
-// asked when it has not been used for a while. Nothing is lost by that: no streams move, and
-// nothing is closed, before they have been idle, too.
-func (pl *planner) spared(c *connFacts) bool {
+// sparedUntil is until when c is not asked for that, as things are. A TCP connection whose
+// path swallows what is large does not survive the question, and takes along what is on it. So
+// it is asked when it has not been used for a while. That is long for a peer without Portage,
+// which goes on using it; nothing is lost by that: no streams move, and nothing is closed,
+// before they have been idle, too. A peer with Portage has its new streams go elsewhere
+// meanwhile, as this side has. There it is asked in any case after some time, and at once
+// where another one has a limit or does not answer.
+func (pl *planner) sparedUntil(c *connFacts) time.Time {
 	f := pl.f
-	if pl.manages == yes || f.migrates || kindOf(c.candidate).udp {
-		return false
+	idle := pl.cfg.plainQuietTime
+	switch {
+	case kindOf(c.candidate).udp:
+		return time.Time{}
+	case pl.steersBoth():
+		idle = useProbe
+		if !pl.allWell() {
+			return time.Time{}
+		}
 	}
-	return c.quiet.IsZero() || f.now.Sub(later(c.quiet, c.used)) < pl.cfg.plainQuietTime
+	until := f.now.Add(idle)
+	if !c.quiet.IsZero() {
+		until = later(c.quiet, c.used).Add(idle)
+	}
+	if pl.steersBoth() {
+		until = earlier(until, c.livesSince().Add(largeWithin))
+	}
+	return until
+}
+
+// allWell says whether all connections work, or may yet answer, and none has a limit.
+func (pl *planner) allWell() bool {
+	return !slices.ContainsFunc(pl.f.conns, func(c connFacts) bool {
+		asked := c.path.asking && pl.f.now.Before(c.path.asked.Add(useProbe))
+		return !c.closing && (c.limited() || !c.path.alive() && !asked)
+	})
+}
+
+// steersBoth says whether the peer, too, has a say in where its new streams go.
+func (pl *planner) steersBoth() bool { return pl.manages == yes || pl.f.migrates }
+
+// onTrial says whether c is a TCP connection that may not survive what it is to be asked.
+func (pl *planner) onTrial(c *connFacts) bool {
+	return pl.narrow(c) && !kindOf(c.candidate).udp && pl.steersBoth()
 }
 
 // proving says whether c has yet to show that it lives for long enough.
@@ -799,14 +837,15 @@ func (pl *planner) choose(c *connFacts, ranking policy.Ranking) {
 // steerMeanwhile says where new streams go while nothing can be decided: to the winner so far,
 // or else to another connection that has answered since the last one came. The newest one is
 // not one of them as long as it has only carried what is small; nor is a relayed one beside a
-// direct one that may work: the swarm would not choose it either.
+// direct one that may work: the swarm would not choose it either. But it is where the direct one
+// is on trial.
 func (pl *planner) steerMeanwhile(order []*connFacts) {
 	f := pl.f
 	good := func(c *connFacts) bool {
 		return c != nil && pl.verdicts[pl.index(c.id())].out == "" && c.path.alive() && !c.path.at.Before(pl.newest) && !pl.narrow(c)
 	}
 	direct := slices.ContainsFunc(f.conns, func(c connFacts) bool {
-		return !c.candidate.Relayed && !c.closing && c.path.health != pathSilent
+		return !c.candidate.Relayed && !c.closing && c.path.health != pathSilent && !pl.onTrial(&c)
 	})
 	if pl.staying == 0 && !slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.path.health == pathSilent || c.ending(f.now) }) {
 		return // each has a budget of its own: the swarm chooses, as it does for a plain host

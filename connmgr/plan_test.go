@@ -143,6 +143,7 @@ func settling(since time.Duration) func(*facts) {
 type want struct {
 	winner string // "-": none
 	steer  *bool
+	to     string // where new streams are steered
 	probes []string
 	tell   *bool
 	detour *bool
@@ -343,6 +344,19 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", probes: []string{"tcp (large)"}}},
 		{name: "and one of QUIC, which finds out what passes", facts: between(relayConn(opened(time.Hour)), quicConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
 			want: want{winner: "-", probes: []string{"quic (large)"}}},
+		{name: "a TCP connection in use is asked nothing large by peers that both steer, while new streams of both go elsewhere",
+			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), used(300*time.Millisecond), at(300*time.Millisecond, 300*time.Millisecond))),
+			want:  want{winner: "-", state: "not known", steer: isSo, to: "relay", probes: []string{}, next: 700 * time.Millisecond}},
+		{name: "but once it is not in use", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), quietFor(time.Second), used(time.Second))),
+			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
+		{name: "or has been for long", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(largeWithin), pins(1), used(time.Millisecond))),
+			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
+		{name: "and not where a limit is waiting", facts: between(limitedConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
+			want: want{winner: "-", steer: isNotSo, probes: []string{"tcp (large)"}}},
+		{name: "nor where another one does not answer", facts: between(aConn("old", "/ip4/9.9.9.9/tcp/1", silent, opened(time.Hour)), relayConn(opened(time.Minute)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
+			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
+		{name: "a relay takes no new streams beside one of QUIC, which survives the question", facts: between(relayConn(opened(time.Hour)), quicConn(narrow)),
+			want: want{winner: "-", steer: isNotSo, probes: []string{"quic (large)"}}},
 		{name: "the oldest is asked nothing large", facts: between(quicConn(narrow, opened(time.Hour), at(time.Minute, time.Minute)), tcpConn()),
 			want: want{probes: []string{"quic"}}},
 		{name: "what is silent is asked again after twice the time", facts: between(quicConn(silent), tcpConn(opened(5*time.Second))),
@@ -525,6 +539,9 @@ func TestPlan(t *testing.T) {
 			}
 			if tc.want.steer != nil {
 				require.Equal(t, *tc.want.steer, p.steer, "new streams are steered")
+			}
+			if tc.want.to != "" {
+				require.Equal(t, index(tc.want.to), p.winner, "where new streams are steered")
 			}
 			if tc.want.tell != nil {
 				require.Equal(t, *tc.want.tell, p.tell, "the peer is told")

@@ -67,7 +67,8 @@ func compareWith(t *testing.T, casts []cast, situation func(w *world)) {
 		t.Run(c.name, func(t *testing.T) {
 			here := new(outcome)
 			did := play(t, c, here, situation)
-			if !here.noWorseThan(t, plain) {
+			if worse := here.worseThan(plain); len(worse) > 0 {
+				failAll(t, worse)
 				t.Logf("what the managers did:\n%s", did)
 			}
 		})
@@ -165,16 +166,14 @@ func (o *outcome) byName() map[string]observation {
 	return all
 }
 
-// noWorseThan fails the test where something is worse than it was on plain hosts. What is
-// luck has to be no worse than where plain hosts had least of it.
-func (o *outcome) noWorseThan(t *testing.T, plain *outcome, others ...*outcome) bool {
-	t.Helper()
+// worseThan says what is worse than it was on plain hosts. What is luck has to be no worse
+// than where plain hosts had least of it, in that run and in others.
+func (o *outcome) worseThan(plain *outcome, others ...*outcome) (all []string) {
 	here := o.byName()
 	var least []map[string]observation
 	for _, other := range others {
 		least = append(least, other.byName())
 	}
-	failures := 0
 	for _, p := range plain.seen {
 		h, seen := here[p.what]
 		for _, other := range least {
@@ -198,10 +197,6 @@ func (o *outcome) noWorseThan(t *testing.T, plain *outcome, others ...*outcome) 
 		default:
 			continue
 		}
-		if failures++; failures == 6 {
-			t.Error("and more")
-			return false
-		}
 		with := "well"
 		if p.allow > 0 {
 			with = p.took.String()
@@ -209,9 +204,21 @@ func (o *outcome) noWorseThan(t *testing.T, plain *outcome, others ...*outcome) 
 		if p.count > 0 {
 			with = fmt.Sprint(p.count)
 		}
-		t.Errorf("worse than on plain hosts (%s): %s: %s", with, p.what, worse)
+		all = append(all, fmt.Sprintf("worse than on plain hosts (%s): %s: %s", with, p.what, worse))
 	}
-	return failures == 0
+	return all
+}
+
+// failAll fails the test with the first of the faults.
+func failAll(t *testing.T, faults []string) {
+	t.Helper()
+	const most = 5
+	if len(faults) > most {
+		faults = append(faults[:most:most], fmt.Sprintf("and %d more", len(faults)-most))
+	}
+	for _, f := range faults {
+		t.Error(f)
+	}
 }
 
 // journal keeps the log lines of all managers of a run. Safe for concurrent use.

@@ -105,7 +105,7 @@ func TestDirectPathThatSwallowsWhatIsLarge(t *testing.T) {
 // large, and new streams of plain hosts go there. Nobody may break it by asking for more while
 // it is in use, at either end, unless new streams of both go elsewhere.
 func TestDirectPathThatCarriesWhatIsSmall(t *testing.T) {
-	for _, every := range []time.Duration{7 * time.Second, 25 * time.Second} {
+	for _, every := range []time.Duration{80 * time.Millisecond, 300 * time.Millisecond, time.Second, 7 * time.Second, 25 * time.Second} {
 		t.Run(fmt.Sprintf("a request each %v", every), func(t *testing.T) {
 			compare(t, func(w *world) {
 				w.hosts(setup{})
@@ -114,7 +114,7 @@ func TestDirectPathThatCarriesWhatIsSmall(t *testing.T) {
 				time.Sleep(5 * time.Second)
 				w.Narrow(w.a.IPs()[1], w.b.IPs()[1], 8000)
 				w.direct(TCP, 1)
-				for i := range int(2 * time.Minute / every) {
+				for i := range int(min(2*time.Minute, 200*every) / every) {
 					time.Sleep(every)
 					for _, q := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
 						w.noteRequest(fmt.Sprintf("request %d of %s", i, q[0].name), q[0], q[1], 5*time.Second, 2*time.Second)
