@@ -7,6 +7,8 @@ import (
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/peerstore"
 
 	"github.com/go-portage/portage/migrate"
 )
@@ -241,6 +243,25 @@ func (dt *detourer) dial(d *peerState, c network.Conn) {
 	if dt.tasks.ctx.Err() == nil {
 		dt.tells.detour(d.peer, infoOf(c), err)
 	}
+}
+
+// redial dials a peer whose streams have lost their connection, beside those connections that are
+// open and resume none.
+func (dt *detourer) redial(ctx context.Context, p peer.AddrInfo) error {
+	n := dt.network()
+	var direct []network.Conn
+	for _, c := range openConns(n, p.ID) {
+		if _, ok := asideOf(c); ok {
+			direct = append(direct, c)
+		} else { // a relay's: only a direct dial goes past that
+			ctx = network.WithForceDirectDial(ctx, "resume")
+		}
+	}
+	if len(direct) == 0 {
+		return dt.home.host().Connect(ctx, p)
+	}
+	n.Peerstore().AddAddrs(p.ID, p.Addrs, peerstore.TempAddrTTL)
+	return dt.asides.dial(ctx, n, p.ID, direct)
 }
 
 // inVain is what is done about the only connection of a peer, on which streams wait and

@@ -173,7 +173,7 @@ func (m *Manager) Wrap(h host.Host) (*migrate.Host, error) {
 	}
 	opts := []migrate.Option{
 		migrate.WithConnSelector(m.steer.choose), migrate.WithSilent(m.steer.silent), migrate.WithStreamObserver(m.began),
-		migrate.WithTracer(m.moves.migrated), migrate.WithLogger(m.tells.log),
+		migrate.WithTracer(m.moves.migrated), migrate.WithLogger(m.tells.log), migrate.WithRedial(m.detours.redial),
 	}
 	if mt := m.cfg.metrics; mt != nil {
 		opts = append(opts, migrate.WithViolationObserver(func(peer.ID) { mt.Violation() }), migrate.WithBufferObserver(mt.Buffered))

@@ -65,12 +65,16 @@ func (r *resumption) ask(c network.Conn) {
 	from := s.label
 	s.mu.Unlock()
 	var err error
+	begun := time.Now()
 	if id == 0 {
 		err = errors.New("the new label is taken")
 	} else {
 		err = r.attemptOn(c, id, from, epoch)
 	}
 	if err != nil {
+		if time.Since(begun) >= attemptTimeout && !c.IsClosed() {
+			r.of.isSilent(c)
+		}
 		h.log.Debug("attempt to resume failed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin),
 			zap.Uint64("epoch", epoch), zap.Error(err))
 		r.failed(epoch, pauseAfter)
@@ -279,6 +283,7 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 			s.warnUnaccounted(err)
 		}
 	}
+	r.of.hears(u.Conn())
 	reads := s.recv.takeUp(u)
 	replays, again := s.send.takeUp(u, start)
 	resumed.Again = again

@@ -36,6 +36,7 @@ type config struct {
 	busyWait    time.Duration
 	stall       time.Duration
 	resumes     *resumeConfig // nil: streams do not outlive their connections
+	redial      func(context.Context, peer.AddrInfo) error
 }
 
 func defaults() config {
@@ -279,6 +280,21 @@ func WithResumption(opts ...ResumeOption) Option {
 			}
 		}
 		c.resumes = r
+		return nil
+	}
+}
+
+// WithRedial has redial called, in place of the host's Connect, where streams that have lost
+// their connection wait and those that are open do not resume them: that connects nobody to whom
+// there is a connection, whether it works or not. It is called on a goroutine of its own, with
+// the addresses of connections that were lost beside those that the host's peerstore has, and
+// once at a time for each peer. Package connmgr gives it. Default: the host's Connect.
+func WithRedial(redial func(ctx context.Context, p peer.AddrInfo) error) Option {
+	return func(c *config) error {
+		if redial == nil {
+			return errors.New("WithRedial: nil; leave the option out to use the host's Connect")
+		}
+		c.redial = redial
 		return nil
 	}
 }

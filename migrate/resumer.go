@@ -45,6 +45,8 @@ type resumePeer struct {
 	recovering bool       // recover runs
 	woken      chan struct{}
 	dialling   bool
+	dialled    bool                  // since recover has begun
+	silent     map[network.Conn]bool // they are open, and have brought nothing
 	dials      uint32
 	dialAfter  time.Time
 	addrs      []ma.Multiaddr // of connections that were lost
@@ -195,6 +197,7 @@ func (rs *resumer) disconnected(c network.Conn) {
 		}
 	}
 	if len(all) > 0 {
+		all[0].of.hears(c)
 		all[0].of.reportAgain(all)
 	}
 }
@@ -208,6 +211,7 @@ func (h *Host) Leave(c network.Conn) {
 	}
 	for _, r := range h.resumer.all(c.RemotePeer()) {
 		if send, recv := r.s.send.stream(), r.s.recv.source().stream; send.Conn() == c || recv.Conn() == c {
+			r.of.isSilent(c)
 			r.lose(nil, errSilent)
 		}
 	}
@@ -251,7 +255,7 @@ func (p *resumePeer) recover() {
 		if len(lost) == 0 && p.retire() {
 			return
 		}
-		conns := p.usable()
+		conns := p.hopeful(p.usable())
 		now := time.Now()
 		next := now.Add(longestPause)
 		futile := false
@@ -297,7 +301,7 @@ func (p *resumePeer) retire() bool {
 		return false
 	default:
 	}
-	p.recovering, p.dials, p.addrs = false, 0, nil
+	p.recovering, p.dials, p.dialled, p.addrs = false, 0, false, nil
 	return true
 }
 
@@ -331,6 +335,34 @@ func (p *resumePeer) usable() []network.Conn {
 		)
 	})
 	return conns
+}
+
+// hopeful leaves out the connections that have brought nothing: it is for a dial to find another
+// one. Once a dial is over they are tried, too.
+func (p *resumePeer) hopeful(conns []network.Conn) []network.Conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	heard := slices.DeleteFunc(slices.Clone(conns), func(c network.Conn) bool { return p.silent[c] })
+	if len(heard) > 0 || !p.dialled {
+		return heard
+	}
+	return conns
+}
+
+// isSilent notes that c has brought nothing, and hears that it has.
+func (p *resumePeer) isSilent(c network.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.silent == nil {
+		p.silent = make(map[network.Conn]bool)
+	}
+	p.silent[c] = true
+}
+
+func (p *resumePeer) hears(c network.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.silent, c)
 }
 
 // choose returns the connection for an attempt after so many have failed. The one that the
@@ -375,10 +407,14 @@ func (p *resumePeer) connect(addrs []ma.Multiaddr) {
 	if s, ok := h.Network().(interface{ Backoff() *swarm.DialBackoff }); ok {
 		s.Backoff().Clear(p.id) // which addresses have failed says little of a network that has changed
 	}
-	err := h.Host.Connect(ctx, peer.AddrInfo{ID: p.id, Addrs: addrs})
+	redial := h.cfg.redial
+	if redial == nil {
+		redial = h.Host.Connect
+	}
+	err := redial(ctx, peer.AddrInfo{ID: p.id, Addrs: addrs})
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.dialling = false
+	p.dialling, p.dialled = false, true
 	pause := min(firstPause<<min(p.dials, 8), longestPause)
 	if err != nil {
 		p.dials++
