@@ -107,12 +107,18 @@ type aftermath struct {
 	reached span // by a new stream
 }
 
+// inUse is a stream whose connection has carried some data at once before, so that TCP's send
+// buffer has grown, as it has with Portage by the question whether a path carries what is
+// large. What is written then fills it in more than 40 s. A buffer that has never grown is
+// full after some 10 s, and go-yamux gives its connection up 5 to 10 s after that.
+var inUse = natbed.Stream{Name: "s", Rate: 8 << 10, Chunk: 256, Burst: 64 << 10}
+
 // after makes a world with a stream on the direct path, lets it fall, and measures.
 func after(t *testing.T, s setup, f fall, relayLeft bool) aftermath {
 	w := newWorld(t, s)
 	w.dial(natbed.A)
 	if s.hosts == portage {
-		w.openRelayed(natbed.A, natbed.Stream{Name: "s", Rate: 8 << 10, Chunk: 256})
+		w.openRelayed(natbed.A, inUse)
 		w.punched()
 		if relayLeft {
 			w.both("the move", func(_ natbed.Side, e natbed.Event) bool { return e.Kind == natbed.Move && e.Text == "finished" })
@@ -122,7 +128,7 @@ func after(t *testing.T, s setup, f fall, relayLeft bool) aftermath {
 	} else {
 		// What plain go-libp2p opens on the relay stays there, and what it opens now does not.
 		w.punched()
-		if on := w.open(natbed.A, natbed.Stream{Name: "s", Rate: 8 << 10, Chunk: 256}); on == natbed.Relayed {
+		if on := w.open(natbed.A, inUse); on == natbed.Relayed {
 			t.Fatal("a stream is on the relay although there is a direct connection")
 		}
 	}

@@ -139,7 +139,7 @@ func (n *nodeProcess) do(r request) (any, error) {
 	case "flowing":
 		return with(r, func(name string) (any, error) {
 			t := n.traffic(ctx, name)
-			return nil, poll(ctx, func() bool { return t.now().Received > 0 })
+			return nil, poll(ctx, func() bool { return t.now().Received > t.Burst })
 		})
 	case "conns":
 		return with(r, func(id string) (any, error) { return n.conns(id) })
@@ -376,7 +376,9 @@ func (n *nodeProcess) reachOnce(ctx context.Context, info peer.AddrInfo) (*Conn,
 	if err != nil {
 		return nil, err
 	}
-	defer s.Reset()
+	// Nobody who tries again waits for this: on a dead connection of yamux whose buffers are full
+	// it takes until that is given up.
+	defer func() { go s.Reset() }()
 	deadline, _ := ctx.Deadline()
 	s.SetDeadline(deadline)
 	buf := make([]byte, 32)

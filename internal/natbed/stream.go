@@ -37,6 +37,8 @@ type Stream struct {
 	Size int64 `json:"size,omitempty"`
 	// Rate is the pace of each end in bytes a second; 0: as fast as it goes.
 	Rate int64 `json:"rate,omitempty"`
+	// Burst is how much of that each end sends at first, as fast as it goes.
+	Burst int64 `json:"burst,omitempty"`
 	// Chunk is what one Write takes.
 	Chunk int `json:"chunk"`
 	// OneWay has only the opener send.
@@ -211,8 +213,10 @@ func (t *traffic) send(ctx context.Context) error {
 		if t.Size > 0 {
 			n = int(min(int64(n), t.Size-sent))
 		}
-		if err := pace.WaitN(ctx, n); err != nil {
-			return err
+		if sent >= t.Burst {
+			if err := pace.WaitN(ctx, n); err != nil {
+				return err
+			}
 		}
 		select {
 		case <-t.finish:
