@@ -20,6 +20,8 @@ import (
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"golang.org/x/time/rate"
+
+	"github.com/go-portage/portage/migrate"
 )
 
 // streamProtocol carries a Stream. The opener writes a header, which is the Stream as a line
@@ -41,6 +43,8 @@ type Stream struct {
 	Burst int64 `json:"burst,omitempty"`
 	// Chunk is what one Write takes.
 	Chunk int `json:"chunk"`
+	// Fixed has it stay on its connection, with Portage, too: it gets no label.
+	Fixed bool `json:"fixed,omitempty"`
 	// OneWay has only the opener send.
 	OneWay bool `json:"one_way,omitempty"`
 	// Trace has the results say when each Read and Write was.
@@ -296,6 +300,9 @@ func (n *nodeProcess) openTraffic(ctx context.Context, s Stream) (Result, error)
 	p, err := peerOf(s.Peer)
 	if err != nil {
 		return Result{}, err
+	}
+	if s.Fixed {
+		ctx = migrate.WithoutLabel(ctx)
 	}
 	under, err := n.host.NewStream(network.WithAllowLimitedConn(ctx, "test"), p, streamProtocol)
 	if err != nil {
