@@ -51,7 +51,11 @@ func (r *rounds) run(d *peerState, forced bool) (*view, *plan, *batch) {
 	if v.mover == nil && len(v.conns) > 1 {
 		r.tells.bare()
 	}
-	gone := r.remember(d, v)
+	gone, ended := r.remember(d, v)
+	if ended != nil && !closedOnPurpose(ended.conn) {
+		r.young.died(d.peer, ended, v.facts.now)
+	}
+	v.facts.deaths = r.young.of(d.peer, v.facts.now)
 	lines, untold := d.movedByPeer(v.facts.now)
 	r.tells.byPeer(d.peer, append(gone, lines...))
 	p := decide(r.cfg, r.policies.of(d), &v.facts)
@@ -104,8 +108,9 @@ func (r *rounds) forget(d *peerState) {
 }
 
 // remember takes the connections of v into d. Where they are others than before, what stood
-// in the way of moving a stream may be gone. It returns those that the peer has closed.
-func (r *rounds) remember(d *peerState, v *view) (gone []byPeerLine) {
+// in the way of moving a stream may be gone. It returns those that the peer has closed, and
+// the winner if it has ended, which may be a death.
+func (r *rounds) remember(d *peerState, v *view) (gone []byPeerLine, ended *connState) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	now := v.facts.now
@@ -132,7 +137,10 @@ func (r *rounds) remember(d *peerState, v *view) (gone []byPeerLine) {
 		if _, ok := kept[cs]; !ok {
 			changed = true
 			r.usage.drop(cs)
-			gone = append(gone, r.lost(d, cs, now)...)
+			lines, died := d.lost(cs, now)
+			if gone = append(gone, lines...); died {
+				ended = cs
+			}
 		}
 	}
 	changed = changed || grown
@@ -173,27 +181,24 @@ func (r *rounds) remember(d *peerState, v *view) (gone []byPeerLine) {
 	d.takeover.forced = d.takeover.forced || v.facts.forced
 	d.manages = d.manages || v.facts.manages == yes
 	v.facts.takeover, v.facts.fresh = d.takeover, d.fresh
-	v.facts.deaths = r.young.of(d.peer, now)
-	return gone
+	return gone, ended
 }
 
-// lost notes that a connection is gone, and returns what there is to tell of it. It must be
-// called with d's lock held.
-func (r *rounds) lost(d *peerState, cs *connState, now time.Time) []byPeerLine {
+// lost returns what there is to tell of a connection that is gone, and whether it was the
+// winner and did not end as agreed. It must be called with d's lock held.
+func (d *peerState) lost(cs *connState, now time.Time) (lines []byPeerLine, ended bool) {
 	agreed := now.Before(cs.pledged) && !cs.closing && cs.drained.After(cs.lastUse())
-	if cs == d.winner && !cs.closing && !cs.died && !agreed {
-		r.young.died(d.peer, cs, now)
-	}
+	ended = cs == d.winner && !cs.closing && !cs.died && !agreed
 	b := cs.byPeer
 	if cs.closing || !agreed && b.streams == b.told {
-		return nil
+		return nil, ended
 	}
 	to := cmp.Or(b.to, d.named, d.winner)
 	streams, took := b.streams, b.last.Sub(b.first)
 	if agreed { // the line sums up what was done about it
 		streams, took = cs.left()
 	}
-	return []byPeerLine{{cs, to, streams, took, agreed}}
+	return []byPeerLine{{cs, to, streams, took, agreed}}, ended
 }
 
 // byPeerLine is what the peer has done to a connection, to be told in the log.

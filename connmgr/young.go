@@ -1,18 +1,24 @@
 package connmgr
 
 import (
+	"context"
+	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-yamux/v5"
+	"github.com/quic-go/quic-go"
 )
 
 // young remembers which paths died soon after they had won: a UDP path that flaps, a path
 // through a middlebox that drops what is large. The next one of that kind to the same peer
 // has to live for longer before it wins over a connection that works, twice as long each
-// time (facts.deaths). Nothing is kept of peers whose winners live.
+// time (facts.deaths). Nothing is kept of peers whose winners live. A connection that one of
+// its ends has closed has not died: connection managers trim, and applications close a peer
+// and dial it again.
 //
 // It has two parts: deaths, and the winners that are young. Of the latter nothing else
 // remembers once their peer has one connection.
@@ -148,6 +154,30 @@ func (y *young) disconnected(c network.Conn) {
 	if was, ok := y.fresh[c]; ok {
 		delete(y.fresh, c)
 		y.count.Store(int32(len(y.fresh)))
-		y.diedLocked(c.RemotePeer(), was, time.Now())
+		if !closedOnPurpose(c) {
+			y.diedLocked(c.RemotePeer(), was, time.Now())
+		}
 	}
+}
+
+// closedOnPurpose says whether c, which is gone from the network, was closed by one of its
+// ends, as far as can be told: that the other end has closed a connection with yamux, without
+// giving a reason, looks like a path that was cut. The network forgets a connection before it
+// closes it, unless the transport has failed already.
+func closedOnPurpose(c network.Conn) bool {
+	var session *yamux.Session
+	if c.As(&session) {
+		if !session.IsClosed() {
+			return true
+		}
+		_, err := session.OpenStream(context.Background()) // returns at once: why it is closed
+		var away *yamux.GoAwayError
+		return errors.As(err, &away)
+	}
+	var conn *quic.Conn
+	if c.As(&conn) {
+		var closed *quic.ApplicationError
+		return conn.Context().Err() == nil || errors.As(context.Cause(conn.Context()), &closed)
+	}
+	return false
 }

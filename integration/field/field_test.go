@@ -300,8 +300,9 @@ type end struct {
 type setup struct {
 	manager  []connmgr.Option
 	host     []libp2p.Option
-	limited  bool // with go-libp2p's default resource limits; else without any
-	quietLog bool // the managers' lines at info level only
+	inner    func() (coreconnmgr.ConnManager, error) // the inner connection manager; nil: one that does nothing
+	limited  bool                                    // with go-libp2p's default resource limits; else without any
+	quietLog bool                                    // the managers' lines at info level only
 }
 
 const (
@@ -354,8 +355,14 @@ func (w *world) makeEnd(name string, portage bool, s setup, newNode func(opts ..
 	if !s.limited {
 		opts = append(opts, libp2p.ResourceManager(&network.NullResourceManager{}))
 	}
+	inner := coreconnmgr.ConnManager(coreconnmgr.NullConnMgr{})
+	if s.inner != nil {
+		var err error
+		inner, err = s.inner()
+		require.NoError(w, err)
+	}
 	if !portage {
-		e.Node = newNode(append(opts, libp2p.ConnectionManager(coreconnmgr.NullConnMgr{}))...)
+		e.Node = newNode(append(opts, libp2p.ConnectionManager(inner))...)
 		e.host = e.Node.Host
 		e.serve()
 		return e
@@ -364,7 +371,7 @@ func (w *world) makeEnd(name string, portage bool, s setup, newNode func(opts ..
 	if s.quietLog {
 		level = zapcore.InfoLevel
 	}
-	mgr, err := connmgr.New(coreconnmgr.NullConnMgr{}, append([]connmgr.Option{connmgr.WithLogger(w.log.logger(name, level))}, s.manager...)...)
+	mgr, err := connmgr.New(inner, append([]connmgr.Option{connmgr.WithLogger(w.log.logger(name, level))}, s.manager...)...)
 	require.NoError(w, err)
 	e.mgr = mgr
 	e.Node = newNode(append(opts, libp2p.ConnectionManager(mgr), mgr.Detours())...)
