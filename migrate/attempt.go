@@ -287,6 +287,7 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 	reads := s.recv.takeUp(u)
 	replays, again := s.send.takeUp(u, start)
 	resumed.Again = again
+	done := !replays && s.life == lifeClosed
 	named := gone != s.label
 	s.mu.Unlock()
 	if named {
@@ -295,8 +296,12 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 	if !reads {
 		_ = u.CloseRead()
 	}
-	if replays {
+	switch {
+	case replays:
 		go s.send.replay(u)
+	case done: // the other end lacks nothing of what was closed
+		r.end()
+		go u.Close()
 	}
 	s.host.log.Debug("stream resumed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Uint64("epoch", epoch),
 		zap.Stringer("on", u.Conn().RemoteMultiaddr()))

@@ -107,10 +107,17 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 }
 
 // losing says whether err, which a Write of u reported, ends more than this direction: where the
-// other end has closed its reading, only that is over (S13).
+// other end has closed its reading, only that is over (S13). On WebTransport that looks like
+// u given up; the other end tells of it, too, or does when the stream is resumed. mu must be held.
 func (h *sendHalf) losing(u network.Stream, err error) bool {
 	var by *network.StreamError
-	return aside.IsClosed(u.Conn()) || lostWith(err, u) || errors.As(err, &by) && by.Remote && by.ErrorCode == codeGivenUp
+	if aside.IsClosed(u.Conn()) || lostWith(err, u) {
+		return true
+	}
+	if !errors.As(err, &by) || !by.Remote {
+		return false
+	}
+	return by.ErrorCode == codeGivenUp || !carriesCodes(u) && h.resumption.ring.confirmed != everything
 }
 
 // awaitLast waits until no Write is inside cur: where the writing ends is known then. It says

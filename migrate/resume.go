@@ -48,6 +48,7 @@ var (
 	errDropped      = errors.New("the stream has lost its connection, and is to be resumed")
 	errTooLate      = errors.New("the connection was lost, and no other was found in time")
 	errGone         = errors.New("the connection was lost, and the other end has given the stream up")
+	errCrowded      = errors.New("the stream was closed, its connection lost, and too much waits to be delivered to that peer")
 	errDroppedBytes = errors.New("the connection was lost, and what has to be sent again is not kept any more")
 )
 
@@ -60,7 +61,7 @@ type resumption struct {
 	of     *resumePeer
 	origin uint64 // the label that the stream was opened with
 
-	buried bool // it is a tombstone; guarded by resumer.mu
+	size int // of a tombstone: what its ring took when it became one; guarded by resumer.mu
 
 	ring     ring     // guarded by s.send.mu
 	incoming incoming // guarded by s.recv.mu
@@ -207,13 +208,23 @@ func (r *resumption) expire(since time.Time) {
 	s := r.s
 	s.mu.Lock()
 	due := r.state != resumeOver && r.since.Equal(since) && (r.state != resumeAttached || s.life == lifeClosed)
-	leave := due && r.state == resumeAttached && !s.send.replays()
 	s.mu.Unlock()
-	switch {
-	case leave: // what the muxer still has of a stream that was closed may yet arrive
+	if due {
+		r.leave(errTooLate)
+	}
+}
+
+// leave gives the stream up for that cause. What the muxer still has of one that was closed
+// may yet arrive.
+func (r *resumption) leave(cause error) {
+	s := r.s
+	s.mu.Lock()
+	alone := r.state == resumeAttached && s.life == lifeClosed && !s.send.replays()
+	s.mu.Unlock()
+	if alone {
 		r.end()
-	case due:
-		r.fail(errTooLate)
+	} else {
+		r.fail(cause)
 	}
 }
 
@@ -298,13 +309,23 @@ func (r *resumption) closed() {
 	if r.state == resumeOver || s.life != lifeClosed {
 		return
 	}
-	if r.finished() || !r.of.bury(r) {
+	if r.finished() || !r.of.bury(r, r.memory()) {
 		r.endLocked()
 		return
 	}
 	if r.state == resumeAttached {
 		r.arm(time.Now())
 	}
+}
+
+// memory is what the ring takes. s.mu must be held.
+func (r *resumption) memory() (size int) {
+	r.s.send.mu.Lock()
+	defer r.s.send.mu.Unlock()
+	for _, b := range r.ring.blocks {
+		size += cap(b)
+	}
+	return size
 }
 
 // finished says whether all that was written, and its end, is confirmed. s.mu must be held.
@@ -561,7 +582,7 @@ func final(u network.Stream, err error) bool {
 	}
 	var reset *network.StreamError
 	if errors.As(err, &reset) && reset.Remote {
-		return reset.ErrorCode != codeGivenUp && c.ConnState().Transport != "webtransport"
+		return reset.ErrorCode != codeGivenUp && carriesCodes(u)
 	}
 	var closed *network.ConnError
 	if errors.As(err, &closed) {
@@ -569,6 +590,9 @@ func final(u network.Stream, err error) bool {
 	}
 	return false
 }
+
+// carriesCodes says whether a reset of u tells its code.
+func carriesCodes(u network.Stream) bool { return u.Conn().ConnState().Transport != "webtransport" }
 
 // closedForGood says whether c, which is closed, was closed by one of its ends on purpose, as
 // far as can be told: then nobody wants its streams back.

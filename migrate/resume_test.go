@@ -104,6 +104,20 @@ func TestPeerResumesWhatHasEnded(t *testing.T) {
 	WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.Label) == nil })
 }
 
+// What was closed, and has arrived, is over once the peer says so; nothing is left of it.
+func TestPeerResumesWhatHasArrived(t *testing.T) {
+	for _, received := range []uint64{1 + 3 + 1, everything} {
+		p := meetResuming(t)
+		s, old := p.hostAcceptsResumable()
+		p.writes(s, "abc")
+		require.NoError(t, s.Close())
+		next := p.resumes(old, epoch(1), received)
+		next.Wants(Prelude, ackReceivedBytes(everything))
+		next.WantsEOF()
+		WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.Label) == nil })
+	}
+}
+
 // reportsTo sends reports on connection 1.
 func (p *rawPeer) reportsTo(parts ...string) *RawStream {
 	p.t.Helper()
@@ -421,29 +435,72 @@ func TestExampleOfResumption(t *testing.T) {
 	require.Equal(t, hex.Dump(want), hex.Dump(got))
 }
 
-// A peer that confirms nothing piles up no tombstones.
+// A peer that confirms nothing piles up no tombstones: the oldest go.
 func TestTombstonesAreBounded(t *testing.T) {
+	for _, tc := range []struct {
+		name    string
+		opts    []ResumeOption
+		written int // to each stream
+		kept    int
+	}{
+		{"in number", []ResumeOption{func(c *resumeConfig) error { c.tombstones = 2; return nil }}, 1, 2},
+		{"in memory", []ResumeOption{ResumeWindow(64 << 10)}, 40_000, 2}, // 48 KiB of 128 each
+		{"in memory of all peers", []ResumeOption{ResumeWindow(64 << 10), func(c *resumeConfig) error { c.perHost = 200 << 10; return nil }}, 40_000, 2},
+		{"none has room", []ResumeOption{ResumeWindow(64 << 10), func(c *resumeConfig) error { c.perHost = 90 << 10; return nil }}, 40_000, 0},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := meeting{kind: resuming, opts: []Option{WithResumption(tc.opts...)}}.meet(t)
+			var all []uint64
+			text := strings.Repeat("x", tc.written)
+			var streams []*RawStream
+			for range 5 {
+				s, old := p.hostAcceptsResumable()
+				p.writes(s, text)
+				require.NoError(t, s.Close())
+				all, streams = append(all, old.Label), append(streams, old)
+			}
+			kept := func() (kept []uint64) {
+				for _, origin := range all {
+					if p.host.resumer.get(p.ID(), origin) != nil {
+						kept = append(kept, origin)
+					}
+				}
+				return kept
+			}
+			WaitFor(t, "the oldest to be forgotten", func() bool { return len(kept()) == tc.kept })
+			require.Equal(t, all[len(all)-tc.kept:], append([]uint64{}, kept()...))
+			for _, u := range streams { // what is forgotten arrives all the same
+				u.Wants(text)
+				u.WantsEOF()
+			}
+			for _, origin := range kept() {
+				p.reportsTo(receivedBytes(origin, 1+uint64(tc.written)+1))
+			}
+			WaitFor(t, "the last to be forgotten", func() bool { return len(kept()) == 0 })
+			rs := p.host.resumer
+			rs.mu.Lock()
+			defer rs.mu.Unlock()
+			require.Zero(t, rs.buried)
+		})
+	}
+}
+
+// One that goes and has not delivered everything is an error at the other end.
+func TestTombstoneThatIsLostGoes(t *testing.T) {
 	p := meeting{kind: resuming, opts: []Option{WithResumption(func(c *resumeConfig) error {
-		c.tombstones = 2
+		c.tombstones = 1
 		return nil
 	})}}.meet(t)
-	var all []uint64
-	for range 4 {
-		s, old := p.hostAcceptsResumable()
-		require.NoError(t, s.Close())
-		old.WantsEOF()
-		all = append(all, old.Label)
-	}
-	var kept []uint64
-	for _, origin := range all {
-		if p.host.resumer.get(p.ID(), origin) != nil {
-			kept = append(kept, origin)
-		}
-	}
-	require.Equal(t, all[:2], kept)
-	p.reportsTo(receivedBytes(all[0], 1+1))
-	WaitFor(t, "the first to be forgotten", func() bool { return p.host.resumer.get(p.ID(), all[0]) == nil })
 	s, old := p.hostAcceptsResumable()
+	p.host.resumer.get(p.ID(), old.Label).lose(nil, errors.New("test"))
+	p.writes(s, "abc")
 	require.NoError(t, s.Close())
-	require.NotNil(t, p.host.resumer.get(p.ID(), old.Label), "there is room again")
+	u := p.Arrives() // its attempt, which nobody answers
+	u.Wants(Prelude)
+	next, _ := p.hostAcceptsResumable()
+	require.NoError(t, next.Close())
+	WaitFor(t, "the first to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.Label) == nil })
+	u = p.resumes(old, epoch(2), 1)
+	u.Wants(Prelude, AckDenied)
+	u.WantsEOF()
 }

@@ -23,6 +23,7 @@ type resumer struct {
 	mu      sync.Mutex // guards all below, and what is in peers; before resumePeer.mu
 	peers   map[peer.ID]*resumePeer
 	opening map[named]struct{} // streams that this host opens, and negotiates still
+	buried  int                // what the rings of all tombstones took
 }
 
 // named is what names a stream.
@@ -39,7 +40,8 @@ type resumePeer struct {
 	every  uint64 // after so many bytes the peer is told at once that they have come
 	// Guarded by resumer.mu.
 	streams map[uint64]*resumption
-	buried  int // how many of them are tombstones
+	tombs   []*resumption // those of them that are tombstones, the oldest first
+	buried  int           // what the rings of these took
 
 	mu         sync.Mutex // a leaf; guards all below
 	recovering bool       // recover runs
@@ -126,30 +128,46 @@ func (p *resumePeer) remove(r *resumption) {
 	rs := p.host.resumer
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
-	if p.streams[r.origin] == r && r.buried {
-		p.buried--
-	}
+	p.unbury(r)
 	delete(p.streams, r.origin)
 	if len(p.streams) == 0 && rs.peers[p.id] == p {
 		delete(rs.peers, p.id)
 	}
 }
 
-// bury notes that r is a tombstone from here on. It says false where there are too many: a
-// peer that confirms nothing must not pile them up.
-func (p *resumePeer) bury(r *resumption) bool {
+// bury notes that r is a tombstone from here on, whose ring takes so much memory. Where the
+// peer's are too many, or their rings or those of all peers take too much, its oldest go: one
+// that confirms nothing must not pile them up. It says false where that does not help.
+func (p *resumePeer) bury(r *resumption, size int) bool {
 	rs := p.host.resumer
 	rs.mu.Lock()
 	defer rs.mu.Unlock()
-	if r.buried {
-		return true
+	cfg := p.host.cfg.resumes
+	crowded := func() bool {
+		return len(p.tombs) >= cfg.tombstones || p.buried+size > cfg.perPeer/2 || rs.buried+size > cfg.perHost/2
 	}
-	if p.buried >= p.host.cfg.resumes.tombstones {
+	for len(p.tombs) > 0 && crowded() {
+		oldest := p.tombs[0]
+		p.unbury(oldest)
+		go oldest.leave(errCrowded)
+	}
+	if crowded() {
 		return false
 	}
-	p.buried++
-	r.buried = true
+	r.size = size
+	p.tombs = append(p.tombs, r)
+	p.buried += size
+	rs.buried += size
 	return true
+}
+
+// unbury takes r from the tombstones, if it is one. resumer.mu must be held.
+func (p *resumePeer) unbury(r *resumption) {
+	if i := slices.Index(p.tombs, r); i >= 0 {
+		p.tombs = slices.Delete(p.tombs, i, i+1)
+		p.buried -= r.size
+		p.host.resumer.buried -= r.size
+	}
 }
 
 // close ends everything that is under way.

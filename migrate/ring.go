@@ -37,7 +37,7 @@ type ring struct {
 	lent      []byte   // what comes behind blocks
 	low, end  uint64   // it has the bytes from low on, to end
 	base      uint64   // the offset of the first byte of the present underlying stream
-	handed    uint64 // up to where the underlying streams before that one were handed it
+	handed    uint64   // up to where the underlying streams before that one were handed it
 	confirmed uint64
 	over      bool // nothing is kept any more
 }
