@@ -30,6 +30,7 @@ func TestProtocols(t *testing.T) {
 	const moves = 2 // for each of them, while all are at work
 	play(t, 2, []int{1}, func(t *testing.T, ctx context.Context, w *world) {
 		a, b := w.nodes[0], w.nodes[1]
+		serveGorpc, overGorpc := gorpc()
 		protocols := []struct {
 			name  string
 			serve func(t *testing.T, h host.Host)
@@ -40,6 +41,7 @@ func TestProtocols(t *testing.T) {
 			{"copy both ways", serveCopy, copyBothWays},
 			{"gostream", serveGostream, overGostream},
 			{"p2p/http", serveHTTP, overHTTP},
+			{"gorpc", serveGorpc, overGorpc},
 		}
 		for _, p := range protocols {
 			p.serve(t, b)

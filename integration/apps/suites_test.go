@@ -26,6 +26,7 @@ var all = flag.Bool("all", false, "run the tests of other projects' suites that 
 // second connection to each peer again and again.
 type suite struct {
 	module  string
+	times   int // that all are run; 0: once
 	patches []patch
 	long    []string // tests that are left out without -all: together they take most of the time
 	never   []string // tests that fail on doubled hosts without Portage, too, or when a machine is busy
@@ -81,6 +82,21 @@ func TestSuiteOfKadDHT(t *testing.T) {
 	})
 }
 
+func TestSuiteOfGorpc(t *testing.T) {
+	run(t, suite{
+		module: "github.com/libp2p/go-libp2p-gorpc",
+		patches: []patch{
+			{"server_test.go", "= libp2p.New(", "= moving.New(t, ", 3},
+			{"server_test.go", "func makeRandomNodes()", "func makeRandomNodes(t *testing.T)", 1},
+			{"server_test.go", ":= makeRandomNodes()", ":= makeRandomNodes(t)", 18},
+			{"server_test.go", "\t\"github.com/libp2p/go-libp2p\"\n", "\t\"github.com/libp2p/go-libp2p\"\n" + movingImport, 1},
+		},
+		times: 3, // its streams live for milliseconds
+		pass:  3 * 18,
+		moved: 3,
+	})
+}
+
 func run(t *testing.T, s suite) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*hosttest.Patience)
 	defer cancel()
@@ -108,7 +124,7 @@ func run(t *testing.T, s suite) {
 	command(t, ctx, "", "go", "test", "-modfile="+mod, "-vet=off", "-c", "-o", program, s.module)
 
 	without := slices.Clone(s.never)
-	args := []string{"-test.v", "-test.timeout=10m"}
+	args := []string{"-test.v", "-test.timeout=10m", "-test.count=" + strconv.Itoa(max(s.times, 1))}
 	if !*all {
 		without = append(without, s.long...)
 		args = append(args, "-test.short")

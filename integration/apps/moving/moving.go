@@ -173,6 +173,18 @@ func SimpleLibp2pNetwork(t testing.TB, links []simlibp2p.NodeLinkSettingsAndCoun
 	return network, meta, nil
 }
 
+// New stands in the place of libp2p.New, in suites. Options that leave no room for a manager
+// are an error, as elsewhere.
+func New(t testing.TB, opts ...libp2p.Option) (host.Host, error) {
+	s := newSuite(t, 50*time.Millisecond, realDials)
+	h, err := libp2p.New(append(opts, connmgr.Enable(Options(&s.migrations)...))...)
+	if err != nil {
+		return nil, err
+	}
+	s.double(h)
+	return h, nil
+}
+
 // SimHost makes a host as simlibp2p does, which takes no options.
 func SimHost(net *simnet.Simnet, i int, link simnet.NodeBiDiLinkSettings, opts ...libp2p.Option) (host.Host, error) {
 	return libp2p.New(append(opts,
