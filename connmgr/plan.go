@@ -531,6 +531,10 @@ func (pl *planner) sparedUntil(c *connFacts) time.Time {
 		if !pl.allWell() {
 			return time.Time{}
 		}
+	default: // nothing is gained by it where another one has been chosen and works
+		if w := pl.find(f.winner); w != nil && w != c && w.path.alive() {
+			return f.now.Add(idle)
+		}
 	}
 	until := f.now.Add(idle)
 	if !c.quiet.IsZero() {
