@@ -71,6 +71,11 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 			n += len(piece) // once the stream is lost, the ring has them
 			ring.keep()
 			continue
+		case err == nil: // the opening has left, and what follows it has not
+			ring.giveBack(len(piece) - m)
+			ring.keep()
+			n += m
+			continue
 		}
 		ended := h.state == sendOpen && !h.closed && !isDeadline(err, on)
 		if ended && h.opening == nil && h.losing(on, err) {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"math"
 	"os"
@@ -503,4 +504,27 @@ func TestTombstoneThatIsLostGoes(t *testing.T) {
 	u = p.resumes(old, epoch(2), 1)
 	u.Wants(Prelude, AckDenied)
 	u.WantsEOF()
+}
+
+// A first Write that is too large to leave with the opening follows it.
+func TestFirstWriteOfAResumableStream(t *testing.T) {
+	for _, size := range []int{0, 1, openingRoom, openingRoom + 1, 100 << 10} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			p := meetResuming(t)
+			s, err := p.hostBegins(0, echoID)
+			require.NoError(t, err)
+			require.NotNil(t, s.send.resumption)
+			data := strings.Repeat("x", size)
+			wrote := make(chan error, 1)
+			go func() {
+				_, err := s.Write([]byte(data))
+				wrote <- err
+			}()
+			u := p.Arrives()
+			u.Wants(Prelude, resumableLabelBytes(s.Label()), MultistreamToken, EchoToken, data)
+			require.NoError(t, <-wrote)
+			u.Sends(Prelude, MultistreamToken, EchoToken)
+			p.talk(s, u)
+		})
+	}
 }
