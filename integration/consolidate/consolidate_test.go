@@ -44,7 +44,12 @@ func newMember(t *testing.T, n *Net, ips []string, p policy.Policy, opts ...libp
 
 func newMemberWith(t *testing.T, newNode func([]string, ...libp2p.Option) *Node, ips []string, p policy.Policy, opts ...libp2p.Option) *member {
 	t.Helper()
-	mgr, err := connmgr.New(coreconnmgr.NullConnMgr{}, connmgr.WithPolicy(p))
+	return newManaged(t, newNode, ips, []connmgr.Option{connmgr.WithPolicy(p)}, opts...)
+}
+
+func newManaged(t *testing.T, newNode func([]string, ...libp2p.Option) *Node, ips []string, how []connmgr.Option, opts ...libp2p.Option) *member {
+	t.Helper()
+	mgr, err := connmgr.New(coreconnmgr.NullConnMgr{}, how...)
 	require.NoError(t, err)
 	m := &member{Node: newNode(ips, append([]libp2p.Option{libp2p.ConnectionManager(mgr), unlimited()}, opts...)...), mgr: mgr}
 	h, err := mgr.Wrap(m.Node.Host)

@@ -5,14 +5,19 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/p2p/security/noise"
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-portage/portage/connmgr"
 	. "github.com/go-portage/portage/internal/simtest"
+	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
 
@@ -22,6 +27,7 @@ var (
 	seedsFlag = flag.Int("seeds", 2, "number of seeds of TestFiftyHosts")
 
 	changesFlag = flag.Int("changes", 5, "number of seeds of TestConnectionsComeAndGo")
+	cutsFlag    = flag.Int("cuts", 1, "number of seeds of TestFiftyHostsOutliveCuts")
 )
 
 // policies are what the hosts of one test have, side by side.
@@ -58,15 +64,71 @@ func TestFiftyHosts(t *testing.T) {
 		t.Run(fmt.Sprintf("seed %d", seed), func(t *testing.T) {
 			start := time.Now()
 			var summary string
-			Run(t, func(t *testing.T, n *Net) { summary = connectAll(t, n, *hostsFlag, seed) })
+			Run(t, func(t *testing.T, n *Net) { summary = connectAll(t, n, *hostsFlag, seed, nil) })
 			t.Logf("%s; %.1f s of real time", summary, time.Since(start).Seconds())
 			runtime.GC() // the next seed needs the memory
 		})
 	}
 }
 
-func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
+// The same with streams that outlive their connection: nothing changes for any while nothing is
+// cut; and where connections are cut at random, again and again, each stream ends well all the
+// same. Go on with
+//
+//	go test ./integration/consolidate -run TestFiftyHostsOutliveCuts -v -timeout 0 -hosts 50 -cuts 100
+func TestFiftyHostsOutliveCuts(t *testing.T) {
+	for seed := *seedFlag; seed < *seedFlag+uint64(*cutsFlag); seed++ {
+		for _, cut := range []bool{false, true} {
+			t.Run(fmt.Sprintf("seed %d, cut %v", seed, cut), func(t *testing.T) {
+				l := &lasting{cuts: cut}
+				var summary string
+				Run(t, func(t *testing.T, n *Net) { summary = connectAll(t, n, *hostsFlag, seed, l) })
+				t.Logf("%s; %d cuts, streams went on %d times", summary, l.struck.Load(), l.resumed.Load())
+				if cut {
+					require.Positive(t, l.resumed.Load(), "a cut meets a stream")
+				} else {
+					require.Zero(t, l.resumed.Load())
+				}
+				runtime.GC()
+			})
+		}
+	}
+}
+
+// lasting is for hosts whose streams outlive their connection.
+type lasting struct {
+	cuts            bool // connections are cut
+	struck, resumed atomic.Int64
+}
+
+func (l *lasting) traced(e migrate.Event) {
+	if e.Kind == migrate.Resumed {
+		l.resumed.Add(1)
+	}
+}
+
+// cut cuts one of the connections of a and b: one end closes it, as a middlebox does that sends
+// resets, or the path is severed.
+func (l *lasting) cut(n *Net, a, b *member, k int) {
+	conns := a.conns(b)
+	if len(conns) == 0 {
+		return
+	}
+	l.struck.Add(1)
+	c := conns[k%len(conns)]
+	if k%2 == 0 && strings.Contains(c.RemoteMultiaddr().String(), "/tcp/") {
+		for i := range a.IPs() {
+			n.Sever(a.IPs()[i], b.IPs()[i])
+		}
+		return
+	}
+	_ = c.CloseWithError(network.ConnSupplanted)
+}
+
+// connectAll connects all hosts. l is nil where streams end with their connection.
+func connectAll(t *testing.T, n *Net, hosts int, seed uint64, l *lasting) (summary string) {
 	r := rand.New(rand.NewPCG(seed, uint64(hosts)))
+	cuts := l != nil && l.cuts
 	members := make([]*member, hosts)
 	addrs := make([][]string, hosts)
 	for i := range members {
@@ -77,7 +139,11 @@ func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
 		if r.IntN(2) == 0 {
 			p = policies[r.IntN(len(policies))]
 		}
-		members[i] = newMember(t, n, addrs[i], p, libp2p.DisableRelay(), libp2p.Security(noise.ID, noise.New))
+		how := []connmgr.Option{connmgr.WithPolicy(p)}
+		if l != nil {
+			how = append(how, connmgr.WithMigrateOptions(migrate.WithResumption(), migrate.WithTracer(l.traced)))
+		}
+		members[i] = newManaged(t, n.NewNode, addrs[i], how, libp2p.DisableRelay(), libp2p.Security(noise.ID, noise.New))
 	}
 
 	var attempts []Attempt
@@ -135,6 +201,9 @@ func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
 					time.Sleep(at)
 					tr.ping(ctx, from.host.NewStream, to, 12, every)
 					tr.bulk(ctx, from.host.NewStream, to, pieces, size, pause)
+					if cuts {
+						return // what else there is ends with its connection, or is opened while that is cut
+					}
 					if plain {
 						tr.ping(ctx, from.Node.NewStream, to, plainFor, time.Second)
 						tr.post(ctx, from.stray(plainFor), to, size, time.Duration(plainFor)*time.Second)
@@ -148,6 +217,19 @@ func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
 		}
 	}
 
+	for i, a := range members {
+		for _, b := range members[:i] {
+			for range r.IntN(4) {
+				at, k := 4*time.Second+ms(12_000), r.IntN(100) // all are open by then
+				if cuts {
+					tr.work.Go(func() {
+						time.Sleep(at)
+						l.cut(n, a, b, k)
+					})
+				}
+			}
+		}
+	}
 	for _, err := range <-dialled {
 		require.NoError(t, err)
 	}
@@ -160,11 +242,18 @@ func connectAll(t *testing.T, n *Net, hosts int, seed uint64) (summary string) {
 			widest = max(widest, c)
 		}
 	}
-	settle(t, 2*time.Minute, members...)
+	if cuts {
+		time.Sleep(20 * time.Second)
+	} else {
+		settle(t, 2*time.Minute, members...)
+	}
 	settled := time.Since(begun)
 	tr.requireAll(t)
 	for i, a := range members {
 		for _, b := range members[:i] {
+			if cuts && len(a.conns(b))+len(b.conns(a)) == 0 {
+				continue // cut when nothing needed it any more
+			}
 			c := requireOne(t, a, b)
 			require.Empty(t, a.host.Streams(c), "L5: streams are left in a table")
 			require.Equal(t, "one connection, nothing to do", a.mgr.Explain(b.ID()).State)
