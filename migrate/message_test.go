@@ -12,6 +12,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/protocol"
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/proto"
 
 	. "github.com/go-portage/portage/internal/rawpeer"
 	"github.com/go-portage/portage/pb"
@@ -193,5 +194,25 @@ func TestReadBehind(t *testing.T) {
 		h = receivingFrom(newFake().feeds(expect[:cut], network.ErrReset), expect)
 		_, err = h.read(make([]byte, 100))
 		require.Equal(t, network.ErrReset, err, "after %d bytes", cut)
+	}
+}
+
+// TestUsualMessagesArePlain: what this version sends is read without the general decoder, which
+// costs ten times as much.
+func TestUsualMessagesArePlain(t *testing.T) {
+	for name, bytes := range map[string]string{
+		"label": LabelBytes(600), "migrate": MigrateBytes(602, 600), "draft migrate": MigrateDraftBytes(602, 600),
+		"ack": AckVerified, "draft ack": AckDraft, "denial": AckDenied, "final size": FinalSizeBytes(1 << 40),
+	} {
+		body, err := readBody(strings.NewReader(bytes), make([]byte, usualMessage))
+		require.NoError(t, err, name)
+		m := parsePlain(body)
+		require.NotNil(t, m, name)
+		general := new(pb.StreamMigration)
+		require.NoError(t, proto.Unmarshal(body, general), name)
+		require.True(t, proto.Equal(general, m), "%s: %v, not %v", name, m, general)
+		size, ok := parseNumber(fieldFinalSize, body)
+		require.Equal(t, name == "final size", ok, name)
+		require.Equal(t, general.GetFinalSize().GetSize(), size, name)
 	}
 }

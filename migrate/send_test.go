@@ -562,3 +562,36 @@ func TestWriteWaitsForItsTurn(t *testing.T) {
 		require.Equal(t, "firstthird", u.taken())
 	})
 }
+
+// TestWriteAfterAResetThatFollowsClose: Close has to send the opening first; where the stream is
+// reset meanwhile, that is what a Write is told.
+func TestWriteAfterAResetThatFollowsClose(t *testing.T) {
+	h := &sendHalf{cur: newFake(), opening: []byte("opening")}
+	h.shut()
+	_, err := h.write([]byte("x"))
+	require.ErrorIs(t, err, errWriteClosed)
+	h.fail(network.ErrReset)
+	_, err = h.write([]byte("x"))
+	require.ErrorIs(t, err, network.ErrReset)
+}
+
+// TestKeptError: that a Write waits which its stream has failed is so for as long as an exchange
+// holds the half, and not for the next one.
+func TestKeptError(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		gone := errors.New("gone")
+		u := newFake()
+		h := &sendHalf{cur: u}
+		u.grants(0, gone)
+		h.hold(true)
+		require.False(t, h.keepsError())
+		w := writing(h, "hello")
+		synctest.Wait()
+		require.True(t, h.keepsError())
+		h.hold(true) // an exchange that follows upon another
+		require.True(t, h.keepsError())
+		h.hold(false)
+		require.Equal(t, writeResult{0, gone}, <-w)
+		require.False(t, h.keepsError())
+	})
+}
