@@ -42,8 +42,10 @@ var disagreements = []struct{ name, a, b string }{
 
 // Hosts that disagree settle once streams have moved, and stay settled: for ten minutes, in
 // which all connections have to stay since there are streams that cannot move, and
-// streams come and go, no stream migrates again.
+// streams come and go, no stream migrates again. How soon they settle depends on what fails and
+// is tried again; it is over before the first stream comes and goes.
 func TestDisagreementSettles(t *testing.T) {
+	const every = 20 * time.Second // streams come and go
 	for _, d := range disagreements {
 		t.Run(d.name, func(t *testing.T) {
 			eachDecider(t, func(t *testing.T, aDecides bool) {
@@ -70,15 +72,15 @@ func TestDisagreementSettles(t *testing.T) {
 						if total, _ := app.migrations(0, 12); total != before {
 							before, last = total, time.Now()
 						}
-						if since := time.Since(begun); since%(20*time.Second) == 0 {
+						if since := time.Since(begun); since > 0 && since%every == 0 {
 							from, to := a, b
-							if since%(40*time.Second) == 0 {
+							if since%(2*every) == 0 {
 								from, to = b, a
 							}
 							app.request(t.Context(), from.host.NewStream, to, 3000)
 							app.ping(t.Context(), from.host.NewStream, to, 3, time.Second)
 							for range 2 {
-								app.ping(t.Context(), from.stray(int(since/(20*time.Second))), to, 6, time.Second)
+								app.ping(t.Context(), from.stray(int(since/every)), to, 6, time.Second)
 							}
 						}
 						time.Sleep(100 * time.Millisecond)
@@ -91,7 +93,7 @@ func TestDisagreementSettles(t *testing.T) {
 					total, most := app.migrations(0, 12)
 					short, mostShort := app.migrations(12, math.MaxInt)
 					t.Logf("%d migrations of 12 streams, the last after %v; then %d short ones", total, after, short)
-					require.LessOrEqual(t, after, 5*time.Second, "settled soon after they have moved once")
+					require.Less(t, after, every, "settled before streams come and go")
 					require.LessOrEqual(t, most, 2, "migrations of one stream")
 					require.LessOrEqual(t, mostShort, 1, "migrations of one short stream")
 					app.requireAll(t)

@@ -318,24 +318,45 @@ func TestOppositePolicies(t *testing.T) {
 	}
 }
 
-// One manager is given to two hosts. The second cannot have it. It closes the manager with
-// itself all the same, which nobody can keep it from: a host closes what it was given with a
-// call that does not say whose it is. Then the log says so, and the first host is as good as a
-// plain one.
+// One manager is given to two hosts. It serves the one that it was wrapped for, and does nothing
+// at the other, which cannot have it. That one closes the manager with itself all the same, which
+// nobody can keep it from: a host closes what it was given with a call that does not say whose it
+// is. Then the log says so, and the first host is as good as a plain one.
 func TestOneManagerForTwoHosts(t *testing.T) {
 	together(t, func(w *world) {
 		w.hosts(setup{})
-		at := ips(5)
+		at, other := ips(5), ips(6)
+		w.link(at, other)
 		second := w.NewNode(at, libp2p.ConnectionManager(w.a.mgr))
 		_, err := w.a.mgr.Wrap(second.Host)
-		require.Error(w, err)
+		require.ErrorIs(w, err, connmgr.ErrWrapped)
+		plain := w.NewNode(other)
+		w.Join(second, plain, Path{Transport: TCP, From: at[0], To: other[0]}, Path{Transport: QUIC, From: other[1], To: at[1]})
+
+		w.doubled(0)
+		w.chats(2)
+		one := func() bool { return len(w.a.conns(w.b)) == 1 && len(w.b.conns(w.a)) == 1 }
+		w.until("the first host's connections are consolidated", 10*time.Second, one)
+		time.Sleep(3 * time.Minute)
+		assert.Len(w, second.Network().ConnsToPeer(plain.ID()), 2, "nothing is done at the second")
+		assert.Zero(w, w.log.count("was given to two hosts"))
+
 		second.Stop()
-		w.doubled(5 * time.Second)
+		assert.Equal(w, 1, w.log.count("was given to two hosts"), "whoever reads the log is told")
+		require.NoError(w, w.a.host.Network().ClosePeer(w.b.ID()))
+		w.until("it is gone", time.Second, func() bool { return len(w.b.conns(w.a)) == 0 })
+		w.doubled(time.Second)
 		chats := w.chats(2)
+		time.Sleep(10 * time.Second)
+		assert.Equal(w, "the manager is closed", w.a.mgr.Explain(w.b.ID()).State)
 		for _, c := range chats {
 			assert.NoError(w, c.state(5*time.Second))
 		}
-		assert.Positive(w, w.log.count("was given to two hosts"), "whoever reads the log is told")
+		for _, p := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
+			_, err := w.request(p[0], p[1], 5*time.Second)
+			assert.NoError(w, err)
+		}
+		require.NoError(w, w.a.host.Close(), "the manager is closed twice")
 	})
 }
 

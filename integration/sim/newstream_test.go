@@ -51,11 +51,12 @@ func (p *pair) opens(ctx context.Context, side int) (network.Stream, time.Durati
 // costs the first stream a few milliseconds, and the others nothing: they go to the other
 // connection, from where they can move later. When there is room again, it is used again.
 func TestNewStreamBesideFullQUIC(t *testing.T) {
+	const oneWay = 10 * time.Millisecond
 	for _, kind := range streamKinds {
 		eachSide(t, func(t *testing.T, side int) {
 			t.Run(kind.name, func(t *testing.T) {
 				Run(t, func(t *testing.T, n *Net) {
-					p := newPair(t, n, way{tcp, ms(10)}, way{quic, ms(10)}, unlimited(t))
+					p := newPair(t, n, way{tcp, oneWay}, way{quic, oneWay}, unlimited(t))
 					p.hosts[1-side].SetStreamHandler(testID, answer(1))
 					for i := range p.conns[side] { // it is known now that each can have labels
 						p.steer(i)
@@ -71,7 +72,7 @@ func TestNewStreamBesideFullQUIC(t *testing.T) {
 						s, took := p.opens(ctx, side)
 						require.True(t, p.conns[side][0] == s.Conn(), "QUIC is full, and the stream is on %s", s.Conn().RemoteMultiaddr())
 						if i == 0 {
-							require.LessOrEqual(t, took, ms(40))
+							require.LessOrEqual(t, took, 4*oneWay, "no longer than it takes to be sure: QUIC never opens it")
 						} else {
 							require.Zero(t, took)
 						}
@@ -126,7 +127,7 @@ func TestNewStreamBeyondBacklog(t *testing.T) {
 	Run(t, func(t *testing.T, n *Net) { plain = burst(t, n, false) })
 	Run(t, func(t *testing.T, n *Net) { wrapped = burst(t, n, true) })
 	require.GreaterOrEqual(t, plain, 2*oneWay, "or the test tests nothing")
-	require.LessOrEqual(t, wrapped, ms(40))
+	require.Less(t, wrapped, 2*oneWay, "a round trip, after which yamux takes the next")
 }
 
 // Where no connection opens a stream at once NewStream waits as the plain host does, on
