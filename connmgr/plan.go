@@ -531,6 +531,8 @@ func (pl *planner) sparedUntil(c *connFacts) time.Time {
 		if !pl.allWell() {
 			return time.Time{}
 		}
+	case slices.ContainsFunc(f.conns, func(o connFacts) bool { return !o.closing && o.path.health == pathSilent }):
+		return time.Time{} // new streams of this side may be lost on that one
 	default: // nothing is gained by it where another one has been chosen and works
 		if w := pl.find(f.winner); w != nil && w != c && w.path.alive() {
 			return f.now.Add(idle)

@@ -344,6 +344,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", probes: []string{"tcp (large)"}}},
 		{name: "unless another one has been chosen, and works", facts: between(quicConn(opened(time.Hour)), tcpConn(narrow, quietFor(defaultPlainQuietTime), at(time.Minute, time.Minute))).with(plainPeer).with(winner("quic")),
 			want: want{winner: "quic", probes: []string{"tcp"}}},
+		{name: "nor where another one does not answer: what is new may be lost there", facts: between(quicConn(opened(time.Hour), silent), tcpConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
+			want: want{probes: []string{"tcp (large)"}}},
 		{name: "and one of QUIC, which finds out what passes", facts: between(relayConn(opened(time.Hour)), quicConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
 			want: want{winner: "-", probes: []string{"quic (large)"}}},
 		{name: "a TCP connection in use is asked nothing large by peers that both steer, while new streams of both go elsewhere",
