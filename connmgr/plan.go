@@ -519,7 +519,7 @@ func (pl *planner) asksLarge(c *connFacts) bool {
 // which goes on using it; nothing is lost by that: no streams move, and nothing is closed,
 // before they have been idle, too. A peer with Portage has its new streams go elsewhere
 // meanwhile, as this side has. There it is asked in any case after some time, and at once
-// where another one has a limit or does not answer.
+// where the peer has moved to it, or another one has a limit or does not answer.
 func (pl *planner) sparedUntil(c *connFacts) time.Time {
 	f := pl.f
 	idle := pl.cfg.plainQuietTime
@@ -528,7 +528,7 @@ func (pl *planner) sparedUntil(c *connFacts) time.Time {
 		return time.Time{}
 	case pl.steersBoth():
 		idle = useProbe
-		if !pl.allWell() {
+		if c.named || !pl.allWell() {
 			return time.Time{}
 		}
 	case slices.ContainsFunc(f.conns, func(o connFacts) bool { return !o.closing && o.path.health == pathSilent }):

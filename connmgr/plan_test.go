@@ -355,6 +355,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
 		{name: "or has been for long", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(largeWithin), pins(1), used(time.Millisecond))),
 			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
+		{name: "nor where the peer, which decides, keeps it: its streams go there", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, named, opened(3*time.Second), used(time.Millisecond))).with(follower),
+			want: want{probes: []string{"tcp (large)"}}},
 		{name: "and not where a limit is waiting", facts: between(limitedConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
 			want: want{winner: "-", steer: isNotSo, probes: []string{"tcp (large)"}}},
 		{name: "nor where another one does not answer", facts: between(aConn("old", "/ip4/9.9.9.9/tcp/1", silent, opened(time.Hour)), relayConn(opened(time.Minute)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
