@@ -71,9 +71,14 @@ func interruptBesidePlain(t *testing.T, name string, p path, silent time.Duratio
 	if t.Failed() {
 		return
 	}
-	// Whether TCP lives through more is luck: it gives up 5 to 10 s after its buffer is full, or
-	// 40 s after it has heard something, and repeats what was lost twice as late each time.
-	if lives := p.transports == "quic" || silent < 10*time.Second; lives && whole[1] == nil && whole[0] != nil {
+	// What lives through more is luck. TCP gives up 5 to 10 s after its buffer is full, or 40 s
+	// after it has heard something, QUIC after 30 s; and both repeat what was lost twice as late
+	// each time. (The same in virtual time, with 25 s: integration/field.)
+	longest := 10 * time.Second
+	if p.transports == "quic" {
+		longest = 20 * time.Second
+	}
+	if silent < longest && whole[1] == nil && whole[0] != nil {
 		t.Errorf("a plain stream survives; with Portage: %v", whole[0])
 	}
 	for side, took := range reached[0] {
