@@ -40,15 +40,15 @@ var errSilent = errors.New("the old stream has failed, and the new connection br
 type silence struct {
 	x     *exchange
 	new   network.Stream
-	heard atomic.Int64 // bytes that new has brought
+	began time.Time
+	heard atomic.Int64 // how long after began new has last brought something
 
 	mu    sync.Mutex // guards all below but path; before the lock of flows
 	timer *time.Timer
 	over  bool
 	broke bool      // it has broken new off
 	ended bool      // the old stream had ended when last looked at; for look alone
-	seen  int64     // heard, when last looked at
-	since time.Time // since when the old stream is known to have failed, and nothing has come
+	since time.Time // since when the old stream is known to have failed
 	path  watch     // the new connection, once the old stream has failed; for look alone
 }
 
@@ -57,7 +57,7 @@ func (x *exchange) listen(new network.Stream) *silence {
 	l := &x.silence
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.x, l.new = x, new
+	l.x, l.new, l.began = x, new, time.Now()
 	l.timer = time.AfterFunc(silenceLook, l.look)
 	return l
 }
@@ -65,7 +65,9 @@ func (x *exchange) listen(new network.Stream) *silence {
 // Read implements io.Reader.
 func (l *silence) Read(p []byte) (int, error) {
 	n, err := l.new.Read(p)
-	l.heard.Add(int64(n))
+	if n > 0 {
+		l.heard.Store(int64(time.Since(l.began)))
+	}
 	return n, err
 }
 
@@ -86,22 +88,21 @@ func (l *silence) look() {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	now, heard := time.Now(), l.heard.Load()
+	now := time.Now()
 	switch {
 	case l.over:
 		l.path.end()
 		return
-	case !failed || heard != l.seen:
+	case !failed:
 		l.since = time.Time{}
 	case l.since.IsZero():
 		l.since = now
-	case now.Sub(latest(l.since, others)) >= maxSilence:
+	case now.Sub(latest(latest(l.since, others), l.began.Add(time.Duration(l.heard.Load())))) >= maxSilence:
 		l.broke = true
 		l.path.end()
 		go breakOff(l.new, network.StreamNoError)
 		return
 	}
-	l.seen = heard
 	l.timer.Reset(silenceLook)
 }
 

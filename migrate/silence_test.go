@@ -141,6 +141,16 @@ func TestBothPathsDead(t *testing.T) {
 			x.old.conn.dies()
 			told(t, x, time.Now())
 		})
+		each("the new path has brought something just before it died", func(t *testing.T, x *silentExchange) {
+			if initiator {
+				x.next.feeds(MultistreamToken[:5], nil)
+			} else {
+				x.next.feeds(FinalSizeBytes(1)[:1], nil)
+			}
+			time.Sleep(silenceLook / 2)
+			x.old.conn.dies()
+			told(t, x, time.Now())
+		})
 		each("an end is no failure", func(t *testing.T, x *silentExchange) {
 			got := x.reading()
 			x.old.ends(io.EOF)

@@ -278,6 +278,13 @@ func (c *chat) wait() time.Duration {
 	return c.longest
 }
 
+// waitedFor counts a wait that was before the first block.
+func (c *chat) waitedFor(took time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.longest = max(c.longest, took)
+}
+
 // errorsAt returns when the opener and the acceptor have seen an error; zero: they have not.
 func (c *chat) errorsAt() (opener, acceptor time.Time) {
 	c.mu.Lock()

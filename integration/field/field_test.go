@@ -177,7 +177,7 @@ func (o *outcome) worseThan(plain *outcome, others ...*outcome) (all []string) {
 	for _, p := range plain.seen {
 		h, seen := here[p.what]
 		for _, other := range least {
-			if q, seen := other[p.what]; p.luck && seen {
+			if q, seen := other[p.what]; h.luck && seen {
 				p.took = max(p.took, q.took)
 				p.err = cmp.Or(p.err, q.err)
 			}

@@ -288,9 +288,11 @@ func (p plan) play(w *world) {
 			}
 			ctx, cancel := context.WithTimeout(allowing(w.ctx), 20*time.Second)
 			defer cancel()
+			begun := time.Now()
 			s, err := p.opener()(ctx, from, to, chatID)
 			if opened[i] = err; err == nil {
 				chats[i] = w.talk(from, to, s, c.size, c.every)
+				chats[i].waitedFor(time.Since(begun)) // some of the openers negotiate first
 			}
 		})
 	}
@@ -309,8 +311,8 @@ func (p plan) play(w *world) {
 		if at >= horizon {
 			break
 		}
-		if at < p.second+4*time.Second {
-			continue // not in every run has everything begun
+		if at < p.begins() {
+			continue
 		}
 		if p.timesOut(at) {
 			continue
@@ -320,7 +322,7 @@ func (p plan) play(w *world) {
 		for i, q := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
 			w.work.Go(func() { // so that one that waits holds no other one up
 				took, err := w.requestBy(p.opener(), allowing(w.ctx), q[0], q[1], 12*time.Second)
-				w.seen.add(observation{what: fmt.Sprintf("request %d of end %d", n, i), err: err, took: took, allow: wait, luck: p.inDoubt(at)})
+				w.seen.add(observation{what: fmt.Sprintf("request %d of end %d", n, i), err: err, took: took, allow: wait, luck: p.inDoubt(at, q[0].mgr == nil)})
 			})
 		}
 	}
@@ -337,24 +339,36 @@ func (p plan) play(w *world) {
 	}
 }
 
+// begins is when there are requests: in every run everything has begun by then.
+func (p plan) begins() time.Duration { return p.second + 4*time.Second }
+
 // timesOut says whether QUIC may give up a dead path at a moment, before which a request on it is
 // lost. That is 30 s after the first packet that was sent in vain, which on some hosts is a stream's
 // that on others has moved, and else that of a request.
 func (p plan) timesOut(at time.Duration) bool {
+	const after = 30 * time.Second
 	return slices.ContainsFunc(p.faults, func(f faultPlan) bool {
-		given := f.at + 30*time.Second
-		return (f.what == young || f.what == old) && at > given-time.Second && at < given+p.ask+time.Second
+		return (f.what == young || f.what == old) && at > f.at+after-time.Second && at < max(f.at, p.begins())+after+p.ask+time.Second
 	})
 }
 
 // inDoubt says whether a request at a moment would meet a fault that has just begun: on
-// plain hosts it is luck on which connection it finds itself.
-func (p plan) inDoubt(at time.Duration) bool {
+// plain hosts it is luck on which connection it finds itself. A plain host goes on choosing the one
+// with the most streams, and those count that hang on a dead one: for it that is so until QUIC gives
+// the path up.
+func (p plan) inDoubt(at time.Duration, plain bool) bool {
 	return slices.ContainsFunc(p.faults, func(f faultPlan) bool {
-		if f.what == hiccup || f.what == young || f.what == old {
-			return at > f.at-2*time.Second && at < f.at+2*silence+min(f.last, 10*time.Second)
+		until := f.at + 2*silence + min(f.last, 10*time.Second)
+		switch f.what {
+		case young, old:
+			if plain {
+				until = max(until, f.at+30*time.Second)
+			}
+		case hiccup:
+		default:
+			return false
 		}
-		return false
+		return at > f.at-2*time.Second && at < until
 	})
 }
 
