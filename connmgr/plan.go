@@ -527,7 +527,7 @@ func (pl *planner) sparedUntil(c *connFacts) time.Time {
 	case kindOf(c.candidate).udp:
 		return time.Time{}
 	case pl.steersBoth():
-		idle = useProbe
+		idle = min(useProbe, pl.cfg.quietTime)
 		if c.named || !pl.allWell() {
 			return time.Time{}
 		}

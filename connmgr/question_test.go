@@ -6,6 +6,7 @@ import (
 	"context"
 	"io"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -141,16 +142,16 @@ func TestEchoIsBounded(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
 				w := newWorld(t, higher)
 				near, far := newPipe(w.connect(quicAddr))
-				ended := false
+				var ended atomic.Bool
 				go func() {
 					w.m.echoes.handle(near)
-					ended = true
+					ended.Store(true)
 				}()
 				w.pass(time.Second)
-				require.False(t, ended)
+				require.False(t, ended.Load())
 				c.peer(t, w, far)
 				w.pass(0)
-				require.True(t, ended)
+				require.True(t, ended.Load())
 				_, err := io.Copy(io.Discard, far)
 				require.ErrorIs(t, err, c.want)
 			})

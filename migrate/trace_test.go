@@ -32,8 +32,8 @@ func TestEventsTellHowLongItTook(t *testing.T) {
 			}
 		}
 		j.steps.mu.Unlock()
-		require.NoError(t, s.Close())
 	}
+	j.closed(t, [2]*Stream{a, b})
 }
 
 // TestEventsTellWhatWasDrained: what an application has not read when its stream moves comes
@@ -59,8 +59,7 @@ func TestEventsTellWhatWasDrained(t *testing.T) {
 	_, err = io.ReadFull(s[1], unread)
 	require.NoError(t, err)
 	require.Zero(t, buffered.Load(), "all that was reserved has been given back")
-	require.NoError(t, s[0].Close())
-	require.NoError(t, s[1].Close())
+	j.closed(t, s)
 }
 
 // A stream that outlives its connection is reported as lost, and as what becomes of it, with what

@@ -43,8 +43,8 @@ func (bed *testbed) acts() []act {
 	nothing := func() {}
 	return []act{
 		{"the TCP connection is reset", bed.doors[tcp].shut, nothing},
-		{"the relay cuts at its limit", nil, bed.doors[quic].open},
-		{"the relay cuts again", nil, bed.doors[tcp].open},
+		{"the relay cuts at its limit", nil, func() { bed.open(quic) }},
+		{"the relay cuts again", nil, func() { bed.open(tcp) }},
 		{"nothing passes over QUIC any more, and the relay is gone", func() {
 			bed.doors[quic].shut()
 			bed.relay.Close()
@@ -63,7 +63,7 @@ func newCutbed(ctx context.Context, cfg config, rec *recorder, con *console) (*t
 	bed := &testbed{cfg: cfg, doors: make(map[path]door)}
 	var addrs []ma.Multiaddr
 	for _, p := range []path{tcp, quic} {
-		d, err := newDoor(p, func() string { return bed.behind(p) })
+		d, err := newDoor(p)
 		if err != nil {
 			return bed, err
 		}
@@ -101,7 +101,7 @@ func newCutbed(ctx context.Context, cfg config, rec *recorder, con *console) (*t
 
 // connectToCut makes the first connection, over TCP. All other ways are known from then on.
 func (bed *testbed) connectToCut(ctx context.Context) error {
-	bed.doors[tcp].open()
+	bed.open(tcp)
 	if err := bed.sender.Connect(ctx, peer.AddrInfo{ID: bed.receiver.ID(), Addrs: []ma.Multiaddr{bed.doors[tcp].addr()}}); err != nil {
 		return err
 	}
@@ -113,6 +113,9 @@ func (bed *testbed) connectToCut(ctx context.Context) error {
 		[]ma.Multiaddr{bed.doors[tcp].addr(), bed.doors[quic].addr(), circuit}, peerstore.PermanentAddrTTL)
 	return nil
 }
+
+// open opens a door to where the receiver listens.
+func (bed *testbed) open(p path) { bed.doors[p].open(bed.behind(p)) }
 
 // behind is where the receiver listens.
 func (bed *testbed) behind(p path) string {

@@ -93,7 +93,7 @@ func TestDoors(t *testing.T) {
 		return err
 	}
 
-	d, err := newTCPDoor(func() string { return echo.Addr().String() })
+	d, err := newTCPDoor()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,7 +111,7 @@ func TestDoors(t *testing.T) {
 		}
 		c.Close()
 	}
-	d.open()
+	d.open(echo.Addr().String())
 	c := dial()
 	if err := ask(c); err != nil {
 		t.Errorf("nothing comes through the open door: %v", err)
@@ -120,7 +120,7 @@ func TestDoors(t *testing.T) {
 	if ask(c) == nil {
 		t.Error("the connection outlives the door")
 	}
-	d.open()
+	d.open(echo.Addr().String())
 	if err := ask(dial()); err != nil {
 		t.Errorf("nothing comes through the door that is open again: %v", err)
 	}
@@ -128,7 +128,7 @@ func TestDoors(t *testing.T) {
 		t.Error(err)
 	}
 
-	u, err := newUDPDoor(func() string { return echoes.LocalAddr().String() })
+	u, err := newUDPDoor()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func TestDoors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	u.open()
+	u.open(echoes.LocalAddr().String())
 	if err := ask(c); err != nil {
 		t.Errorf("nothing comes through the open door: %v", err)
 	}
@@ -147,7 +147,7 @@ func TestDoors(t *testing.T) {
 		t.Error("something comes through the door that is shut")
 	}
 	c.SetReadDeadline(time.Time{})
-	u.open()
+	u.open(echoes.LocalAddr().String())
 	if err := ask(c); err != nil {
 		t.Errorf("nothing comes through the door that is open again: %v", err)
 	}

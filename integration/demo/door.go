@@ -14,38 +14,37 @@ import (
 // the receiver while it is open.
 type door interface {
 	addr() ma.Multiaddr
-	// open lets everything pass.
-	open()
+	// open lets everything pass, to that address.
+	open(to string)
 	// shut has connections over it lost: those of TCP are reset, now and when somebody dials;
 	// what comes over UDP is dropped, and nobody is told.
 	shut()
 	close() error
 }
 
-// newDoor returns a door that is shut, for TCP or QUIC. What passes goes where target says.
-func newDoor(p path, target func() string) (door, error) {
+// newDoor returns a door that is shut, for TCP or QUIC.
+func newDoor(p path) (door, error) {
 	if p == quic {
-		return newUDPDoor(target)
+		return newUDPDoor()
 	}
-	return newTCPDoor(target)
+	return newTCPDoor()
 }
 
 type tcpDoor struct {
 	listener net.Listener
-	target   func() string
 	wg       sync.WaitGroup
 
-	mu      sync.Mutex
-	passing bool
-	conns   map[net.Conn]struct{} // both ends of what it forwards
+	mu    sync.Mutex
+	to    string                // "": shut
+	conns map[net.Conn]struct{} // both ends of what it forwards
 }
 
-func newTCPDoor(target func() string) (*tcpDoor, error) {
+func newTCPDoor() (*tcpDoor, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	d := &tcpDoor{listener: listener, target: target, conns: make(map[net.Conn]struct{})}
+	d := &tcpDoor{listener: listener, conns: make(map[net.Conn]struct{})}
 	d.wg.Go(func() {
 		for {
 			near, err := listener.Accept()
@@ -62,16 +61,23 @@ func (d *tcpDoor) addr() ma.Multiaddr {
 	return ma.StringCast(fmt.Sprintf("/ip4/127.0.0.1/tcp/%d", d.listener.Addr().(*net.TCPAddr).Port))
 }
 
-func (d *tcpDoor) open() {
+func (d *tcpDoor) open(to string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.passing = true
+	d.to = to
+}
+
+// target is where to, or "" while it is shut.
+func (d *tcpDoor) target() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.to
 }
 
 func (d *tcpDoor) shut() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.passing = false
+	d.to = ""
 	for c := range d.conns {
 		reset(c)
 	}
@@ -96,17 +102,22 @@ func (d *tcpDoor) enter(near, far net.Conn) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, c := range []net.Conn{near, far} {
-		if d.passing {
+		if d.to != "" {
 			d.conns[c] = struct{}{}
 		} else {
 			reset(c)
 		}
 	}
-	return d.passing
+	return d.to != ""
 }
 
 func (d *tcpDoor) forward(near net.Conn) {
-	far, err := net.Dial("tcp", d.target())
+	to := d.target()
+	if to == "" {
+		reset(near)
+		return
+	}
+	far, err := net.Dial("tcp", to)
 	if err != nil {
 		reset(near)
 		return
@@ -131,21 +142,20 @@ func (d *tcpDoor) forward(near net.Conn) {
 
 type udpDoor struct {
 	socket net.PacketConn
-	target func() string
 	wg     sync.WaitGroup
 
-	mu      sync.Mutex
-	passing bool
-	over    bool
-	far     map[string]net.Conn // by the address of who comes
+	mu   sync.Mutex
+	to   string // "": shut
+	over bool
+	far  map[string]net.Conn // by the address of who comes
 }
 
-func newUDPDoor(target func() string) (*udpDoor, error) {
+func newUDPDoor() (*udpDoor, error) {
 	socket, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	d := &udpDoor{socket: socket, target: target, far: make(map[string]net.Conn)}
+	d := &udpDoor{socket: socket, far: make(map[string]net.Conn)}
 	d.wg.Go(func() {
 		buf := make([]byte, 64<<10)
 		for {
@@ -165,32 +175,31 @@ func (d *udpDoor) addr() ma.Multiaddr {
 	return ma.StringCast(fmt.Sprintf("/ip4/127.0.0.1/udp/%d/quic-v1", d.socket.LocalAddr().(*net.UDPAddr).Port))
 }
 
-func (d *udpDoor) open() { d.set(true) }
-func (d *udpDoor) shut() { d.set(false) }
+func (d *udpDoor) shut() { d.open("") }
 
-func (d *udpDoor) set(passing bool) {
+func (d *udpDoor) open(to string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.passing = passing
+	d.to = to
 }
 
 func (d *udpDoor) passes() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.passing
+	return d.to != ""
 }
 
 // farOf returns the socket to the receiver for who comes from there, or nil if nothing passes.
 func (d *udpDoor) farOf(from net.Addr) net.Conn {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.passing || d.over {
+	if d.to == "" || d.over {
 		return nil
 	}
 	if far := d.far[from.String()]; far != nil {
 		return far
 	}
-	far, err := net.Dial("udp", d.target())
+	far, err := net.Dial("udp", d.to)
 	if err != nil {
 		return nil
 	}

@@ -202,6 +202,7 @@ func TestSentCountsBothWays(t *testing.T) {
 		_, b, conns := join(t, n)
 		for _, tr := range transports {
 			s := echo(t, b, conns[tr])
+			time.Sleep(time.Second) // identify tells both ends of each handler that is set
 			for i, from := range ipsOf[tr] {
 				to := ipsOf[tr][1-i]
 				before := n.Sent(from, to)
