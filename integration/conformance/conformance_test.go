@@ -23,6 +23,7 @@ import (
 type setup struct {
 	first, other Transport // the connection that streams are opened on, and that beside it
 	moved        bool      // labelled streams that migrate all the time; else raw ones
+	lasting      bool      // of these, streams that may outlive their connection
 }
 
 var setups = []setup{
@@ -32,11 +33,17 @@ var setups = []setup{
 	{first: QUIC, other: TCP, moved: true},
 	{first: TCP, other: TCP, moved: true},
 	{first: QUIC, other: QUIC, moved: true},
+	{first: TCP, other: QUIC, moved: true, lasting: true},
+	{first: QUIC, other: TCP, moved: true, lasting: true},
 }
 
 func (s setup) String() string {
 	if s.moved {
-		return fmt.Sprintf("%s to %s and back", s.first, s.other)
+		name := fmt.Sprintf("%s to %s and back", s.first, s.other)
+		if s.lasting {
+			name += ", lasting"
+		}
+		return name
 	}
 	return "raw " + string(s.first)
 }

@@ -54,10 +54,15 @@ func newPair(t testing.TB, s setup) *pair {
 			negotiatePatiently(nodes[side])
 			continue
 		}
-		h, err := migrate.Wrap(nodes[side],
+		opts := []migrate.Option{
 			migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return p.conns[side][0] }),
 			migrate.WithNegotiationTimeout(patience),
-			migrate.WithTracer(p.mover.trace))
+			migrate.WithTracer(p.mover.trace),
+		}
+		if s.lasting {
+			opts = append(opts, migrate.WithResumption())
+		}
+		h, err := migrate.Wrap(nodes[side], opts...)
 		if err != nil {
 			t.Fatal(err)
 		}

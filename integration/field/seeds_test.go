@@ -25,9 +25,10 @@ import (
 // Portage at both ends and at one of them; what lives on plain hosts has to live on the
 // others.
 //
-//	go test ./integration/field -run TestNeverWorse                     a fixed set
+//	go test ./integration/field -run TestNeverWorse                     a fixed set, and some that are new
 //	go test ./integration/field -run TestNeverWorse -seed=N -v          one, as a failure prints it
 //	go test ./integration/field -run TestNeverWorse -seeds=N -from=M    N of them, from M on
+//	 -only=swallows                                                    of these, those with that in their plan
 //
 // Everything follows from the seed but the order of goroutines that are ready at the same
 // instant, and what the hosts draw for themselves.
@@ -37,12 +38,14 @@ import (
 // one connection, and somebody has to choose.
 var (
 	seedFlag  = flag.Uint64("seed", 0, "run this seed of TestNeverWorse alone")
-	seedsFlag = flag.Uint64("seeds", 0, "how many seeds to run; 0: the fixed set")
+	seedsFlag = flag.Uint64("seeds", 0, "how many seeds to run; 0: the fixed set, and some that are new")
 	fromFlag  = flag.Uint64("from", 1, "the first seed, with -seeds")
+	onlyFlag  = flag.String("only", "", "of the seeds, run those alone whose plan has this text")
 )
 
 const (
 	fixedSeeds = 30
+	freshSeeds = 5 // that nobody has seen before; a failure says how to run it again
 
 	horizon = 2 * time.Minute
 )
@@ -507,11 +510,17 @@ func TestNeverWorse(t *testing.T) {
 		one(*seedFlag)
 	case *seedsFlag != 0:
 		for i := range *seedsFlag {
-			one(*fromFlag + i)
+			if s := *fromFlag + i; strings.Contains(planOf(s).String(), *onlyFlag) {
+				one(s)
+			}
 		}
 	default:
 		for i := range uint64(fixedSeeds) {
 			one(1 + i)
+		}
+		from := uint64(time.Now().UnixNano())
+		for i := range uint64(freshSeeds) {
+			one(from + i)
 		}
 	}
 }
