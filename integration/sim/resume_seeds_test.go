@@ -41,6 +41,7 @@ type lossPlan struct {
 	joined  bool  // both connections are there from the beginning
 	relay   int64 // what a relay lets through on the only connection, in bytes; 0: there is none
 	oneWay  [2]time.Duration
+	denies  [2]bool // migrations, which harms no stream
 	streams []lossyStream
 	events  []lossEvent
 }
@@ -88,6 +89,8 @@ const (
 	lossLeave   lossKind = "leave a path that lives"
 	lossRelay   lossKind = "relay closes"
 	endStop     lossKind = "stop of a host"
+	endRestart  lossKind = "restart of a host"
+	endCrash    lossKind = "crash and restart of a host" // the other end hears nothing of it
 	endClose    lossKind = "close of the connection"
 	endReset    lossKind = "reset by the application"
 )
@@ -146,12 +149,20 @@ func lossPlanOf(seed uint64) lossPlan {
 			at: upTo(r, horizon), what: pick(r, endClose, endReset, endReset, endStop), path: r.IntN(2), side: r.IntN(2), stream: r.IntN(len(p.streams)),
 		})
 	}
+	if chance(r, 0.15) {
+		p.events = append(p.events, lossEvent{
+			at: upTo(r, horizon), what: pick(r, endRestart, endCrash), path: r.IntN(2), side: r.IntN(2), last: pick(r, upTo(r, time.Second), upTo(r, 40*time.Second)),
+		})
+	}
+	for side := range p.denies {
+		p.denies[side] = chance(r, 0.1)
+	}
 	return p
 }
 
 func (p lossPlan) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "swapped %t, joined %t, relay %d, via %v, one way %v\n", p.swapped, p.joined, p.relay, p.via, p.oneWay)
+	fmt.Fprintf(&b, "swapped %t, joined %t, relay %d, via %v, one way %v, denies %v\n", p.swapped, p.joined, p.relay, p.via, p.oneWay, p.denies)
 	for i, s := range p.streams {
 		fmt.Fprintf(&b, "stream %d: at %v, %s opens, %v bytes, Write %d, Read %d, pauses %v; %s\n", i, s.at, sideName(s.opener), s.size, s.chunk, s.buffer, s.pause, s.ends)
 	}
@@ -169,6 +180,8 @@ type lossy struct {
 	start time.Time
 	tally *tally
 	tasks
+
+	running sync.Mutex // guards nodes and hosts
 
 	mu       sync.Mutex // guards all below
 	log      []string
@@ -197,11 +210,10 @@ func (p lossPlan) run(t *testing.T, tally *tally) {
 	Run(t, func(t *testing.T, n *Net) {
 		w := &lossy{plan: p, start: time.Now(), tally: tally, ended: make(map[int]string),
 			accepted: make(map[int]bool), opened: make(map[int]bool), open: make(map[int][2]network.Stream)}
-		var log func(side int, line string)
-		if *seedFlag != 0 {
-			log = func(side int, line string) { w.logf("%s: %s", sideName(side), line) }
+		w.lasting = &lasting{Net: n, t: t, swapped: p.swapped}
+		for side := range 2 {
+			w.boot(side)
 		}
-		w.lasting = newLastingSides(t, n, p.swapped, log)
 		defer w.report()
 		for i := range 2 {
 			n.SetLatency(w.ip(0, i), w.ip(1, i), p.oneWay[i])
@@ -209,40 +221,31 @@ func (p lossPlan) run(t *testing.T, tally *tally) {
 		path := func(i int) Path {
 			return Path{Transport: Transport(p.via[i]), From: w.ip(0, i), To: w.ip(1, i)}
 		}
-		handle := func(i int) {
-			s := p.streams[i]
-			w.hosts[1-s.opener].SetStreamHandler(lossyID(i), func(u network.Stream) {
-				w.mu.Lock()
-				w.accepted[i] = true
-				w.mu.Unlock()
-				w.task(fmt.Sprintf("stream %d: acceptor", i), func() { w.apply(i, 1-s.opener, u) })
-			})
-		}
 		for i, s := range p.streams {
 			if s.known {
-				handle(i)
+				w.handle(i)
 			}
 		}
 		if p.relay > 0 {
 			w.relay = n.NewRelay(ipRelay, relay.WithLimit(&relay.RelayLimit{Duration: time.Hour, Data: p.relay}))
-			n.DialRelayed(w.nodes[0], w.nodes[1], w.relay, Transport(p.via[0]))
+			n.DialRelayed(w.node(0), w.node(1), w.relay, Transport(p.via[0]))
 		} else if p.joined {
 			back := path(1)
 			back.From, back.To = back.To, back.From
-			n.Join(w.nodes[0], w.nodes[1], path(0), back)
+			n.Join(w.node(0), w.node(1), path(0), back)
 		} else {
-			n.Dial(w.nodes[0], w.nodes[1], path(0))
+			n.Dial(w.node(0), w.node(1), path(0))
 		}
 		time.Sleep(time.Second)
 		w.start = time.Now()
 		for i, s := range p.streams {
 			if !s.known {
-				handle(i)
+				w.handle(i)
 			}
 			w.task(fmt.Sprintf("stream %d: opener", i), func() {
 				time.Sleep(s.at)
 				ctx := network.WithAllowLimitedConn(t.Context(), "test")
-				u, err := w.hosts[s.opener].NewStream(ctx, w.nodes[1-s.opener].ID(), lossyID(i))
+				u, err := w.host(s.opener).NewStream(ctx, w.node(1-s.opener).ID(), lossyID(i))
 				if err != nil {
 					w.logf("stream %d: not opened: %v", i, err)
 					return
@@ -261,6 +264,17 @@ func (p lossPlan) run(t *testing.T, tally *tally) {
 	tally.add("runs", 1)
 }
 
+// handle serves stream i.
+func (w *lossy) handle(i int) {
+	side := 1 - w.plan.streams[i].opener
+	w.host(side).SetStreamHandler(lossyID(i), func(u network.Stream) {
+		w.mu.Lock()
+		w.accepted[i] = true
+		w.mu.Unlock()
+		w.task(fmt.Sprintf("stream %d: acceptor", i), func() { w.apply(i, side, u) })
+	})
+}
+
 func lossyID(i int) protocol.ID { return protocol.ID(fmt.Sprintf("/sim/%d", i)) }
 
 // lineWriter is a zapcore.WriteSyncer.
@@ -272,22 +286,68 @@ func (w lineWriter) Write(p []byte) (int, error) {
 }
 func (lineWriter) Sync() error { return nil }
 
-func newLastingSides(t *testing.T, n *Net, swapped bool, log func(side int, line string)) *lasting {
-	t.Helper()
-	l := &lasting{Net: n, t: t, swapped: swapped}
-	for side := range 2 {
-		l.nodes[side] = n.NewNode([]string{l.ip(side, 0), l.ip(side, 1)}, unlimited(t))
-		opts := []migrate.Option{migrate.WithResumption()}
-		if log != nil {
-			opts = append(opts, migrate.WithLogger(zap.New(zapcore.NewCore(
-				zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "m"}), lineWriter(func(line string) { log(side, line) }), zap.DebugLevel))))
-		}
-		h, err := migrate.Wrap(l.nodes[side], opts...)
-		require.NoError(t, err)
-		t.Cleanup(func() { _ = h.Close() })
-		l.hosts[side] = h
+// boot starts a side, which may have been stopped.
+func (w *lossy) boot(side int) {
+	node := w.NewNode([]string{w.ip(side, 0), w.ip(side, 1)}, unlimited(w.t))
+	opts := []migrate.Option{migrate.WithResumption()}
+	if w.plan.denies[side] {
+		opts = append(opts, migrate.WithAcceptor(func(*migrate.Stream, network.Conn) bool { return false }))
 	}
-	return l
+	if *seedFlag != 0 {
+		lines := lineWriter(func(line string) { w.logf("%s: %s", sideName(side), line) })
+		opts = append(opts, migrate.WithLogger(zap.New(zapcore.NewCore(zapcore.NewConsoleEncoder(zapcore.EncoderConfig{MessageKey: "m"}), lines, zap.DebugLevel))))
+	}
+	h, err := migrate.Wrap(node, opts...)
+	require.NoError(w.t, err)
+	w.t.Cleanup(func() { _ = h.Close() })
+	w.running.Lock()
+	defer w.running.Unlock()
+	w.nodes[side], w.hosts[side] = node, h
+}
+
+func (w *lossy) node(side int) *Node {
+	w.running.Lock()
+	defer w.running.Unlock()
+	return w.nodes[side]
+}
+
+func (w *lossy) host(side int) *migrate.Host {
+	w.running.Lock()
+	defer w.running.Unlock()
+	return w.hosts[side]
+}
+
+// restart ends a side's process and starts it again with the same key. Streams that are there
+// end; those that come later are as any other.
+func (w *lossy) restart(e lossEvent) {
+	w.mu.Lock()
+	until := time.Since(w.start) + e.last + 10*time.Second // a dial, and identify
+	for i, s := range w.plan.streams {
+		if s.at < until {
+			w.ended[i] = "a host was restarted"
+		}
+	}
+	w.mu.Unlock()
+	if e.what == endCrash {
+		for i := range 2 {
+			w.Freeze(w.ip(0, i), w.ip(1, i))
+		}
+	}
+	w.node(e.side).Stop()
+	time.Sleep(e.last)
+	w.boot(e.side)
+	for i := range w.plan.streams {
+		if w.plan.streams[i].opener != e.side {
+			w.handle(i)
+		}
+	}
+	for i := range 2 {
+		w.Thaw(w.ip(0, i), w.ip(1, i))
+	}
+	ctx, cancel := context.WithTimeout(w.t.Context(), 5*time.Second)
+	defer cancel()
+	_, err := w.node(e.side).Dial(ctx, w.node(1-e.side), Path{Transport: Transport(w.plan.via[e.path]), From: w.ip(e.side, e.path), To: w.ip(1-e.side, e.path)})
+	w.logf("dialled after the restart: %v", err)
 }
 
 func (l *lasting) ip(side, path int) string {
@@ -299,7 +359,7 @@ func (l *lasting) ip(side, path int) string {
 
 // conns are the connections of a side over a path.
 func (w *lossy) conns(side, path int) (conns []network.Conn) {
-	for _, c := range w.nodes[side].Network().ConnsToPeer(w.nodes[1-side].ID()) {
+	for _, c := range w.node(side).Network().ConnsToPeer(w.node(1-side).ID()) {
 		if strings.HasPrefix(c.RemoteMultiaddr().String(), "/ip4/"+w.ip(1-side, path)+"/") {
 			conns = append(conns, c)
 		}
@@ -355,7 +415,7 @@ func (w *lossy) inflict(e lossEvent) {
 		}
 		ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 		defer cancel()
-		err := w.hosts[e.side].Migrate(ctx, u, conns[0])
+		err := w.host(e.side).Migrate(ctx, u, conns[0])
 		w.logf("stream %d: migrated by %s: %v", e.stream, sideName(e.side), err)
 		if err == nil {
 			w.tally.add("migrations", 1)
@@ -363,18 +423,18 @@ func (w *lossy) inflict(e lossEvent) {
 	case lossDial:
 		ctx, cancel := context.WithTimeout(w.t.Context(), 5*time.Second)
 		defer cancel()
-		_, err := w.nodes[e.side].Dial(ctx, w.nodes[1-e.side], Path{Transport: Transport(w.plan.via[e.path]), From: w.ip(e.side, e.path), To: w.ip(1-e.side, e.path)})
+		_, err := w.node(e.side).Dial(ctx, w.node(1-e.side), Path{Transport: Transport(w.plan.via[e.path]), From: w.ip(e.side, e.path), To: w.ip(1-e.side, e.path)})
 		w.logf("dialled: %v", err)
 	case lossLeave:
 		if len(w.conns(e.side, 1-e.path)) == 0 {
 			return // it is for connections beside one that works
 		}
 		for _, c := range w.conns(e.side, e.path) {
-			w.hosts[e.side].Leave(c)
+			w.host(e.side).Leave(c)
 		}
 	case lossRelay:
 		if w.relay != nil {
-			_ = w.relay.Network().ClosePeer(w.nodes[e.side].ID())
+			_ = w.relay.Network().ClosePeer(w.node(e.side).ID())
 		}
 	case endStop:
 		w.mu.Lock()
@@ -382,7 +442,9 @@ func (w *lossy) inflict(e lossEvent) {
 			w.ended[i] = "a host was stopped"
 		}
 		w.mu.Unlock()
-		w.nodes[e.side].Stop()
+		w.node(e.side).Stop()
+	case endRestart, endCrash:
+		w.restart(e)
 	case endClose:
 		for _, c := range w.conns(e.side, e.path) {
 			w.mu.Lock()
@@ -547,7 +609,7 @@ func (w *lossy) finish() {
 	if !wait(15*time.Minute, func() bool { return len(w.unfinished()) == 0 }) {
 		w.failf("does not end: %s\n%s", strings.Join(w.unfinished(), "; "), stacksIn("integration/sim.(*lossy)", "portage/migrate."))
 		for side := range 2 {
-			w.nodes[side].Stop()
+			w.node(side).Stop()
 		}
 		synctest.Wait()
 		return
@@ -557,10 +619,10 @@ func (w *lossy) finish() {
 	nothing := func() bool {
 		left = ""
 		for side := range 2 {
-			if n := labelsOf(w.hosts[side]); n > 0 {
+			if n := labelsOf(w.host(side)); n > 0 {
 				left += fmt.Sprintf("%s: %d peers in the table of labels\n", sideName(side), n)
 			}
-			if n := resumerOf(w.hosts[side]); n > 0 {
+			if n := resumerOf(w.host(side)); n > 0 {
 				left += fmt.Sprintf("%s: %d peers with resumable streams\n", sideName(side), n)
 			}
 		}
@@ -574,14 +636,14 @@ func (w *lossy) finish() {
 		w.failf("remains: goroutines\n%s", stacks)
 	}
 	for side := range 2 {
-		for _, p := range w.nodes[side].Network().Peers() {
-			_ = w.nodes[side].Network().ClosePeer(p)
+		for _, p := range w.node(side).Network().Peers() {
+			_ = w.node(side).Network().ClosePeer(p)
 		}
 	}
 	empty := func() bool {
 		left = ""
 		for side := range 2 {
-			_ = w.nodes[side].Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
+			_ = w.node(side).Network().ResourceManager().ViewSystem(func(s network.ResourceScope) error {
 				if stat := s.Stat(); stat != (network.ScopeStat{}) {
 					left += fmt.Sprintf("%s: %+v\n", sideName(side), stat)
 				}
