@@ -5,8 +5,10 @@ import (
 	"cmp"
 	"context"
 	"flag"
+	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -16,6 +18,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/go-portage/portage/integration/apps/moving"
 	"github.com/go-portage/portage/internal/hosttest"
 )
 
@@ -26,10 +29,12 @@ var all = flag.Bool("all", false, "run the tests of other projects' suites that 
 // second connection to each peer again and again.
 type suite struct {
 	module  string
-	times   int // that all are run; 0: once
+	folder  string // of the package in the module; none: the module's own package
+	times   int    // that all are run; 0: once
 	patches []patch
 	long    []string // tests that are left out without -all: together they take most of the time
-	never   []string // tests that fail on doubled hosts without Portage, too, or when a machine is busy
+	still   []string // tests that count connections, or say which there are: they run with Portage, but get no second one
+	never   []string // tests that fail on plain hosts, too
 	pass    int      // how many tests pass at least
 	moved   int      // how many streams move at least
 }
@@ -73,11 +78,13 @@ func TestSuiteOfKadDHT(t *testing.T) {
 			{"dht_test.go", "\tbhost \"github.com/libp2p/go-libp2p/p2p/host/basic\"\n", "\tbhost \"github.com/libp2p/go-libp2p/p2p/host/basic\"\n" + movingImport, 1},
 		},
 		long: []string{"TestProvidesMany", "TestFindPeerQueryMinimal", "TestOptimisticProvide"},
-		never: []string{
-			"TestBootstrappersReplacable", // a peer that is identified again comes back into the table
-			"TestClientModeFindPeer",      // it asks a server that may not have identified the client yet
-		},
-		pass:  74,
+		// Each connection has a peer identified again, and so put into the table again: with a
+		// second one 51 of 52 runs fail on plain hosts, too, and without it none with Portage.
+		still: []string{"TestBootstrappersReplacable"},
+		// It asks a server for a client that the server may not have identified yet: on plain
+		// hosts 5 of 1310 runs fail, with Portage 3 of 1310.
+		never: []string{"TestClientModeFindPeer"},
+		pass:  75,
 		moved: 200,
 	})
 }
@@ -105,14 +112,15 @@ func run(t *testing.T, s suite) {
 	there := filepath.Join(dir, "module")
 	require.NoError(t, os.CopyFS(there, os.DirFS(source)))
 	for _, p := range s.patches {
-		name := filepath.Join(there, p.file)
+		name := filepath.Join(there, s.folder, p.file)
 		text, err := os.ReadFile(name)
 		require.NoError(t, err)
 		require.Equal(t, p.times, strings.Count(string(text), p.old), "%s has %q as often", p.file, p.old)
 		require.NoError(t, os.WriteFile(name, []byte(strings.ReplaceAll(string(text), p.old, p.new)), 0o600))
 	}
 
-	// The copy takes the module's place. What it imports is found as for this module.
+	// The copy takes the module's place. What it imports is found as for this module. Without
+	// paths, what has been compiled of one copy serves for the next one.
 	mod := filepath.Join(dir, "go.mod")
 	for _, name := range []string{"go.mod", "go.sum"} {
 		text, err := os.ReadFile(name)
@@ -121,38 +129,66 @@ func run(t *testing.T, s suite) {
 	}
 	command(t, ctx, "", "go", "mod", "edit", "-replace", s.module+"="+there, mod)
 	program := filepath.Join(dir, "suite.test")
-	command(t, ctx, "", "go", "test", "-modfile="+mod, "-vet=off", "-c", "-o", program, s.module)
+	command(t, ctx, "", "go", "test", "-modfile="+mod, "-trimpath", "-vet=off", "-c", "-o", program, path.Join(s.module, s.folder))
 
+	var r results
+	start := func(still bool, args ...string) {
+		args = append(args, "-test.v", "-test.timeout=10m", "-test.count="+strconv.Itoa(max(s.times, 1)))
+		if !*all {
+			args = append(args, "-test.short")
+		}
+		cmd := exec.CommandContext(ctx, program, args...)
+		cmd.Dir = filepath.Join(there, s.folder)
+		cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%t", moving.Still, still))
+		r.run(t, cmd)
+	}
 	without := slices.Clone(s.never)
-	args := []string{"-test.v", "-test.timeout=10m", "-test.count=" + strconv.Itoa(max(s.times, 1))}
 	if !*all {
 		without = append(without, s.long...)
-		args = append(args, "-test.short")
 	}
-	if len(without) > 0 {
-		args = append(args, "-test.skip=^("+strings.Join(without, "|")+")$")
-	}
-	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Dir = there
-	out, failed := cmd.CombinedOutput()
-
-	// Tests of the suite stand at the beginning of a line; those within tests do not.
-	results := make(map[string][]string)
-	for _, m := range regexp.MustCompile(`(?m)^--- (PASS|FAIL|SKIP): (\S+)`).FindAllStringSubmatch(string(out), -1) {
-		results[m[1]] = append(results[m[1]], m[2])
-	}
-	moved, closed := 0, 0
-	for _, m := range regexp.MustCompile(`portage: (\d+) migrations, (\d+) connections closed`).FindAllStringSubmatch(string(out), -1) {
-		moved, closed = moved+number(m[1]), closed+number(m[2])
+	start(false, "-test.skip="+names(slices.Concat(without, s.still)))
+	if len(s.still) > 0 {
+		start(true, "-test.run="+names(s.still), "-test.skip="+names(without))
 	}
 	t.Logf("%d tests passed, %d skipped themselves, %d left out; %d migrations, %d connections closed",
-		len(results["PASS"]), len(results["SKIP"]), len(without), moved, closed)
-	if failed != nil || len(results["FAIL"]) > 0 {
-		t.Errorf("%s: %v\n%s", strings.Join(results["FAIL"], ", "), failed, about(out, results["FAIL"]))
+		r.tests["PASS"], r.tests["SKIP"], len(without), r.moved, r.closed)
+	require.GreaterOrEqual(t, r.tests["PASS"], s.pass, "tests that pass")
+	require.GreaterOrEqual(t, r.moved, s.moved, "streams that have moved")
+	if s.moved > 0 {
+		require.Positive(t, r.closed, "connections were closed")
 	}
-	require.GreaterOrEqual(t, len(results["PASS"]), s.pass, "tests that pass")
-	require.GreaterOrEqual(t, moved, s.moved, "streams that have moved")
-	require.Positive(t, closed, "connections were closed")
+}
+
+// names is a pattern of the tests, for the flags of go test.
+func names(tests []string) string { return "^(" + strings.Join(tests, "|") + ")$" }
+
+// results is what runs of a suite come to.
+type results struct {
+	tests         map[string]int // of the suite, by how they ended
+	moved, closed int            // streams, and connections
+}
+
+// run runs a suite's program, and reports the tests that fail.
+func (r *results) run(t *testing.T, cmd *exec.Cmd) {
+	t.Helper()
+	out, failed := cmd.CombinedOutput()
+	if r.tests == nil {
+		r.tests = make(map[string]int)
+	}
+	// Tests of the suite stand at the beginning of a line; those within tests do not.
+	var failures []string
+	for _, m := range regexp.MustCompile(`(?m)^--- (PASS|FAIL|SKIP): (\S+)`).FindAllStringSubmatch(string(out), -1) {
+		r.tests[m[1]]++
+		if m[1] == "FAIL" {
+			failures = append(failures, m[2])
+		}
+	}
+	for _, m := range regexp.MustCompile(`portage: (\d+) migrations, (\d+) connections closed`).FindAllStringSubmatch(string(out), -1) {
+		r.moved, r.closed = r.moved+number(m[1]), r.closed+number(m[2])
+	}
+	if failed != nil || len(failures) > 0 {
+		t.Errorf("%s: %v\n%s", strings.Join(failures, ", "), failed, about(out, failures))
+	}
 }
 
 // about is what tests have said, or the end of everything where none has failed.

@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,6 +31,10 @@ import (
 	"github.com/go-portage/portage/migrate"
 	"github.com/go-portage/portage/policy"
 )
+
+// Still is an environment variable: where it is true, hosts of suites have Portage, but get no
+// second connection.
+const Still = "PORTAGE_STILL"
 
 // Options has everything happen at once, and the newest connection win. Each stream that
 // has moved is counted, at the end that has moved it.
@@ -89,6 +95,9 @@ func newSuite(t testing.TB, pause time.Duration, dials chan struct{}) *suite {
 // double gives h a second connection to each peer that it has one to, again and again. Of
 // two hosts one does it.
 func (s *suite) double(h host.Host) {
+	if still, _ := strconv.ParseBool(os.Getenv(Still)); still {
+		return
+	}
 	d := hosttest.NewDoubler(s.t, h)
 	var mu sync.Mutex
 	busy := make(map[peer.ID]bool)
@@ -207,6 +216,9 @@ func (h *Host) Start() { h.basic.Start() }
 // NewHost stands in the place of bhost.NewHost, in suites.
 func NewHost(t testing.TB, n *swarm.Swarm, opts *bhost.HostOpts) (*Host, error) {
 	s := newSuite(t, 50*time.Millisecond, realDials)
+	if opts == nil {
+		opts = new(bhost.HostOpts)
+	}
 	m, err := connmgr.New(opts.ConnManager, Options(&s.migrations)...)
 	if err != nil {
 		return nil, err
