@@ -359,7 +359,7 @@ func (l *lasting) ip(side, path int) string {
 
 // conns are the connections of a side over a path.
 func (w *lossy) conns(side, path int) (conns []network.Conn) {
-	for _, c := range w.node(side).Network().ConnsToPeer(w.node(1-side).ID()) {
+	for _, c := range w.node(side).Network().ConnsToPeer(w.node(1 - side).ID()) {
 		if strings.HasPrefix(c.RemoteMultiaddr().String(), "/ip4/"+w.ip(1-side, path)+"/") {
 			conns = append(conns, c)
 		}
