@@ -72,7 +72,7 @@ type connFacts struct {
 	candidate policy.Candidate
 	opened    time.Time
 	exempt    string    // why it is left alone; empty: it is not
-	ends      time.Time // when its relay cuts it; zero: not known
+	ends      time.Time // when its relay cuts it; zero: not known, or it has no limit
 	spent     bool      // most of the data that its relay allows has been carried
 	path      path
 	closing   bool      // this side is closing it
@@ -101,7 +101,7 @@ func (c *connFacts) id() string      { return c.candidate.ID }
 func (c *connFacts) limited() bool   { return c.candidate.Limited }
 func (c *connFacts) unlimited() bool { return !c.candidate.Limited }
 
-// ending says whether the relay is about to cut it.
+// ending says whether its relay, which limits it, is about to cut it.
 func (c *connFacts) ending(now time.Time) bool {
 	return c.spent || !c.ends.IsZero() && c.ends.Sub(now) < endingSoon
 }
@@ -258,7 +258,7 @@ func (pl *planner) decide() {
 	}
 	pl.decided = true
 	w := &f.conns[pl.winner]
-	pl.steer = w.path.alive() && (w.unlimited() || !slices.ContainsFunc(f.conns, pl.outranks))
+	pl.steer = w.unlimited() || !slices.ContainsFunc(f.conns, pl.outranks)
 	pl.tell = pl.role.moves && f.wrapped && pl.manages == yes && w.told.due(f.now)
 	pl.room = w.room
 	pl.stands = pl.standby(w)
@@ -296,7 +296,7 @@ func (pl *planner) take() {
 		c := &f.conns[i]
 		pl.at[c.id()] = i
 		pl.oldest, pl.newest = earlier(pl.oldest, c.opened), later(pl.newest, c.opened)
-		if !c.closing && c.path.health != pathSilent && !(c.limited() && c.ending(f.now)) {
+		if !c.closing && c.path.health != pathSilent && !c.ending(f.now) {
 			pl.steady++
 		}
 	}
@@ -415,7 +415,7 @@ func (pl *planner) roleOf() role {
 	f := pl.f
 	var r role
 	switch {
-	case f.wrapped && f.lower, !f.wrapped && f.lower && pl.manages != yes:
+	case f.lower && (f.wrapped || pl.manages != yes):
 		r.decides, r.reason = true, "it has the lower peer ID"
 	case f.wrapped && pl.manages == no:
 		r.decides, r.reason = true, "the peer runs no manager"
@@ -481,7 +481,7 @@ func (pl *planner) askPaths() {
 func (pl *planner) dueProbe(c *connFacts) time.Time {
 	f := pl.f
 	switch p := c.path; {
-	case p.asked.IsZero() || p.asked.Before(pl.newest):
+	case p.asked.Before(pl.newest):
 		return f.now // not since the last one came
 	case p.health != pathAlive:
 		return p.asked.Add(reprobe(p.tries, pl.cfg.probeTime))
@@ -581,7 +581,7 @@ func (pl *planner) ruledOut(c *connFacts) ruling {
 		return ruling{"the peer wants to close it", ReasonPeerCloses}
 	case c.path.health == pathSilent:
 		return ruling{"it does not answer", ReasonSilent}
-	case c.limited() && c.ending(pl.f.now) && pl.steady > 0:
+	case c.ending(pl.f.now) && pl.steady > 0:
 		return ruling{"its relay is about to cut it", ReasonEnding}
 	}
 	return ruling{reason: ReasonUndecided}
@@ -691,13 +691,11 @@ func (pl *planner) check(r policy.Ranking) error {
 
 // present returns the order in which to consider connections: as ranked, except that a
 // follower considers first the one that the peer has named, and that the winner so far comes
-// first until a better one has stayed better for a while.
+// first until a better one has stayed better for a while. The one that comes first is there
+// twice, then.
 func (pl *planner) present(order []*connFacts) []*connFacts {
 	f := pl.f
-	first := func(c *connFacts) []*connFacts {
-		rest := slices.DeleteFunc(slices.Clone(order), func(o *connFacts) bool { return o == c })
-		return append([]*connFacts{c}, rest...)
-	}
+	first := func(c *connFacts) []*connFacts { return append([]*connFacts{c}, order...) }
 	if !pl.role.moves {
 		if i := slices.IndexFunc(order, func(c *connFacts) bool { return c.named }); i >= 0 {
 			pl.better, pl.since = "", time.Time{}
@@ -736,7 +734,7 @@ func (pl *planner) settles(best, order []*connFacts) (time.Time, string) {
 			unlimited++
 		}
 	}
-	if slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.limited() && c.ending(f.now) && !c.closing }) {
+	if slices.ContainsFunc(f.conns, func(c connFacts) bool { return c.ending(f.now) && !c.closing }) {
 		return f.now, ""
 	}
 	// One that the peer wants to lose is none of order, and yet all streams may be on it.
@@ -794,7 +792,7 @@ func (pl *planner) proved(order []*connFacts) []*connFacts {
 			others--
 		}
 		at, deaths := pl.proves(c, others)
-		if deaths == 0 || !at.After(pl.f.now) {
+		if !at.After(pl.f.now) {
 			return false
 		}
 		pl.look(at)
@@ -912,25 +910,24 @@ func (pl *planner) judge(i int, w *connFacts) verdict {
 	}
 	switch {
 	case l.closing:
-		v.fate, v.reason, v.why = fateKeep, ReasonClosing, "it is being closed"
 		return v
 	case l.exempt != "":
 		return keep(ReasonExempt, l.exempt)
 	case l.unlimited() && w.limited():
 		return better("it is unlimited, and the winner is not")
-	case l.limited() && w.limited() && !l.ending(f.now):
+	case w.limited() && !l.ending(f.now):
 		v.until = l.ends
 		return keep(ReasonLimited, "its relay limits it, as the winner")
 	}
 	v.move = pl.moves(l, w)
-	if at := pl.movesAt(l, w); at.After(f.now) && l.own+l.theirs > 0 {
+	if at := pl.movesAt(l, w); at.After(f.now) {
 		pl.look(at)
 	}
-	if l.limited() && w.limited() {
+	if w.limited() {
 		v.fate, v.reason, v.why = fateWait, ReasonEnding, "its relay is about to cut it"
 		return v
 	}
-	if l.unlimited() && w.candidate.Relayed && !l.candidate.Relayed {
+	if w.candidate.Relayed && !l.candidate.Relayed {
 		return better("it is direct, and the winner is not")
 	}
 	v.fate = fateWait
@@ -939,7 +936,7 @@ func (pl *planner) judge(i int, w *connFacts) verdict {
 	}
 	if movable := l.own + l.theirs + l.retries; movable > 0 && pl.role.moves {
 		v.reason, v.why = ReasonMoving, streams(movable)+" to move"
-		if l.retries > 0 && l.own+l.theirs == 0 {
+		if l.own+l.theirs == 0 {
 			v.reason, v.until = ReasonBackingOff, l.retryAt
 			v.why = fmt.Sprintf("%s failed to move, next attempt in %s", streams(l.retries), inWords(l.retryAt.Sub(f.now)))
 		}
@@ -1013,7 +1010,7 @@ func (pl *planner) pinnedOn(l *connFacts) string {
 // moves after a while.
 func (pl *planner) moves(l, w *connFacts) moves {
 	f := pl.f
-	if !f.migrates || !w.path.alive() || pl.movesAt(l, w).After(f.now) || l.own+l.theirs == 0 {
+	if !f.migrates || pl.movesAt(l, w).After(f.now) || l.own+l.theirs == 0 {
 		return moveNone
 	}
 	if l.unlimited() && l.path.health != pathSilent && f.now.Sub(w.path.at) > freshFor {
@@ -1033,7 +1030,7 @@ func (pl *planner) moves(l, w *connFacts) moves {
 			pl.look(w.told.until)
 		}
 		return moveOwn
-	case w.named, l.limited() && w.unlimited() && pl.onlyUnlimited(w):
+	case w.named, w.unlimited() && pl.unlimited == 1:
 		return moveOwn // there is no other choice
 	}
 	return moveNone
@@ -1049,11 +1046,6 @@ func (pl *planner) movesAt(l, w *connFacts) time.Time {
 	return w.livesSince().Add(pl.cfg.proof(true, pl.f.deaths[kindOf(w.candidate)]))
 }
 
-// onlyUnlimited says whether all connections but w are limited.
-func (pl *planner) onlyUnlimited(w *connFacts) bool {
-	return pl.unlimited == 0 || pl.unlimited == 1 && w.unlimited()
-}
-
 // mayGo says whether l can be closed now, or what is in the way.
 //
 //	the peer runs a manager   both have done with it: asked, quiet, and asked again after
@@ -1064,10 +1056,11 @@ func (pl *planner) onlyUnlimited(w *connFacts) bool {
 func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 	f := pl.f
 	reason, quietFor := pl.busyWith(l)
-	if quietFor == "" {
+	busy := quietFor != ""
+	if !busy {
 		reason, quietFor = ReasonQuiet, "quiet for "+inWords(f.now.Sub(l.quiet))
 	}
-	if pl.cfg.standby && l.unlimited() && l == pl.stands {
+	if pl.cfg.standby && l == pl.stands {
 		v.fate, v.reason, v.why, v.kept = fateKeep, ReasonStandby, "kept: it stands by", "it stands by"
 		return v
 	}
@@ -1089,22 +1082,23 @@ func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 			quiet += pl.cfg.takeover
 		}
 	}
-	isQuiet := !l.quiet.IsZero() && f.now.Sub(l.quiet) >= quiet && l.moving == 0 && l.candidate.Streams == 0
-	ready := later(l.quiet.Add(quiet), pl.provenAt(l, w))
+	isQuiet := !busy && f.now.Sub(l.quiet) >= quiet
+	proven := pl.provenAt(l, w)
+	ready := later(l.quiet.Add(quiet), proven)
 	if !l.quiet.IsZero() {
 		pl.look(later(ready, f.now.Add(pl.gap(quiet))))
 		v.until = ready
 	}
-	proven := !f.now.Before(pl.provenAt(l, w)) && !w.path.at.Before(pl.provenAt(l, w))
 	v.reason, v.why = reason, quietFor
 	switch {
-	case l.candidate.Streams > 0 || l.quiet.IsZero() || l.moving > 0:
+	case busy:
 	case !isQuiet:
 		v.why += " of " + inWords(quiet) + ", then closed"
-	case !proven && f.now.Before(pl.provenAt(l, w)):
+	case f.now.Before(proven):
 		v.reason = ReasonProving
-		v.why += "; closed when the winner has proved itself, in " + inWords(pl.provenAt(l, w).Sub(f.now))
-	case !proven:
+		v.why += "; closed when the winner has proved itself, in " + inWords(proven.Sub(f.now))
+		isQuiet = false
+	case w.path.at.Before(proven):
 		v.reason = ReasonProving
 		v.why += "; the winner is asked once more"
 		pl.probeWinner(w)
@@ -1112,8 +1106,7 @@ func (pl *planner) mayGo(v verdict, l, w *connFacts) verdict {
 	default:
 		v.why += ", closed next"
 	}
-	isQuiet = isQuiet && proven
-	if w.pledged && !w.named || w.closing {
+	if w.pledged && !w.named {
 		v.reason, v.why = ReasonPeerCloses, "the peer may close the winner"
 		return v
 	}
@@ -1132,7 +1125,7 @@ func (pl *planner) provenAt(l, w *connFacts) time.Time {
 	}
 	others := pl.usable
 	for _, c := range []*connFacts{l, w} {
-		if c.unlimited() && pl.ranks(c) {
+		if pl.ranks(c) {
 			others--
 		}
 	}
@@ -1246,7 +1239,7 @@ func (pl *planner) drain(v verdict, l, w *connFacts, isQuiet bool) verdict {
 		case renew:
 			v.fate = fateAsk
 		case !isQuiet:
-		case w.path.alive() && w.path.at.After(d.at):
+		case w.path.at.After(d.at):
 			v.fate = fateConfirm
 		default:
 			pl.probeWinner(w)
@@ -1374,7 +1367,7 @@ func upgradeOf(cfg *config, f *facts) upgrade {
 		said = fmt.Sprintf("last attempt %s ago: %s", inWords(f.now.Sub(u.ended)), briefly(u.err))
 	}
 	news := u.changed.After(u.started)
-	recently := !u.used.IsZero() && f.now.Sub(u.used) < upgradeUsed
+	recently := f.now.Sub(u.used) < upgradeUsed
 	switch {
 	case f.exempt != "":
 		up.why = "no direct connection, and none is asked for: " + f.exempt
@@ -1382,11 +1375,11 @@ func upgradeOf(cfg *config, f *facts) upgrade {
 	case !up.busy && u.wanted == "" && !recently:
 		up.why = "no direct connection, and none is asked for: nothing uses the peer"
 		return up
-	case u.err != nil && hopeless(u.err) && !news:
+	case hopeless(u.err) && !news:
 		up.why = "no direct connection: " + said + "; asked for again when something has changed"
 		return up
 	}
-	soon := up.busy || recently && f.now.Sub(u.used) < upgradeBusyFor
+	soon := up.busy || f.now.Sub(u.used) < upgradeBusyFor
 	limit, first := cfg.upgradeIdle, later(youngest.Add(cfg.upgradeFirst), u.since.Add(upgradeNews))
 	seldom := out && !f.lower && f.manages != no
 	switch {

@@ -60,6 +60,9 @@ func anyFacts(r *rand.Rand) *facts {
 			c.path = path{health: pathAlive, at: ago(time.Millisecond), since: c.opened, asked: ago(time.Millisecond), wide: true}
 		}
 		c.spent, c.closing, c.pledged, c.named = rarely(), rarely(), rarely(), rarely()
+		if c.unlimited() {
+			c.ends, c.spent = time.Time{}, false
+		}
 		if r.IntN(2) == 0 {
 			c.own, c.theirs, c.retries, c.moving, c.candidate.Pinned = few(), few(), few(), few(), few()
 		}
