@@ -724,7 +724,7 @@ func (pl *planner) present(order []*connFacts) []*connFacts {
 // does not wait.
 func (pl *planner) settles(best, order []*connFacts) (time.Time, string) {
 	f := pl.f
-	if f.firstOf.IsZero() || f.atOnce {
+	if f.atOnce {
 		return f.now, ""
 	}
 	delay, why := pl.cfg.settleDelay, ""
@@ -1197,8 +1197,8 @@ func (pl *planner) idle(v verdict, l, w *connFacts, isQuiet bool) verdict {
 func (pl *planner) drain(v verdict, l, w *connFacts, isQuiet bool) verdict {
 	f := pl.f
 	d := l.drain
-	renew := !d.at.IsZero() && !f.now.Before(d.at.Add(d.lease/3))
-	waits := func(r Reason) { // unless what it carries is in the way, too
+	renew := !f.now.Before(d.at.Add(d.lease / 3)) // of what it has answered
+	waits := func(r Reason) {                     // unless what it carries is in the way, too
 		if v.reason == ReasonQuiet {
 			v.reason = r
 		}

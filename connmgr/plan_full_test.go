@@ -408,6 +408,36 @@ quic: keep, kept: kept`},
 			want: `consolidating; tells; steers to quic; next look in 5s
 tcp: ask, pinned: kept until 2 streams that cannot move have ended (quic over tcp by transport)
 quic: keep, kept: kept`},
+		{name: "failed to move, and no room", facts: between(tcpConn(retries(2, 3*time.Second)), quicConn(room(0))),
+			want: `2 streams failed to move, next attempt in 3 s; tells; steers to quic; next look in 3s
+tcp: ask, backing off: 2 streams failed to move, next attempt in 3 s (quic over tcp by transport) until 3s
+quic: keep, kept: kept`},
+		{name: "pinned, by what", facts: between(tcpConn(pins(1), func(c *connFacts) { c.pinned = "/a/1.0.0" }), quicConn()),
+			want: `consolidating; tells; steers to quic; next look in 5s
+tcp: ask, pinned: kept until 1 stream that cannot move (/a/1.0.0) has ended (quic over tcp by transport)
+quic: keep, kept: kept`},
+		{name: "pinned, the peer migrates nothing", facts: between(tcpConn(pins(2)), quicConn()).with(plainPeer),
+			want: `consolidating; steers to quic; next look in 5s
+tcp: wait, pinned: kept until 2 streams that cannot move, since the peer does not migrate streams, have ended (quic over tcp by transport)
+quic: keep, kept: kept`},
+		{name: "pinned, a bare manager", facts: between(tcpConn(pins(2)), quicConn()).with(bareManager),
+			want: `consolidating; steers to quic; next look in 5s
+tcp: wait, pinned: kept until 2 streams that cannot move, since this host is not wrapped, have ended (quic over tcp by transport)
+quic: keep, kept: kept`},
+		{name: "ranked first, and kept beside a relay", facts: between(quicConn(), relayConn()).with(winner("relay")),
+			want: `another connection ranks first now, and wins if it still does in 10 s; tells; steers to relay; better is quic since 0s; next look in 5s
+quic: keep, better: kept: it is direct, and the winner is not
+relay: keep, kept: kept`},
+		{name: "the decisions are those of now", facts: between(quicConn(), tcpConn()).with(winner("quic")).with(func(f *facts) {
+			f.ranking = policy.Chain(policy.MoreStreams()).Rank([]policy.Candidate{f.conns[0].candidate, f.conns[1].candidate})
+		}),
+			want: `consolidating; tells; steers to quic; next look in 400ms
+quic: keep, kept: kept
+tcp: ask, quiet: quiet for 30 s, closed next (quic over tcp by transport) until -28s`},
+		{name: "a TCP connection that has carried what is large", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(9*time.Second), pins(1), used(8*time.Second))),
+			want: `consolidating; tells; steers to quic; next look in 4.999s
+quic: keep, kept: kept
+tcp: ask, pinned: kept until 1 stream that cannot move has ended (quic over tcp by transport)`},
 		{name: "follower", facts: between(tcpConn(carries(2, 1)), quicConn()).with(follower),
 			want: `following, takes over in 9 s if nothing happens; steers to quic; next look in 5s
 tcp: wait, peer decides: 3 streams to move, once the peer says where to (quic over tcp by transport)

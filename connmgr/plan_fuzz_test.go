@@ -72,6 +72,9 @@ func anyFacts(r *rand.Rand) *facts {
 		c.room = r.IntN(5) - 1
 		c.drain = drain{phase: drainPhase(r.IntN(7)), since: someTime(), sent: someTime(), at: someTime(), until: someTime(),
 			lease: shortLease, asks: few(), failures: few()}
+		if p := c.drain.phase; p >= drainBusy && p <= drainConfirmed && c.drain.at.IsZero() { // these are answers
+			c.drain.at = noon
+		}
 		c.serves, c.lacks, c.instance = rarely(), rarely(), uint64(few())
 		c.told = telling{phase: tellPhase(r.IntN(4)), until: someTime()}
 		c.same = sameness(r.IntN(4))

@@ -2,6 +2,7 @@ package connmgr
 
 import (
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -50,9 +51,12 @@ func silent(c *connFacts) {
 	c.path = path{health: pathSilent, asked: ago(3 * time.Second), tries: 1}
 }
 func notAsked(c *connFacts) { c.path = path{} }
-func asking(c *connFacts)   { c.path = path{asking: true, asked: ago(time.Second)} }
+func asked(before time.Duration) func(*connFacts) {
+	return func(c *connFacts) { c.path = path{asking: true, asked: ago(before)} }
+}
+func asking(c *connFacts) { c.path = path{asking: true, asked: ago(time.Second)} }
 func notToBeAsked(c *connFacts) {
-	c.path = path{health: pathUnknown, asked: ago(3 * time.Second), tries: 1}
+	c.path = path{health: pathUnknown, at: ago(4 * time.Second), asked: ago(3 * time.Second), tries: 1, wide: true}
 }
 func narrow(c *connFacts) { c.path.wide = false }
 func named(c *connFacts)  { c.named = true }
@@ -152,6 +156,8 @@ type want struct {
 	why    map[string]string // a part of it
 	state  string            // a part of it
 	next   time.Duration     // the next look is at the latest then
+
+	notBefore time.Duration // and not before
 }
 
 var (
@@ -223,12 +229,23 @@ func TestPlan(t *testing.T) {
 		{name: "a follower moves its own at once, too, since nobody can think otherwise",
 			facts: between(limitedConn(carries(1, 1)), quicConn(opened(110*time.Millisecond))).with(settling(110 * time.Millisecond)).with(follower),
 			want:  want{winner: "quic", moves: map[string]moves{"limited": moveOwn}, tell: isNotSo}},
+		{name: "but from one limited one to another only when the peer says so",
+			facts: between(limitedConn(carries(1, 1), ends(time.Second)), secondRelay(), quicConn(func(c *connFacts) { c.closing = true })).with(follower),
+			want:  want{winner: "limited2", moves: map[string]moves{"limited": moveNone}}},
 		{name: "two direct ones settle for as long as ever",
 			facts: between(limitedConn(carries(1, 1)), quicConn(opened(110*time.Millisecond)), tcpConn(opened(110*time.Millisecond))).with(settling(110 * time.Millisecond)),
+			want:  want{state: "settling for another 890 ms"}},
+		{name: "also where one of them does not answer, or is being closed",
+			facts: between(tcpConn(silent), quicConn(opened(110*time.Millisecond)), limitedConn(func(c *connFacts) { c.closing = true })).with(settling(110 * time.Millisecond)),
+			want:  want{state: "settling for another 890 ms"}},
+		{name: "and where the peer, which decides, keeps the limited one",
+			facts: between(limitedConn(named, carries(1, 1)), quicConn(opened(110*time.Millisecond))).with(settling(110 * time.Millisecond)).with(follower),
 			want:  want{state: "settling for another 890 ms"}},
 		{name: "a relay's end does not wait", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.ends = in(5 * time.Second) }),
 			quicConn(opened(time.Millisecond))).with(settling(time.Millisecond)),
 			want: want{winner: "quic", moves: map[string]moves{"limited": moveOwn}}},
+		{name: "unless it is being closed anyway", facts: between(limitedConn(func(c *connFacts) { c.ends, c.closing = in(5*time.Second), true }), quicConn(opened(time.Millisecond)), tcpConn()).with(settling(time.Millisecond)),
+			want: want{winner: "-", state: "settling for another 999 ms"}},
 
 		// Paths.
 		{name: "all are asked when one has come", facts: between(quicConn(notAsked), tcpConn(notAsked, carries(1, 0))),
@@ -248,6 +265,13 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", moves: map[string]moves{"quic": moveNone}, fates: fates{"quic": fateKeep}}},
 		{name: "but to a newer direct one that works", facts: between(quicConn(notToBeAsked, carries(8, 0), opened(time.Hour)), tcpConn()),
 			want: want{winner: "tcp", moves: map[string]moves{"quic": moveOwn}}},
+		{name: "an unlimited relay that could not be asked loses to no limited one", facts: between(relayConn(notToBeAsked, opened(time.Hour)), limitedConn()),
+			want: want{winner: "-", state: "not known"}},
+		{name: "but to a newer unlimited one", facts: between(aConn("old", relayAddr, notToBeAsked, carries(1, 0), opened(time.Hour)), relayConn()),
+			want: want{winner: "relay"}},
+		{name: "a limited one that could not be asked loses to a newer one, where there has to be a choice",
+			facts: between(limitedConn(ends(5*time.Second)), aConn("old", relayAddr, limited, notToBeAsked, carries(1, 0), opened(time.Hour)), secondRelay()),
+			want:  want{winner: "limited2"}},
 		{name: "a path that swallows what is large is none", facts: between(relayConn(opened(time.Hour), carries(3, 0)), quicConn(narrow)),
 			want: want{winner: "-", moves: map[string]moves{"relay": moveNone}}},
 		{name: "the oldest has carried what there was", facts: between(quicConn(narrow, opened(time.Hour)), tcpConn()),
@@ -256,6 +280,10 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", state: "no connection answers", fates: fates{"quic": fateKeep, "tcp": fateKeep}, steer: isNotSo}},
 		{name: "one that the peer wants to close is better than one that does not answer", facts: between(quicConn(silent, carries(1, 1)), tcpConn(pledged)).with(follower),
 			want: want{winner: "tcp", steer: isSo}},
+		{name: "or one that is being closed, or that its relay is about to cut", facts: between(quicConn(pledged, func(c *connFacts) { c.closing = true }), aConn("old", quicAddr, pledged, silent), limitedConn(ends(time.Second)), tcpConn(pledged)),
+			want: want{winner: "tcp", why: map[string]string{"quic": "being closed", "old": "the peer wants to close it", "limited": "about to cut it"}}},
+		{name: "one that the peer wants to close, and keeps all the same, is as good as any", facts: between(quicConn(pledged, named), tcpConn(drains(drainConfirmed, 0))),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
 		{name: "what is used is asked again soon", facts: between(quicConn(pins(1), func(c *connFacts) {
 			c.path.at, c.path.asked, c.used = ago(2*time.Second), ago(2*time.Second), ago(time.Second)
 		}), tcpConn(pins(1))).with(winner("quic")),
@@ -278,8 +306,16 @@ func TestPlan(t *testing.T) {
 			want: want{moves: map[string]moves{"limited": moveAll}}},
 		{name: "a peer that only migrates moves nothing", facts: between(limitedConn(carries(2, 3)), quicConn()).with(func(f *facts) { f.manages = no }),
 			want: want{moves: map[string]moves{"limited": moveAll}, tell: isNotSo}},
+		{name: "one of which nothing is known cannot be told, and is not waited for in a takeover", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower).with(func(f *facts) { f.manages, f.takeover.progress = unknown, ago(defaultTakeover) }),
+			want: want{winner: "quic", tell: isNotSo, moves: map[string]moves{"tcp": moveAll}}},
+		{name: "what the peer has to move does not hurry a side that has moved its own", facts: between(limitedConn(carries(2, 0)), quicConn(told(kept))),
+			want: want{moves: map[string]moves{"limited": moveOwn}, notBefore: time.Second}},
 		{name: "a follower moves its own to the connection that the peer names", facts: between(tcpConn(named, told(telling{})), quicConn(carries(2, 2))).with(follower),
 			want: want{winner: "tcp", moves: map[string]moves{"quic": moveOwn}}},
+		{name: "no more than that after a takeover, until the next one", facts: between(tcpConn(named, told(kept)), quicConn(carries(2, 2))).with(follower).with(func(f *facts) { f.takeover.times = 1 }),
+			want: want{winner: "tcp", moves: map[string]moves{"quic": moveOwn}}},
+		{name: "the one that decides does not follow", facts: between(quicConn(), tcpConn(named, carries(1, 1))),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveOwn}}},
 		{name: "and nothing before", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower),
 			want: want{winner: "quic", moves: map[string]moves{"tcp": moveNone}, fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "stream"}}},
 		{name: "a follower takes over", facts: between(tcpConn(carries(1, 1)), quicConn()).with(follower).with(func(f *facts) { f.takeover.progress = ago(defaultTakeover) }),
@@ -305,6 +341,8 @@ func TestPlan(t *testing.T) {
 			want: want{fates: fates{"tcp": fateClose}}},
 		{name: "a bare manager leaves it to a peer that runs one", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour))).with(bareManager).with(func(f *facts) { f.manages = yes }),
 			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "the peer decides"}}},
+		{name: "unless it is told to, and then it asks nobody", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour))).with(bareManager).with(func(f *facts) { f.manages, f.forced = yes, true }),
+			want: want{tell: isNotSo, fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "quiet for 30 s of 1 m 0 s"}}},
 		{name: "and to a lower one that may be bare, too", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour))).with(bareManager).with(follower),
 			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "the peer decides"}}},
 		{name: "after a takeover it goes on closing, and moves nothing before the next one", facts: between(tcpConn(opened(time.Hour), quietFor(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(time.Hour))).with(follower).with(func(f *facts) { f.takeover.times = 1 }),
@@ -323,6 +361,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "quic", fates: fates{"tcp": fateKeep}, why: map[string]string{"tcp": "being closed"}}},
 		{name: "two processes are asked all the same whether they are there", facts: between(quicConn(notAsked, func(c *connFacts) { c.instance = 1 }), tcpConn(notAsked, func(c *connFacts) { c.instance = 2 })),
 			want: want{winner: "-", probes: []string{"quic", "tcp"}}},
+		{name: "two processes, however many connections the last one has", facts: between(quicConn(func(c *connFacts) { c.instance = 1 }), tcpConn(func(c *connFacts) { c.instance = 2 }), aConn("third", "/ip4/9.9.9.9/tcp/1", func(c *connFacts) { c.instance = 2 })),
+			want: want{winner: "-", state: "different processes"}},
 		{name: "one process", facts: between(quicConn(func(c *connFacts) { c.instance = 1 }), tcpConn(func(c *connFacts) { c.instance = 1 }), aConn("third", "/ip4/9.9.9.9/tcp/1")),
 			want: want{winner: "quic"}},
 
@@ -333,7 +373,7 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", probes: []string{"quic (large)"}}},
 		{name: "a TCP connection in use to a plain peer is asked nothing large: it would not survive that on a path that swallows it",
 			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
-			want:  want{winner: "-", state: "not known", probes: []string{"tcp"}}},
+			want:  want{winner: "-", state: "not known", steer: isNotSo, probes: []string{"tcp"}}},
 		{name: "nor with a stream on it", facts: between(limitedConn(opened(time.Hour)), tcpConn(narrow, pins(1), at(time.Minute, time.Minute))).with(plainPeer),
 			want: want{winner: "-", state: "not known", probes: []string{"tcp"}}},
 		{name: "nor where one was denied", facts: between(relayConn(opened(time.Hour)), tcpConn(denied(1), used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
@@ -344,21 +384,42 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", probes: []string{"tcp (large)"}}},
 		{name: "unless another one has been chosen, and works", facts: between(quicConn(opened(time.Hour)), tcpConn(narrow, quietFor(defaultPlainQuietTime), at(time.Minute, time.Minute))).with(plainPeer).with(winner("quic")),
 			want: want{winner: "quic", probes: []string{"tcp"}}},
+		{name: "which one that could not be asked is not known to do", facts: between(quicConn(notToBeAsked, opened(time.Hour)), tcpConn(narrow, quietFor(defaultPlainQuietTime), at(time.Minute, time.Minute))).with(plainPeer).with(winner("quic")),
+			want: want{winner: "-", probes: []string{"tcp (large)"}}},
+		{name: "nor can it be chosen for itself", facts: between(quicConn(opened(time.Hour)), tcpConn(narrow, quietFor(defaultPlainQuietTime), at(time.Minute, time.Minute))).with(plainPeer).with(winner("tcp")),
+			want: want{probes: []string{"tcp (large)"}}},
 		{name: "nor where another one does not answer: what is new may be lost there", facts: between(quicConn(opened(time.Hour), silent), tcpConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
 			want: want{probes: []string{"tcp (large)"}}},
+		{name: "which does not matter once that is being closed", facts: between(quicConn(opened(time.Hour), silent, func(c *connFacts) { c.closing = true }), relayConn(opened(time.Hour)), tcpConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
+			want: want{probes: []string{"tcp"}}},
 		{name: "and one of QUIC, which finds out what passes", facts: between(relayConn(opened(time.Hour)), quicConn(narrow, used(2*time.Second), at(2*time.Second, 2*time.Second))).with(plainPeer),
 			want: want{winner: "-", probes: []string{"quic (large)"}}},
 		{name: "a TCP connection in use is asked nothing large by peers that both steer, while new streams of both go elsewhere",
-			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), used(300*time.Millisecond), at(300*time.Millisecond, 300*time.Millisecond))),
-			want:  want{winner: "-", state: "not known", steer: isSo, to: "relay", probes: []string{}, next: 700 * time.Millisecond}},
+			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), quietFor(700*time.Millisecond), used(700*time.Millisecond))),
+			want:  want{winner: "-", state: "not known", steer: isSo, to: "relay", probes: []string{}, next: 300 * time.Millisecond}},
+		{name: "whether the peer runs a manager", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), pins(1))).with(func(f *facts) { f.migrates = false }),
+			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{}}},
+		{name: "or only moves streams", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), pins(1))).with(func(f *facts) { f.manages = no }),
+			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{}}},
 		{name: "but once it is not in use", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), quietFor(time.Second), used(time.Second))),
 			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
 		{name: "which a shorter quiet time says, too", cfg: testConfig(func(c *config) { c.quietTime = 50 * time.Millisecond }),
 			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), quietFor(50*time.Millisecond), used(50*time.Millisecond))),
 			want:  want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
+		{name: "and no earlier than that", cfg: testConfig(func(c *config) { c.quietTime = 50 * time.Millisecond }),
+			facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), quietFor(40*time.Millisecond), used(40*time.Millisecond))),
+			want:  want{probes: []string{}}},
 		{name: "or has been for long", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, opened(largeWithin), pins(1), used(time.Millisecond))),
 			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
 		{name: "nor where the peer, which decides, keeps it: its streams go there", facts: between(relayConn(opened(time.Hour)), tcpConn(narrow, named, opened(3*time.Second), used(time.Millisecond))).with(follower),
+			want: want{probes: []string{"tcp (large)"}}},
+		{name: "nor while another one is asked that may yet answer", facts: between(aConn("old", relayAddr, opened(time.Hour), asked(900*time.Millisecond)), relayConn(opened(time.Minute)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
+			want: want{probes: []string{}}},
+		{name: "nor for one that is being closed, limited or not", facts: between(limitedConn(func(c *connFacts) { c.closing = true }), relayConn(opened(time.Minute)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
+			want: want{probes: []string{}}},
+		{name: "but where it has not answered for a second", facts: between(aConn("old", relayAddr, opened(time.Hour), asked(1100*time.Millisecond)), relayConn(opened(time.Minute)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
+			want: want{probes: []string{"tcp (large)"}}},
+		{name: "or could not be asked", facts: between(aConn("old", relayAddr, opened(time.Hour), func(c *connFacts) { c.path = path{asked: ago(900 * time.Millisecond), tries: 1} }), relayConn(opened(time.Minute)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
 			want: want{probes: []string{"tcp (large)"}}},
 		{name: "and not where a limit is waiting", facts: between(limitedConn(opened(time.Hour)), tcpConn(narrow, opened(3*time.Second), used(time.Millisecond))),
 			want: want{winner: "-", steer: isNotSo, probes: []string{"tcp (large)"}}},
@@ -366,6 +427,12 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "-", steer: isSo, to: "relay", probes: []string{"tcp (large)"}}},
 		{name: "a relay takes no new streams beside one of QUIC, which survives the question", facts: between(relayConn(opened(time.Hour)), quicConn(narrow)),
 			want: want{winner: "-", steer: isNotSo, probes: []string{"quic (large)"}}},
+		{name: "nor beside one of TCP that could not be asked", facts: between(relayConn(opened(time.Hour)), tcpConn(notToBeAsked)),
+			want: want{winner: "-", steer: isNotSo}},
+		{name: "an answer that is long overdue is not waited for, whatever was asked", facts: between(tcpConn(opened(time.Hour)), quicConn(narrow, func(c *connFacts) { c.path.asking, c.path.asked = true, ago(defaultProbeTime) })),
+			want: want{winner: "-", state: "not known", probes: []string{}}},
+		{name: "what does not answer is asked nothing large", facts: between(tcpConn(opened(time.Hour)), quicConn(silent, func(c *connFacts) { c.path.asked = ago(lateFactor * defaultProbeTime) })),
+			want: want{winner: "tcp", probes: []string{"quic"}}},
 		{name: "the oldest is asked nothing large", facts: between(quicConn(narrow, opened(time.Hour), at(time.Minute, time.Minute)), tcpConn()),
 			want: want{probes: []string{"quic"}}},
 		{name: "what is silent is asked again after twice the time", facts: between(quicConn(silent), tcpConn(opened(5*time.Second))),
@@ -387,6 +454,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
 		{name: "or has spent what it may carry", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.spent = true }), aConn("other", relayAddr, limited)),
 			want: want{winner: "other", moves: map[string]moves{"limited": moveOwn}, fates: fates{"limited": fateWait}}},
+		{name: "which stays the winner where the others are no better", facts: between(limitedConn(ends(5*time.Second)), aConn("closing", relayAddr, limited, func(c *connFacts) { c.closing = true }), aConn("silent", relayAddr, limited, silent), aConn("other", relayAddr, limited, carries(1, 1), ends(3*time.Second))),
+			want: want{winner: "other", fates: fates{"limited": fateWait}}},
 		{name: "streams leave a limited one at once that the peer wants to lose", facts: between(limitedConn(carries(1, 0), func(c *connFacts) { c.pledged = true }), quicConn(func(c *connFacts) { c.named = true })).with(follower).with(settling(fastSettle)),
 			want: want{winner: "quic", steer: isSo, moves: map[string]moves{"limited": moveOwn}}},
 		{name: "nothing is steered to a limited one beside an unlimited one", facts: between(quicConn(func(c *connFacts) { c.path = path{} }), limitedConn(opened(time.Second))),
@@ -400,6 +469,14 @@ func TestPlan(t *testing.T) {
 
 		{name: "an unlimited one that is being closed does not count for steering", facts: between(limitedConn(), quicConn(func(c *connFacts) { c.closing = true })),
 			want: want{steer: isNotSo}},
+		{name: "where one of the limited ones is about to end, that is", facts: between(limitedConn(ends(time.Second)), secondRelay(), quicConn(func(c *connFacts) { c.closing = true })),
+			want: want{winner: "limited2", steer: isSo}},
+		{name: "one that the peer wants to close, and may work, does", facts: between(limitedConn(), quicConn(pledged, notToBeAsked)),
+			want: want{winner: "limited", steer: isNotSo}},
+		{name: "while nothing is decided, new streams leave what is about to end", facts: between(limitedConn(ends(time.Second)), secondRelay(), quicConn(func(c *connFacts) { c.closing = true })).with(func(f *facts) { f.measuring = true }),
+			want: want{winner: "-", steer: isSo, to: "limited2"}},
+		{name: "and what does not answer", facts: between(limitedConn(silent), secondRelay()).with(func(f *facts) { f.measuring = true }),
+			want: want{winner: "-", steer: isSo, to: "limited2"}},
 		{name: "what has moved from a limited one is not closed for another", facts: between(limitedConn(drains(drainConfirmed, 0), func(c *connFacts) { c.ends = in(5 * time.Second) }), aConn("other", relayAddr, limited)),
 			want: want{winner: "other", fates: fates{"limited": fateWait}, why: map[string]string{"limited": "about to cut it"}}},
 		{name: "limited ones are looked at before the first ends", facts: between(limitedConn(func(c *connFacts) { c.ends = in(endingSoon + 2*time.Second) }), aConn("other", relayAddr, limited)),
@@ -407,8 +484,14 @@ func TestPlan(t *testing.T) {
 
 		// Pruning, where the peer is asked.
 		{name: "a peer that did not answer is asked again when it is time", facts: between(quicConn(), limitedConn(drains(drainFailed, time.Second))), want: want{fates: fates{"limited": fateAsk}}},
-		{name: "not before", facts: between(quicConn(), limitedConn(drains(drainFailed, time.Second), func(c *connFacts) { c.drain.until = in(time.Second) })),
-			want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "did not answer, it is asked again in 1 s"}, next: time.Second}},
+		{name: "not before", facts: between(quicConn(), limitedConn(drains(drainFailed, time.Second), func(c *connFacts) { c.drain.until = in(100 * time.Millisecond) })),
+			want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "did not answer, it is asked again in 100 ms"}, next: 100 * time.Millisecond}},
+		{name: "nor one that has refused", facts: between(quicConn(), limitedConn(drains(drainRefused, time.Second), func(c *connFacts) { c.drain.until = in(100 * time.Millisecond) })),
+			want: want{fates: fates{"limited": fateKeep}, next: 100 * time.Millisecond}},
+		{name: "nor while it is being asked", facts: between(quicConn(), limitedConn(pins(1), drains(drainAsked, shortLease))),
+			want: want{fates: fates{"limited": fateWait}, notBefore: time.Second}},
+		{name: "a stream that is just being opened keeps it", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 0), func(c *connFacts) { c.quiet = time.Time{} })),
+			want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "no stream"}}},
 		{name: "a refusal ends", facts: between(quicConn(), limitedConn(drains(drainRefused, time.Second))), want: want{fates: fates{"limited": fateAsk}}},
 		{name: "an agreement is renewed", facts: between(quicConn(), limitedConn(pins(1), drains(drainAgreed, shortLease/3))), want: want{fates: fates{"limited": fateAsk}}},
 		{name: "also once it is confirmed", facts: between(quicConn(), limitedConn(pins(1), drains(drainConfirmed, shortLease/3))), want: want{fates: fates{"limited": fateAsk}}},
@@ -421,9 +504,14 @@ func TestPlan(t *testing.T) {
 		{name: "but to renew its lease", facts: between(quicConn(), limitedConn(pins(1), drains(drainBusy, shortLease/3))), want: want{fates: fates{"limited": fateAsk}}},
 		{name: "the winner answers before the last question", facts: between(quicConn(func(c *connFacts) { c.path.at = ago(3 * time.Second) }), limitedConn(drains(drainAgreed, 2*time.Second))),
 			want: want{fates: fates{"limited": fateWait}, probes: []string{"quic"}}},
+		{name: "once, however many go", facts: between(quicConn(func(c *connFacts) { c.path.at = ago(3 * time.Second) }), limitedConn(drains(drainAgreed, 2*time.Second)), tcpConn(notToBeAsked, at(7*time.Second, 7*time.Second), drains(drainAgreed, 2*time.Second))),
+			want: want{fates: fates{"limited": fateWait, "tcp": fateWait}, probes: []string{"tcp", "quic"}}},
+		{name: "and not again while its answer is awaited", facts: between(quicConn(func(c *connFacts) { c.path.at, c.path.asking = ago(3*time.Second), true }), limitedConn(drains(drainAgreed, 2*time.Second))),
+			want: want{fates: fates{"limited": fateWait}, probes: []string{}}},
 		{name: "then it is put", facts: between(quicConn(), limitedConn(drains(drainAgreed, 2*time.Second))), want: want{fates: fates{"limited": fateConfirm}}},
 		{name: "and the loser closed", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 100*time.Millisecond))), want: want{fates: fates{"limited": fateClose}}},
-		{name: "unless the answer is old", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 10*time.Second))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "unless the answer is old", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 5100*time.Millisecond))), want: want{fates: fates{"limited": fateAsk}}},
+		{name: "which it is not so soon", facts: between(quicConn(), limitedConn(drains(drainConfirmed, 4900*time.Millisecond))), want: want{fates: fates{"limited": fateClose}}},
 		{name: "or it has not been quiet for long", facts: between(quicConn(), limitedConn(quietFor(time.Second), drains(drainConfirmed, 100*time.Millisecond))),
 			want: want{fates: fates{"limited": fateWait}, why: map[string]string{"limited": "quiet for 1 s of 2 s"}}},
 		{name: "a refusal is kept to", facts: between(quicConn(), limitedConn(drains(drainRefused, time.Second), func(c *connFacts) { c.drain.until, c.drain.reason = in(time.Minute), "it is mine" })),
@@ -437,10 +525,18 @@ func TestPlan(t *testing.T) {
 		// A winner proves itself.
 		{name: "a winner has to live before the last relay goes", facts: between(relayConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(20*time.Second))),
 			want: want{winner: "quic", fates: fates{"relay": fateWait}, why: map[string]string{"relay": "proved itself, in 10 s"}}},
+		{name: "and to answer once more then", facts: between(relayConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(31*time.Second), at(2*time.Second, 2*time.Second))),
+			want: want{winner: "quic", fates: fates{"relay": fateWait}, probes: []string{"quic"}}},
 		{name: "and streams stay there until then", facts: between(relayConn(opened(time.Hour), carries(2, 2)), quicConn(opened(20*time.Second))),
 			want: want{winner: "quic", steer: isSo, moves: map[string]moves{"relay": moveNone}, why: map[string]string{"relay": "proved itself, in 10 s"}}},
 		{name: "then they move", facts: between(relayConn(opened(time.Hour), carries(2, 2)), quicConn(opened(31*time.Second))),
 			want: want{winner: "quic", moves: map[string]moves{"relay": moveOwn}}},
+		{name: "at once, not at the next look", facts: between(relayConn(opened(time.Hour), carries(2, 2)), quicConn(opened(29900*time.Millisecond))),
+			want: want{winner: "quic", moves: map[string]moves{"relay": moveNone}, next: 100 * time.Millisecond}},
+		{name: "a second relay has to live as well", facts: between(relayConn(opened(time.Hour), carries(2, 2)), aConn("relay2", relayAddr, opened(20*time.Second), carries(9, 9))),
+			want: want{winner: "relay2", moves: map[string]moves{"relay": moveNone}, why: map[string]string{"relay": "proved itself, in 10 s"}}},
+		{name: "Consolidate does not wait to close the relay, either", facts: between(relayConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(2*time.Second))).with(func(f *facts) { f.forced = true }),
+			want: want{winner: "quic", fates: fates{"relay": fateClose}}},
 		{name: "a direct one can be dialled again, and waits for a tenth", facts: between(tcpConn(opened(5*time.Second), drains(drainConfirmed, 0)), quicConn(opened(2900*time.Millisecond))),
 			want: want{winner: "quic", fates: fates{"tcp": fateWait}}},
 		{name: "no longer", facts: between(tcpConn(opened(5*time.Second), drains(drainConfirmed, 0)), quicConn(opened(3100*time.Millisecond), func(c *connFacts) { c.path.at = ago(0) })),
@@ -463,6 +559,10 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "quic", moves: map[string]moves{"relay": moveNone}}},
 		{name: "with a third one nothing has to be proved to close", facts: between(tcpConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(2*time.Second)), aConn("third", "/ip4/9.9.9.9/tcp/1", opened(time.Hour))),
 			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+		{name: "which one that does not answer is not", facts: between(tcpConn(opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(2*time.Second)), aConn("third", "/ip4/9.9.9.9/tcp/1", opened(time.Hour), silent)),
+			want: want{winner: "quic", fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "proved itself, in 28 s"}}},
+		{name: "and which counts for one that the peer wants to close, too", facts: between(tcpConn(pledged, opened(time.Hour), drains(drainConfirmed, 0)), quicConn(opened(2*time.Second)), aConn("third", "/ip4/9.9.9.9/tcp/1", opened(time.Hour))),
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
 		{name: "one that died young is not relied on at once", facts: between(tcpConn(opened(time.Hour), carries(2, 2)), quicConn(opened(20*time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 1} }),
 			want: want{winner: "tcp", moves: map[string]moves{"tcp": moveNone}, why: map[string]string{"quic": "died young"}}},
 		{name: "twice as long each time", facts: between(tcpConn(opened(time.Hour)), quicConn(opened(100*time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 2} }),
@@ -471,8 +571,20 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "quic"}},
 		{name: "a limited relay is left whatever died", facts: between(limitedConn(carries(1, 1)), quicConn(opened(time.Second))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 5} }),
 			want: want{winner: "quic", moves: map[string]moves{"limited": moveOwn}}},
+		{name: "and a limited one has to prove itself beside any other", facts: between(limitedConn(opened(10*time.Second)), quicConn()).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true, relayed: true}: 1} }),
+			want: want{winner: "quic", why: map[string]string{"limited": "died young"}}},
+		{name: "one that may win is looked at when it has proved itself", facts: between(tcpConn(), quicConn(opened(59500*time.Millisecond))).with(follower).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 1} }),
+			want: want{winner: "tcp", next: 500 * time.Millisecond}},
 		{name: "one stands by", cfg: testConfig(func(c *config) { c.standby = true }), facts: between(quicConn(), tcpConn(drains(drainConfirmed, 0)), aConn("third", "/ip4/9.9.9.9/tcp/1", drains(drainConfirmed, 0))),
 			want: want{winner: "quic", fates: fates{"tcp": fateKeep, "third": fateClose}, why: map[string]string{"tcp": "stands by"}}},
+		{name: "the one that ranks first, where another one is still kept", cfg: testConfig(func(c *config) { c.standby = true }), facts: between(quicConn(), tcpConn()).with(winner("tcp")),
+			want: want{winner: "tcp", fates: fates{"quic": fateKeep}, why: map[string]string{"quic": "stands by"}}},
+		{name: "not one that has gone, is limited, or does not answer", cfg: testConfig(func(c *config) { c.standby = true }), facts: between(quicConn(), tcpConn(), limitedConn(), aConn("old", "/ip4/9.9.9.9/tcp/1", silent)).with(winner("tcp")).with(func(f *facts) {
+			f.ranking.Order = []policy.Candidate{f.conns[1].candidate, {ID: "gone"}, f.conns[2].candidate, f.conns[3].candidate, f.conns[0].candidate}
+		}),
+			want: want{winner: "tcp", fates: fates{"quic": fateKeep, "limited": fateAsk, "old": fateAsk}, why: map[string]string{"quic": "stands by"}}},
+		{name: "whatever is on it, that is why it stays", cfg: testConfig(func(c *config) { c.standby = true }), facts: between(quicConn(), tcpConn(carries(1, 1))),
+			want: want{winner: "quic", moves: map[string]moves{"tcp": moveOwn}, why: map[string]string{"tcp": "stands by"}}},
 
 		// Peers that cannot be asked.
 		{name: "a plain peer's loser needs a minute", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(59*time.Second))).with(plainPeer),
@@ -483,6 +595,8 @@ func TestPlan(t *testing.T) {
 			want: want{winner: "quic", fates: fates{"tcp": fateKeep}, why: map[string]string{"tcp": "same process"}}},
 		{name: "or does", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Minute), same(sameYes))).with(plainPeer),
 			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+		{name: "what connections have answered does not make it a plain one", facts: between(quicConn(opened(time.Hour), lacks), tcpConn(opened(time.Hour), quietFor(time.Hour), same(sameYes), lacks)).with(unheardOf),
+			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "not been identified"}}},
 		{name: "a peer of which nothing is known keeps all", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour), same(sameYes))).with(unheardOf),
 			want: want{fates: fates{"tcp": fateWait}, why: map[string]string{"tcp": "not been identified"}}},
 		{name: "also where it decides", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(time.Hour), same(sameYes))).with(unheardOf).with(follower).with(func(f *facts) { f.takeover.progress = ago(time.Hour) }),
@@ -496,7 +610,7 @@ func TestPlan(t *testing.T) {
 		{name: "replicas that share a key, both with a manager", facts: between(quicConn(carries(1, 1), func(c *connFacts) { c.instance = 1 }), tcpConn(drains(drainConfirmed, 0), func(c *connFacts) { c.instance = 2 })),
 			want: want{winner: "-", steer: isNotSo, state: "different processes", fates: fates{"quic": fateKeep, "tcp": fateKeep}, moves: map[string]moves{"quic": moveNone, "tcp": moveNone}}},
 		{name: "a manager that has been switched off", facts: between(quicConn(opened(time.Hour)), tcpConn(opened(time.Hour), quietFor(2*time.Minute), same(sameYes), serves, lacks)),
-			want: want{winner: "quic", fates: fates{"tcp": fateClose}}},
+			want: want{winner: "quic", fates: fates{"tcp": fateClose}, tell: isNotSo}},
 		{name: "or was never there", facts: between(quicConn(opened(time.Hour), lacks), tcpConn(opened(time.Hour), quietFor(2*time.Minute), same(sameYes), lacks)),
 			want: want{winner: "quic", fates: fates{"tcp": fateClose}, tell: isNotSo}},
 
@@ -505,13 +619,31 @@ func TestPlan(t *testing.T) {
 			return policy.Ranking{Order: []policy.Candidate{{ID: "gone"}}}, nil
 		}, facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", state: "names no connection", steer: isNotSo, moves: map[string]moves{"tcp": moveNone}}},
 		{name: "or nothing", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, nil },
-			facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", fates: fates{"quic": fateKeep, "tcp": fateKeep}}},
+			facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", state: "names no connection", fates: fates{"quic": fateKeep, "tcp": fateKeep}}},
+		{name: "or one that does not answer, which it was not given", rank: func([]policy.Candidate) (policy.Ranking, error) {
+			return policy.Ranking{Order: []policy.Candidate{{ID: "quic"}}}, nil
+		}, facts: between(quicConn(silent), tcpConn(opened(5*time.Second)), relayConn()), want: want{winner: "-", state: "names no connection"}},
+		{name: "what it says of others is passed over", rank: func(cs []policy.Candidate) (policy.Ranking, error) {
+			return policy.Ranking{Order: cs, Decisions: []policy.Decision{{Winner: cs[0], Loser: policy.Candidate{ID: "gone"}}}}, nil
+		}, facts: between(quicConn(), tcpConn()), want: want{winner: "quic"}},
+		{name: "also where the winner so far is kept", rank: func(cs []policy.Candidate) (policy.Ranking, error) {
+			return policy.Ranking{Order: cs, Decisions: []policy.Decision{{Winner: cs[0], Loser: cs[1]}}}, nil
+		}, facts: between(quicConn(), tcpConn()).with(winner("tcp")).with(func(f *facts) {
+			f.ranking = policy.Ranking{Order: []policy.Candidate{f.conns[1].candidate}, Decisions: []policy.Decision{{Winner: f.conns[1].candidate, Loser: policy.Candidate{ID: "gone"}}}}
+		}), want: want{winner: "tcp"}},
 		{name: "or fails", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, errors.New("oh") },
 			facts: between(quicConn(), tcpConn(carries(1, 1))), want: want{winner: "-", state: "oh"}},
 		{name: "new streams avoid what does not answer all the same", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, errors.New("oh") },
 			facts: between(quicConn(silent, carries(1, 1)), tcpConn(opened(5*time.Second))), want: want{winner: "-", state: "oh", steer: isSo, moves: map[string]moves{"quic": moveNone}}},
+		{name: "for one that is known to work", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, errors.New("oh") },
+			facts: between(quicConn(silent), aConn("quic2", quicAddr, notToBeAsked), tcpConn()), want: want{winner: "-", steer: isSo, to: "tcp"}},
+		{name: "and has no limit", rank: func([]policy.Candidate) (policy.Ranking, error) { return policy.Ranking{}, errors.New("oh") },
+			facts: between(quicConn(silent), limitedConn()), want: want{winner: "-", steer: isNotSo}},
 		{name: "a better one has to stay better", facts: between(quicConn(), tcpConn(carries(1, 1))).with(winner("tcp")),
 			want: want{winner: "tcp", state: "ranks first now", next: patienceIntervals * defaultInterval}},
+		{name: "and wins then", facts: between(quicConn(pins(1)), tcpConn(pins(1))).with(winner("tcp")).with(func(f *facts) {
+			f.better, f.since = "quic", ago(patienceIntervals*defaultInterval-200*time.Millisecond)
+		}), want: want{winner: "tcp", next: 200 * time.Millisecond}},
 		{name: "where nothing has come or gone", facts: between(quicConn(), tcpConn(carries(1, 1))).with(winner("tcp")).with(func(f *facts) { f.fresh = true }),
 			want: want{winner: "quic"}},
 
@@ -582,6 +714,7 @@ func TestPlan(t *testing.T) {
 			if tc.want.next > 0 {
 				require.False(t, p.next.After(in(tc.want.next)), "the next look is in %v", p.next.Sub(noon))
 			}
+			require.False(t, p.next.Before(in(tc.want.notBefore)) && tc.want.notBefore > 0, "the next look is in %v", p.next.Sub(noon))
 			mustHold(t, tc.facts, &p)
 		})
 	}
@@ -613,11 +746,14 @@ func mustHold(t *testing.T, f *facts, p *plan) {
 				require.True(t, l.ending(f.now), "nothing leaves a limited connection for another, unless it is about to end")
 			}
 		}
+		if v.fate == fateCompare || v.fate == fateConfirm || v.fate == fateClose {
+			require.Zero(t, l.candidate.Streams, "nothing is on what is closed, or asked about for the last time")
+			require.Zero(t, l.moving)
+			require.False(t, l.quiet.IsZero())
+		}
 		if v.fate == fateClose {
 			w := &f.conns[p.winner]
 			require.Positive(t, usable, "a connection is left")
-			require.Zero(t, l.candidate.Streams, "nothing is on what is closed")
-			require.Zero(t, l.moving)
 			require.NotEqual(t, unknown, f.manages, "nothing is closed for what is not known")
 			require.False(t, w.candidate.Limited, "nothing is closed for a limited connection")
 			require.False(t, !l.candidate.Relayed && !l.candidate.Limited && w.candidate.Relayed, "no direct connection is closed for a relayed one")
@@ -633,6 +769,15 @@ func mustHold(t *testing.T, f *facts, p *plan) {
 			require.False(t, w.candidate.Limited && c.unlimited() && !c.closing && !gone,
 				"no new stream is steered to a limited connection while an unlimited one is open that may work, or the stream could not come back")
 		}
+	}
+	if !p.decided && !p.steer && len(f.conns) != 1 {
+		require.Equal(t, -1, p.winner, "what is not decided names no connection")
+	}
+	asked := make(map[int]bool)
+	for _, q := range p.probe {
+		require.False(t, asked[q.conn], "no connection is asked twice")
+		asked[q.conn] = true
+		require.False(t, f.conns[q.conn].path.asking, "nor while its answer is awaited")
 	}
 	if p.detour {
 		require.Len(t, f.conns, 1, "a peer is dialled beside its only connection")
@@ -715,6 +860,8 @@ func TestPlanOfUpgrade(t *testing.T) {
 		{"also where something changes meanwhile", between(cameIn(5*time.Second, carries(1, 0))).with(tracked(changed(time.Second))), 15 * time.Second, "first attempt"},
 		{"then this end asks", between(cameIn(21*time.Second, carries(1, 0))).with(tracked()), 0, "first attempt in 0 ms"},
 		{"when there is a place", between(cameIn(21*time.Second, carries(1, 0))).with(tracked(func(u *upgradeFacts) { u.full = true })), 0, "when there is a place for it"},
+		{"which does not matter before", between(cameIn(5*time.Second, carries(1, 0))).with(tracked(func(u *upgradeFacts) { u.full = true })), 15 * time.Second, "no direct connection: first attempt in 15 s"},
+		{"the end with the higher peer ID as well, where it alone can", between(cameIn(21*time.Second, carries(1, 0))).with(tracked()).with(follower), 0, ""},
 		{"soon after the direct one has gone", between(cameIn(time.Hour, carries(1, 0))).with(tracked(func(u *upgradeFacts) { u.since = ago(0) })), time.Second, "first attempt in 1 s"},
 		{"streams that cannot move count as well", between(cameIn(time.Minute, pins(1))).with(tracked()), 0, ""},
 		{"so does what is wanted", between(cameIn(time.Minute)).with(tracked(wanted)), 0, ""},
@@ -732,6 +879,8 @@ func TestPlanOfUpgrade(t *testing.T) {
 		{"something has changed", between(cameIn(time.Hour)).with(tracked(failed(9, time.Minute, refused), wanted, changed(0))), time.Second, "next in 1 s"},
 		{"something has changed while an attempt was under way", between(cameIn(time.Hour)).with(tracked(failed(9, time.Second, refused), wanted, changed(5*time.Second))), 6500 * time.Millisecond, ""},
 		{"something changes all the time", between(cameIn(time.Hour)).with(tracked(failed(1, 0, refused), wanted, changed(0))), 7500 * time.Millisecond, ""},
+		{"an attempt that has found nothing wrong says nothing", between(cameIn(time.Hour, carries(1, 0))).with(tracked(failed(1, time.Second, nil))), 6500 * time.Millisecond, "no direct connection: next in 6.5 s"},
+		{"a direct one has just gone", between(cameIn(time.Hour)).with(tracked(failed(9, time.Hour, refused), wanted, func(u *upgradeFacts) { u.since = ago(0) })), time.Second, ""},
 		{"something had changed before", between(cameIn(time.Hour)).with(tracked(failed(9, time.Second, refused), wanted, changed(time.Minute))), 284 * time.Second, ""},
 
 		{"what does not pass by itself", between(cameIn(time.Hour, carries(1, 0))).with(tracked(failed(1, time.Minute, punch.ErrUnsupported))), never, "asked for again when something has changed"},
@@ -744,16 +893,99 @@ func TestPlanOfUpgrade(t *testing.T) {
 		{"unless the other runs no manager", between(cameIn(20*time.Second, carries(1, 0)), wentOut(time.Minute)).with(tracked()).with(plainPeer).with(follower), 0, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			up := upgradeOf(testConfig(), tc.facts)
+			up := decide(testConfig(), byDefault, tc.facts).upgrade
 			require.Contains(t, up.why, tc.why)
 			if tc.next == never {
+				require.Equal(t, tc.why == "", up.why == "", up.why)
 				require.Zero(t, up.at, up.why)
 				require.False(t, up.due)
 				return
 			}
 			require.Equal(t, tc.next, max(0, up.at.Sub(noon)), up.why)
 			require.Equal(t, tc.next == 0, up.due)
-			require.False(t, up.look.After(earlier(up.at, in(upgradeLook))), "it is looked at in time")
+			require.Equal(t, earlier(up.at, in(upgradeLook)), up.look, "it is looked at in time, and not all the time")
+		})
+	}
+}
+
+// Who decides, and why: the table in plan.go.
+func TestPlanRoles(t *testing.T) {
+	const (
+		ours    = "it has the lower peer ID"
+		plain   = "the peer runs no manager"
+		theirs  = "the peer has the lower peer ID"
+		unheard = "the peer has the lower peer ID and has not been identified"
+		bare    = "the peer runs a manager, and this one is bare"
+	)
+	for _, tc := range []struct {
+		wrapped, lower bool
+		manages        knowledge
+		decides        bool
+		reason         string
+	}{
+		{true, true, yes, true, ours},
+		{true, true, no, true, ours},
+		{true, true, unknown, true, ours},
+		{true, false, yes, false, theirs},
+		{true, false, no, true, plain},
+		{true, false, unknown, false, unheard},
+		{false, true, yes, false, bare},
+		{false, true, no, true, ours},
+		{false, true, unknown, true, ours},
+		{false, false, yes, false, bare},
+		{false, false, no, false, theirs},
+		{false, false, unknown, false, theirs},
+	} {
+		for name, how := range map[string]func(*connFacts){"works": func(*connFacts) {}, "is silent": silent} {
+			f := between(quicConn(how), tcpConn(how))
+			f.wrapped, f.lower, f.manages = tc.wrapped, tc.lower, tc.manages
+			r := decide(testConfig(), byDefault, f).role
+			require.Equal(t, tc.reason, r.reason, "%+v, and all %s", tc, name)
+			require.Equal(t, tc.decides, r.decides, "%+v, and all %s", tc, name)
+			require.Equal(t, tc.decides, r.moves, "%+v, and all %s", tc, name)
+			require.Equal(t, tc.decides, r.prunes, "%+v, and all %s", tc, name)
+		}
+	}
+}
+
+// How long after the last answer a connection is asked again whether it works.
+func TestPlanAsksAgain(t *testing.T) {
+	old := tcpConn(opened(time.Hour), pins(1))
+	for _, tc := range []struct {
+		name  string
+		facts *facts // the first is the one
+		more  time.Duration
+		after time.Duration // 0: not until the next one comes
+	}{
+		{name: "a stream began a moment ago", facts: between(quicConn(opened(time.Hour), pins(1), used(4900*time.Millisecond)), old), after: useProbe},
+		{name: "also one that has ended", facts: between(quicConn(opened(time.Hour), used(4900*time.Millisecond)), old), after: useProbe},
+		{name: "a while ago", facts: between(quicConn(opened(time.Hour), pins(1), used(5100*time.Millisecond)), old), after: defaultInterval},
+		{name: "a minute ago", facts: between(quicConn(opened(time.Hour), pins(1), used(59*time.Second)), old), after: defaultInterval},
+		{name: "longer ago", facts: between(quicConn(opened(time.Hour), pins(1), used(61*time.Second)), old), after: idleProbe / 2},
+		{name: "and yet more comes than is asked for", facts: between(quicConn(opened(time.Hour), pins(1), used(time.Hour)), old), more: 1100 * time.Millisecond, after: defaultInterval},
+		{name: "and only what is asked for comes", facts: between(quicConn(opened(time.Hour), pins(1), used(time.Hour)), old), more: 900 * time.Millisecond, after: idleProbe / 2},
+		{name: "there is no stream any more", facts: between(quicConn(opened(time.Hour), used(20*time.Second)), old), after: idleProbe},
+		{name: "it has yet to prove itself, before a relay without a limit goes", facts: between(quicConn(opened(20*time.Second)), relayConn(opened(21*time.Second), pins(1))), after: defaultInterval},
+		{name: "or since its kind has died young", facts: between(quicConn(opened(20*time.Second)), tcpConn(opened(21*time.Second), pins(1))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true}: 1} }), after: defaultInterval},
+		{name: "which nothing depends on where both are direct", facts: between(quicConn(opened(20*time.Second)), tcpConn(opened(21*time.Second), pins(1)))},
+		{name: "or both are relayed", facts: between(relayConn(opened(20*time.Second)), aConn("relay2", relayAddr, opened(21*time.Second), pins(1)))},
+		{name: "or it is limited", facts: between(limitedConn(opened(20*time.Second)), quicConn(opened(21*time.Second), pins(1)), tcpConn(opened(21*time.Second), pins(1))).with(func(f *facts) { f.deaths = map[pathKind]int{{udp: true, relayed: true}: 1} })},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			asks := func(after time.Duration) bool {
+				f := *tc.facts
+				f.conns = append([]connFacts(nil), f.conns...)
+				at(after, after+tc.more)(&f.conns[0])
+				p := decide(testConfig(), byDefault, &f)
+				mustHold(t, &f, &p)
+				return slices.Contains(p.probe, question{conn: 0})
+			}
+			if tc.after == 0 {
+				require.False(t, asks(19*time.Second))
+				return
+			}
+			require.False(t, asks(tc.after-time.Millisecond))
+			require.True(t, asks(tc.after))
 		})
 	}
 }
