@@ -2,11 +2,13 @@ package sim
 
 import (
 	"bytes"
+	"context"
 	"io"
 	"testing"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/simtest"
@@ -25,10 +27,15 @@ type lasting struct {
 
 func newLasting(t *testing.T, n *Net, opts ...migrate.ResumeOption) *lasting {
 	t.Helper()
+	return newLastingWith(t, n, migrate.WithResumption(opts...))
+}
+
+func newLastingWith(t *testing.T, n *Net, opts ...migrate.Option) *lasting {
+	t.Helper()
 	l := &lasting{Net: n, t: t}
 	for side, ips := range [][]string{ipsOfA, ipsOfB} {
 		l.nodes[side] = n.NewNode(ips, unlimited(t))
-		h, err := migrate.Wrap(l.nodes[side], migrate.WithResumption(opts...))
+		h, err := migrate.Wrap(l.nodes[side], opts...)
 		require.NoError(t, err)
 		t.Cleanup(func() { _ = h.Close() })
 		l.hosts[side] = h
@@ -147,4 +154,94 @@ func TestIdleStreamsKeepNothing(t *testing.T) {
 			_ = s[1].Close()
 		}
 	})
+}
+
+// Where another connection is there already, a stream that has lost its own goes on there. The end
+// whose attempt counts sends its bytes once it is answered, like a migration's initiator; the other
+// one with its answer.
+func TestResumingTakesItsRoundTrips(t *testing.T) {
+	const oneWay, pace = 10 * time.Millisecond, time.Millisecond
+	for _, via := range []string{tcp, quic} {
+		t.Run(via, func(t *testing.T) {
+			eachSide(t, func(t *testing.T, writer int) {
+				Run(t, func(t *testing.T, n *Net) {
+					var first network.Conn
+					l := newLastingWith(t, n, migrate.WithResumption(),
+						migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return first }))
+					other := map[string]Transport{tcp: QUIC, quic: TCP}[via]
+					first, _ = n.Join(l.nodes[0], l.nodes[1], Path{Transport: Transport(via), From: ipsOfA[0], To: ipsOfB[0]},
+						Path{Transport: other, From: ipsOfB[1], To: ipsOfA[1]})
+					s := l.stream()
+					time.Sleep(5 * time.Second)
+					cut := time.Now().Add(time.Second)
+					go func() {
+						time.Sleep(time.Until(cut))
+						if via == tcp {
+							n.Sever(ipsOfA[0], ipsOfB[0])
+						} else {
+							_ = first.CloseWithError(network.ConnSupplanted)
+						}
+					}()
+					go func() {
+						for range 3000 {
+							_, _ = s[writer].Write([]byte{'.'})
+							time.Sleep(pace)
+						}
+						_ = s[writer].CloseWrite()
+					}()
+					total, next := 0, time.Duration(0)
+					for {
+						m, err := s[1-writer].Read(make([]byte, 100))
+						total += m
+						if after := time.Since(cut); next == 0 && after > oneWay { // else it was under way
+							next = after
+						}
+						if err == io.EOF {
+							break
+						}
+						require.NoError(t, err)
+					}
+					require.Equal(t, 3000, total)
+					require.Equal(t, []time.Duration{3 * oneWay, 2 * oneWay}[writer], next, "from the cut to the next byte")
+					_ = s[0].Close()
+					_ = s[1].Close()
+					time.Sleep(time.Minute)
+				})
+			})
+		})
+	}
+}
+
+// What one end confirms to the other is less than 0.01 % of what that sends. (Over QUIC the
+// acknowledgements of packets differ by more from run to run.)
+func TestConfirmationsAreSmall(t *testing.T) {
+	const size = 16 << 20
+	var back [2]int // bytes that the reader has sent, without and with resumption
+	for i, opts := range [][]migrate.Option{nil, {migrate.WithResumption()}} {
+		Run(t, func(t *testing.T, n *Net) {
+			for _, ip := range []string{ipsOfA[0], ipsOfB[0]} {
+				n.SetBandwidth(ip, 100_000_000)
+			}
+			l := newLastingWith(t, n, opts...)
+			n.Dial(l.nodes[0], l.nodes[1], Path{Transport: TCP, From: ipsOfA[0], To: ipsOfB[0]})
+			s := l.stream()
+			time.Sleep(5 * time.Second)
+			before := n.Sent(ipsOfB[0], ipsOfA[0])
+			go func() {
+				_, _ = s[0].Write(make([]byte, size))
+				_ = s[0].CloseWrite()
+			}()
+			m, err := io.Copy(io.Discard, s[1])
+			require.NoError(t, err)
+			require.Equal(t, int64(size), m)
+			time.Sleep(5 * time.Second)
+			back[i] = n.Sent(ipsOfB[0], ipsOfA[0]).Bytes - before.Bytes
+			_ = s[0].Close()
+			_ = s[1].Close()
+			time.Sleep(time.Minute)
+		})
+	}
+	t.Logf("%d bytes for each MiB", (back[1]-back[0])/(size>>20))
+	require.Greater(t, back[1], back[0], "nothing is confirmed")
+	require.Less(t, back[1]-back[0], size/10_000)
 }
