@@ -326,6 +326,7 @@ func TestWrongAnswersToDrain(t *testing.T) {
 		"no member":     {},
 		"nothing":       nil,
 		"another's ask": keepMessage(),
+		"a greeting":    helloMessage(1),
 	} {
 		t.Run(name, func(t *testing.T) {
 			inVirtualTime(t, func(t *testing.T) {
@@ -695,7 +696,15 @@ func TestBothDrainAtOnce(t *testing.T) {
 			require.NoError(t, err)
 			w.pass(defaultQuietTime)
 			require.Positive(t, tcp.timesAsked())
+			d := w.m.sched.known(lower)
+			phase := func() drainPhase {
+				d.mu.Lock()
+				defer d.mu.Unlock()
+				return d.state(tcp).drain.phase
+			}
+			require.NotEqual(t, drainOff, phase())
 			require.NotNil(t, w.request(quic, drainMessage(600)).GetDrained())
+			require.Equal(t, drainOff, phase(), "what it has asked holds no longer, before the next round")
 			asked := tcp.timesAsked()
 			tcp.set(func() { tcp.unread = 0 })
 			w.pass(9 * time.Minute)
@@ -937,5 +946,20 @@ func TestNewStreamsGoToWhatWorks(t *testing.T) {
 		require.Equal(t, slow.id, w.steered(), "what is not known may work")
 		require.Equal(t, "no other connection answers", w.m.serves.agreeToLose(slow, time.Minute).GetRefused().GetReason())
 		require.Equal(t, slow.id, w.steered())
+	})
+}
+
+// A connection that no new streams go to is about to go: they stay where they are.
+func TestNewStreamsStayWhereTheyAre(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, lower)
+		w.connect(tcpAddr)
+		other, quic := w.connect(tcpAddr), w.connect(quicAddr)
+		w.pass(2 * defaultSettleDelay)
+		w.m.sched.mu.Lock()
+		w.m.sched.most = 0 // no round any more
+		w.m.sched.mu.Unlock()
+		require.Nil(t, w.m.serves.agreeToLose(other, time.Minute).GetRefused())
+		require.Equal(t, quic.id, w.steered())
 	})
 }

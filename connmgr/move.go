@@ -73,10 +73,10 @@ func (d *peerState) mayMove(v *view, p *plan) []toMove {
 			continue
 		}
 		for _, s := range v.conns[i].labelled {
-			b, waits := d.backoff[s.Stream]
+			b := d.backoff[s.Stream]
 			_, moves := d.moving[s.Stream]
 			switch {
-			case moves, b.denied, waits && !v.facts.forced && v.facts.now.Before(b.until):
+			case moves, b.denied, !v.facts.forced && v.facts.now.Before(b.until):
 			case verdict.move == moveOwn && s.theirs:
 			default:
 				list = append(list, toMove{s.Stream, v.conns[i].connState})

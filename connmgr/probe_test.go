@@ -40,6 +40,16 @@ func TestPathStates(t *testing.T) {
 			p.hear(at(5))
 			p.end()
 		}, path{health: pathAlive, at: at(5), asked: at(5)}},
+		"carried nothing large": {func(p *path) {
+			p.ask(at(1))
+			p.hear(at(1))
+			p.carried(false)
+			p.end()
+		}, path{health: pathAlive, at: at(1), asked: at(1), denied: 1}},
+		"carried it then": {func(p *path) {
+			p.carried(false)
+			p.carried(true)
+		}, path{wide: true}},
 		"put, and nothing came": {func(p *path) {
 			p.ask(at(1))
 			p.miss(true)
