@@ -337,7 +337,7 @@ func (h *Host) answerResume(n *negotiator, m *pb.Migrate) error {
 	case len(n.rest()) > 0:
 		return fmt.Errorf("%w: data before the ack", errViolation)
 	}
-	if err := u.SetDeadline(time.Time{}); err != nil { // before the ack: see attemptOn
+	if !n.inTime() { // before the ack: see attemptOn
 		_ = u.Reset()
 		return nil
 	}

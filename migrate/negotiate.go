@@ -148,9 +148,14 @@ func (h *Host) handleStream(u network.Stream) {
 			h.violation(u, err)
 		}
 	default:
-		rest := bytes.Clone(n.rest())
+		rest, inTime := bytes.Clone(n.rest()), n.inTime()
 		n.free()
-		if !h.accept(u, in.proto) {
+		if !inTime {
+			_ = u.Reset()
+			return
+		}
+		if err := u.SetProtocol(in.proto); err != nil { // and charge it to that
+			_ = u.ResetWithError(network.StreamResourceLimitExceeded)
 			return
 		}
 		if !in.labelled {
@@ -179,11 +184,9 @@ type inbound struct {
 // hear finds out what the peer wants. It says false where the stream was reset.
 func (h *Host) hear(n *negotiator) (in inbound, ok bool) {
 	u := n.stream
-	if h.cfg.negotiation > 0 {
-		if err := u.SetDeadline(time.Now().Add(h.cfg.negotiation)); err != nil {
-			_ = u.Reset()
-			return in, false
-		}
+	if err := n.begin(); err != nil {
+		_ = u.Reset()
+		return in, false
 	}
 	// The peer need not wait for our header, but it may. Nearly every one sends everything in
 	// one flight; then the header leaves with the answer.
@@ -292,21 +295,6 @@ func (h *Host) refuse(u network.Stream, err error) {
 	_ = u.ResetWithError(network.StreamProtocolNegotiationFailed)
 }
 
-// accept ends the negotiation of u and charges it to proto.
-func (h *Host) accept(u network.Stream, proto protocol.ID) bool {
-	if h.cfg.negotiation > 0 {
-		if err := u.SetDeadline(time.Time{}); err != nil {
-			_ = u.Reset()
-			return false
-		}
-	}
-	if err := u.SetProtocol(proto); err != nil {
-		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
-		return false
-	}
-	return true
-}
-
 // replay gives again what was read already, and drops what was written already.
 type replay struct {
 	network.Stream
@@ -378,6 +366,7 @@ type negotiator struct {
 	in     [negotiationBuffer]byte
 	r, w   int // in[r:w] is unread
 	body   [usualMessage]byte
+	limit  *time.Timer // calls out who reads, if the negotiation takes too long; nil: without a limit
 
 	mu     sync.Mutex // guards all below, and is held while out is written
 	out    []byte
@@ -396,13 +385,32 @@ func (h *Host) negotiator(u network.Stream) *negotiator {
 	return n
 }
 
+// begin has the negotiation end in time. Reads get no deadline before it is due: on yamux
+// one cannot be lifted once the opener has ended its writing, and would end the application's.
+func (n *negotiator) begin() error {
+	u, limit := n.stream, n.host.cfg.negotiation
+	if limit <= 0 {
+		return nil
+	}
+	n.limit = time.AfterFunc(limit, func() { _ = u.SetReadDeadline(past) })
+	return u.SetWriteDeadline(time.Now().Add(limit))
+}
+
+// inTime ends the negotiation, and says whether that is in time.
+func (n *negotiator) inTime() bool {
+	return n.limit == nil || n.limit.Stop() && n.stream.SetWriteDeadline(time.Time{}) == nil
+}
+
 // free returns n. The timer may be flushing at this moment: whoever has n next, its answers
 // leave one by one then.
 func (n *negotiator) free() {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.disarm()
-	n.stream, n.r, n.w, n.out, n.failed = nil, 0, 0, n.out[:0], nil
+	if n.limit != nil {
+		n.limit.Stop()
+	}
+	n.stream, n.limit, n.r, n.w, n.out, n.failed = nil, nil, 0, 0, n.out[:0], nil
 	n.host.negotiators.Put(n)
 }
 

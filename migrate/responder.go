@@ -3,7 +3,6 @@ package migrate
 import (
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"go.uber.org/zap"
@@ -37,11 +36,9 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 	if len(n.rest()) > 0 {
 		return fmt.Errorf("%w: data before the ack", errViolation) // S2
 	}
-	if h.cfg.negotiation > 0 {
-		if err := u.SetDeadline(time.Time{}); err != nil {
-			_ = u.Reset()
-			return nil
-		}
+	if !n.inTime() {
+		_ = u.Reset()
+		return nil
 	}
 	later := func(code network.StreamErrorCode, err error) error {
 		h.log.Debug("migration refused for now",
