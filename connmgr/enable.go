@@ -12,8 +12,11 @@ import (
 	"github.com/libp2p/go-libp2p"
 	"github.com/libp2p/go-libp2p/core/connmgr"
 	"github.com/libp2p/go-libp2p/core/host"
+	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/core/routing"
+	routed "github.com/libp2p/go-libp2p/p2p/host/routed"
 	"github.com/libp2p/go-libp2p/p2p/net/swarm"
 	"github.com/libp2p/go-libp2p/p2p/transport/quicreuse"
 	"go.uber.org/fx"
@@ -65,7 +68,7 @@ var (
 //
 // What libp2p.New returns is a routed host, also without libp2p.Routing. It differs from
 // a basic one in that Connect does not take over the addresses of a peer that is connected,
-// and that NewStream dials again where a peer has closed the connection at once.
+// and that NewStream without a deadline waits for a dial as long as Connect does.
 func Enable(opts ...Option) libp2p.Option {
 	return func(cfg *libp2p.Config) error {
 		own, err := configure(opts)
@@ -82,10 +85,11 @@ func Enable(opts ...Option) libp2p.Option {
 		if decorated(cfg.UserFxOptions) {
 			return ErrDecorated
 		}
+		parts := []fx.Option{fx.Decorate(e.decorateQUIC, e.decorateSwarm, e.decorateHost), fx.ErrorHook(e)}
 		if cfg.Routing == nil {
 			cfg.Routing = func(host.Host) (routing.PeerRouting, error) { return findsNothing{}, nil }
+			parts = append(parts, fx.Decorate(dialOnce))
 		}
-		parts := []fx.Option{fx.Decorate(e.decorateQUIC, e.decorateSwarm, e.decorateHost), fx.ErrorHook(e)}
 		if e.cfg.detours {
 			e.cfg.asides = new(asides)
 			parts = append(parts, e.cfg.asides.decorate())
@@ -100,6 +104,20 @@ type findsNothing struct{}
 
 func (findsNothing) FindPeer(_ context.Context, p peer.ID) (peer.AddrInfo, error) {
 	return peer.AddrInfo{ID: p}, nil
+}
+
+// dialOnce is the routed host of a host that has no routing. Its NewStream connects, and then
+// so does that of the host below: where a peer takes a connection and closes it at once, as
+// its gater may, that would be a second dial, which a basic host does not make.
+func dialOnce(_ *routed.RoutedHost, h host.Host, r routing.PeerRouting) *routed.RoutedHost {
+	return routed.Wrap(connected{h}, r)
+}
+
+// connected is a host whose NewStream is called when Connect has been.
+type connected struct{ host.Host }
+
+func (c connected) NewStream(ctx context.Context, p peer.ID, ids ...protocol.ID) (network.Stream, error) {
+	return c.Host.NewStream(network.WithNoDial(ctx, "the routed host has dialled"), p, ids...)
 }
 
 // enabling is one use of Enable, in one libp2p.New. Everything is called on the goroutine
