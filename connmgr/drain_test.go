@@ -935,6 +935,8 @@ func TestNewStreamsGoToWhatWorks(t *testing.T) {
 		w.pass(2*defaultProbeTime + defaultSettleDelay)
 		require.ElementsMatch(t, []string{"alive", "alive", "unknown", "alive", "silent"}, pathsOf(w))
 		require.Equal(t, quic.id, w.steered())
+		require.True(t, w.m.steer.silent(dead), "and none goes to what does not answer")
+		require.False(t, w.m.steer.silent(slow))
 		w.m.sched.mu.Lock()
 		w.m.sched.most = 0 // no round any more
 		w.m.sched.mu.Unlock()

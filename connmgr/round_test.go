@@ -539,6 +539,28 @@ func TestNothingIsSteeredToALimitedConnection(t *testing.T) {
 	}
 }
 
+// Where nothing is decided, Consolidate says why.
+func TestWhyNothingIsDecided(t *testing.T) {
+	two := make([]verdict, 2)
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for _, tc := range []struct {
+		name string
+		ctx  context.Context
+		plan plan
+		want error
+	}{
+		{"there is a winner", t.Context(), plan{decided: true, verdicts: two}, nil},
+		{"all are left on purpose", t.Context(), plan{left: true, verdicts: two}, nil},
+		{"there is one connection", t.Context(), plan{verdicts: two[:1]}, nil},
+		{"it is not known which works", t.Context(), plan{verdicts: two}, errUnknown},
+		{"none answers", t.Context(), plan{err: errSilent, verdicts: two}, errSilent},
+		{"nobody waits any more", over, plan{verdicts: two}, context.Canceled},
+	} {
+		require.Equal(t, tc.want, errOf(tc.ctx, &tc.plan), tc.name)
+	}
+}
+
 func TestConsolidate(t *testing.T) {
 	t.Run("at once, and the report says what was done", func(t *testing.T) {
 		inVirtualTime(t, func(t *testing.T) {

@@ -449,3 +449,26 @@ func TestClose(t *testing.T) {
 		})
 	})
 }
+
+// Whoever waits for a peer's next round is told of it, however many wait, and also where there is
+// none, since the peer is forgotten.
+func TestAllWhoWaitForARoundAreTold(t *testing.T) {
+	told := func(waits <-chan struct{}) bool {
+		select {
+		case <-waits:
+			return true
+		default:
+			return false
+		}
+	}
+	s := newScheduler(nil, 1)
+	s.forget = func(*peerState) {}
+	s.mu.Lock()
+	d := s.entry(higher)
+	d.running = true
+	one, other := d.stirred(), d.stirred()
+	require.False(t, told(one) || told(other))
+	s.end(d, time.Time{})
+	s.mu.Unlock()
+	require.True(t, told(one) && told(other))
+}

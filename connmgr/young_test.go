@@ -38,6 +38,9 @@ func TestDeathsOfTheYoung(t *testing.T) {
 	require.Equal(t, 2, y.of(higher, now)[udpKind], "what is young doubles, as what it has to prove")
 	y.died(higher, winnerOf(now, func(c *policy.Candidate) { c.Transport = policy.TCP }), now)
 	require.Equal(t, map[pathKind]int{udpKind: 2, tcpKind: 1}, y.of(higher, now), "each kind by itself")
+	y.died(lower, winnerOf(now), now)
+	require.Equal(t, map[pathKind]int{udpKind: 1}, y.of(lower, now))
+	require.Equal(t, map[pathKind]int{udpKind: 2, tcpKind: 1}, y.of(higher, now), "and each peer")
 	require.Equal(t, 2, y.of(higher, now.Add(deathsFor-1))[udpKind])
 	require.Empty(t, y.of(higher, now.Add(deathsFor)), "it is forgotten")
 	later := now.Add(deathsFor)
@@ -51,6 +54,12 @@ func TestDeathsAreBounded(t *testing.T) {
 	for i := range 3 * maxDeaths {
 		y.died(peer.ID(fmt.Sprintf("peer %d", i)), winnerOf(now), now)
 		require.LessOrEqual(t, len(y.deaths), maxDeaths)
+	}
+	now = now.Add(deathsFor)
+	y.died("when those are over", winnerOf(now), now)
+	require.Len(t, y.deaths, 1, "what is over goes first")
+	for i := range 3 * maxDeaths {
+		y.died(peer.ID(fmt.Sprintf("peer %d", i)), winnerOf(now), now)
 	}
 	last := peer.ID(fmt.Sprintf("peer %d", 3*maxDeaths-1))
 	require.Equal(t, 1, y.of(last, now)[udpKind])
