@@ -104,6 +104,82 @@ func TestSuiteOfGorpc(t *testing.T) {
 	})
 }
 
+// TestSuiteOfLibp2p runs go-libp2p's own tests: p2p/test, and those of what applications use
+// beside the host. Not here are the tests of muxers, which integration/conformance runs on
+// streams that move, p2p/test/security, which only measures, and tests that make no host of
+// their own, or within a package that Portage's hosts are made of. Most streams here live for
+// milliseconds, so that few of them move, and no number is demanded.
+func TestSuiteOfLibp2p(t *testing.T) {
+	everything := []string{".*"}
+	for _, s := range []suite{
+		{folder: "p2p/test/backpressure", patches: basicHosts("backpressure_test.go", 2), times: 3, pass: 3},
+		{
+			folder:  "p2p/test/basichost",
+			patches: newHosts("basic_host_test.go", 12),
+			long:    []string{"TestWebRTCWithQUICManyConnections"},
+			still:   []string{"TestNewStreamTransientConnection"}, // only a relayed connection may be there
+			pass:    5,
+		},
+		{
+			folder:  "p2p/test/negotiation",
+			patches: append(newHosts("muxer_test.go", 2), newHosts("security_test.go", 2)...),
+			still:   everything,
+			pass:    2,
+		},
+		{folder: "p2p/test/notifications", patches: newHosts("notification_test.go", 1), still: everything, pass: 1},
+		{folder: "p2p/test/quic", patches: newHosts("quic_test.go", 3), still: everything, pass: 1},
+		{folder: "p2p/test/reconnects", patches: basicHosts("reconnect_test.go", 1), still: everything, pass: 1},
+		{folder: "p2p/test/resource-manager", patches: newHosts("echo_test.go", 1), still: everything, pass: 6},
+		{
+			folder:  "p2p/test/swarm",
+			patches: newHosts("swarm_test.go", 9),
+			still:   []string{"TestNewStreamTransientConnection"}, // only a relayed connection may be there
+			pass:    3,
+		},
+		{
+			folder:  "p2p/test/transport",
+			patches: newHosts("transport_test.go", 15),
+			long:    []string{"TestLotsOfDataManyStreams", "TestManyStreams", "TestMoreStreamsThanOurLimits", "TestConnDroppedWhenBlocked"},
+			still: []string{
+				"TestIntercept.*", // a gater expects one connection, and a host one address
+				"TestErrorCodes",  // it closes the connection of a stream, and expects that code
+			},
+			pass: 17,
+		},
+		{folder: "p2p/test/webtransport", patches: newHosts("webtransport_test.go", 2), still: everything, pass: 1},
+		{
+			folder:  "p2p/http",
+			patches: newHosts("libp2phttp_test.go", 24),
+			still:   []string{"TestMultiaddrURIRedirect", "TestImpliedHostIsSet"}, // a host's first address is to be dialled
+			pass:    32,
+		},
+		{folder: "p2p/net/gostream", patches: newHosts("gostream_test.go", 1), pass: 1},
+		{folder: "p2p/protocol/ping", patches: basicHosts("ping_test.go", 2), pass: 1},
+	} {
+		t.Run(s.folder, func(t *testing.T) {
+			s.module = "github.com/libp2p/go-libp2p"
+			run(t, s)
+		})
+	}
+}
+
+// newHosts has the hosts of a file that libp2p.New makes move.
+func newHosts(file string, times int) []patch {
+	const libp2pImport = "\t\"github.com/libp2p/go-libp2p\"\n"
+	return []patch{
+		{file, "= libp2p.New(", "= moving.New(t, ", times},
+		{file, libp2pImport, libp2pImport + movingImport, 1},
+	}
+}
+
+// basicHosts has the hosts of a file that are basic ones move.
+func basicHosts(file string, times int) []patch {
+	return []patch{
+		{file, "bhost.NewHost(", "moving.NewHost(t, ", times},
+		{file, "\tbhost \"github.com/libp2p/go-libp2p/p2p/host/basic\"\n", movingImport, 1},
+	}
+}
+
 func run(t *testing.T, s suite) {
 	ctx, cancel := context.WithTimeout(t.Context(), 4*hosttest.Patience)
 	defer cancel()
@@ -191,13 +267,18 @@ func (r *results) run(t *testing.T, cmd *exec.Cmd) {
 	}
 }
 
+// nextTest is where a test begins that is not within another.
+var nextTest = regexp.MustCompile(`(?m)^=== RUN   [^/\n]+$`)
+
 // about is what tests have said, or the end of everything where none has failed.
 func about(out []byte, tests []string) []byte {
 	var said [][]byte
 	for _, name := range tests {
 		_, after, _ := bytes.Cut(out, []byte("=== RUN   "+name+"\n"))
-		text, _, _ := bytes.Cut(after, []byte("\n=== RUN   Test"))
-		said = append(said, text)
+		if next := nextTest.FindIndex(after); next != nil {
+			after = after[:next[0]]
+		}
+		said = append(said, after)
 	}
 	if len(said) == 0 {
 		said = append(said, out[max(0, len(out)-4<<10):])
