@@ -530,3 +530,16 @@ func TestInterfaces(t *testing.T) {
 	require.Empty(t, in.of(nil, now))
 	require.Empty(t, in.of(ma.StringCast("/dns4/example.com/tcp/1"), now))
 }
+
+// That a connection does not answer is told once, however often it is asked again.
+func TestSilenceIsToldOnce(t *testing.T) {
+	inVirtualTime(t, func(t *testing.T) {
+		w := newWorld(t, higher)
+		w.connect(quicAddr)
+		dead := w.connect(tcpAddr)
+		dead.setPlain(1)
+		dead.set(func() { dead.silent = true })
+		w.pass(10 * time.Minute)
+		require.Len(t, w.logs.FilterMessageSnippet("tcp direct does not answer").All(), 1)
+	})
+}
