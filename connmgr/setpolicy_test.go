@@ -38,3 +38,9 @@ func TestSetPolicyOfAClosedManager(t *testing.T) {
 	require.NoError(t, w.m.Close())
 	require.NoError(t, w.m.SetPolicy(policy.Default()), "it does no harm")
 }
+
+// A policy that has not returned is not asked again about the same peer meanwhile.
+func TestStuckPolicyIsNotAskedAgain(t *testing.T) {
+	_, err := new(policies).of(&peerState{stuck: true})(nil)
+	require.ErrorIs(t, err, errStuck)
+}
