@@ -144,7 +144,10 @@ func TestSuiteOfLibp2p(t *testing.T) {
 				"TestIntercept.*", // a gater expects one connection, and a host one address
 				"TestErrorCodes",  // it closes the connection of a stream, and expects that code
 			},
-			pass: 17,
+			// It closes a connection on which a stream may still be negotiated, and expects that none
+			// is: on a busy machine 1 of 30 runs fails on plain hosts.
+			never: []string{"TestResourceManagerIsUsed"},
+			pass:  16,
 		},
 		{folder: "p2p/test/webtransport", patches: newHosts("webtransport_test.go", 2), still: everything, pass: 1},
 		{
