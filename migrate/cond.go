@@ -50,6 +50,13 @@ func (c *cond) broadcast() {
 	}
 }
 
+// longLock is a lock that may be held for as long as a Write takes. It has a capacity of one. It is
+// not a sync.Mutex, since virtual time stands still while somebody waits for one.
+type longLock chan struct{}
+
+func (l longLock) Lock()   { l <- struct{}{} }
+func (l longLock) Unlock() { <-l }
+
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
 

@@ -38,6 +38,18 @@ func TestOpenerThatWaitsForTheHeader(t *testing.T) {
 			require.Equal(t, MultistreamToken+answer, u.taken())
 		})
 	}
+	bubble(t, "the path takes nothing", func(t *testing.T) {
+		h := verifyingHost()
+		u := newFake()
+		u.room = 0
+		u.conn.remote = playerLow
+		go h.handleStream(u)
+		time.Sleep(time.Second) // the header is being written
+		u.feeds(MultistreamToken+MigrationToken+label, nil)
+		time.Sleep(h.cfg.negotiation)
+		synctest.Wait()
+		require.NotNil(t, u.resetWith, "in time")
+	})
 	bubble(t, "its deadline", func(t *testing.T) {
 		h := verifyingHost()
 		u := &lossy{fakeStream: newFake(), lost: 1}

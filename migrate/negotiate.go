@@ -368,7 +368,7 @@ type negotiator struct {
 	body   [usualMessage]byte
 	limit  *time.Timer // calls out who reads, if the negotiation takes too long; nil: without a limit
 
-	mu     sync.Mutex // guards all below, and is held while out is written
+	mu     longLock // guards all below, and is held while out is written
 	out    []byte
 	failed error       // of the first Write that failed: what follows would not be understood
 	timer  *time.Timer // flushes
@@ -379,7 +379,7 @@ type negotiator struct {
 func (h *Host) negotiator(u network.Stream) *negotiator {
 	n, _ := h.negotiators.Get().(*negotiator)
 	if n == nil {
-		n = &negotiator{host: h}
+		n = &negotiator{host: h, mu: make(longLock, 1)}
 	}
 	n.stream = u
 	return n
