@@ -106,9 +106,9 @@ func TestSuiteOfGorpc(t *testing.T) {
 
 // TestSuiteOfLibp2p runs go-libp2p's own tests: p2p/test, and those of what applications use
 // beside the host. Not here are the tests of muxers, which integration/conformance runs on
-// streams that move, p2p/test/security, which only measures, and tests that make no host of
-// their own, or within a package that Portage's hosts are made of. Most streams here live for
-// milliseconds, so that few of them move, and no number is demanded.
+// streams that move, p2p/test/security, which only measures, and the tests within packages that
+// a host is made of (identify, autorelay, holepunch, the circuit client and the like). Most streams
+// here live for milliseconds, so that few of them move, and no number is demanded.
 func TestSuiteOfLibp2p(t *testing.T) {
 	everything := []string{".*"}
 	for _, s := range []suite{
