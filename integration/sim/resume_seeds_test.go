@@ -335,6 +335,9 @@ func (w *lossy) restart(e lossEvent) {
 	}
 	w.node(e.side).Stop()
 	time.Sleep(e.last)
+	for i := range 2 {
+		w.Sever(w.ip(0, i), w.ip(1, i)) // sockets of the old process, such as a dial's that was under way
+	}
 	w.boot(e.side)
 	for i := range w.plan.streams {
 		if w.plan.streams[i].opener != e.side {
