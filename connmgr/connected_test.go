@@ -52,6 +52,7 @@ func TestStreamInConnected(t *testing.T) {
 					s   network.Stream
 					err error
 				}
+				hosttest.TellsAll(t, ends[1-end])
 				got := make(chan opened, 1)
 				ends[end].Network().Notify(&network.NotifyBundle{ConnectedF: func(_ network.Network, c network.Conn) {
 					ctx, cancel := context.WithTimeout(context.Background(), hosttest.Patience)

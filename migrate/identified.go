@@ -132,8 +132,10 @@ func (i *identified) handle(e any) {
 	}
 }
 
-// settle waits until everything that has been told by now is noted.
-func (i *identified) settle() {
+// settle waits until everything that has been told by now is noted. c is a connection that is
+// open: who is called before our notifiee may be here before it was entered.
+func (i *identified) settle(c network.Conn) {
+	i.tell(c, told{})
 	i.mu.RLock()
 	r := i.run
 	i.mu.RUnlock()
@@ -269,7 +271,7 @@ func (h *Host) awaitIdentify(ctx context.Context, c network.Conn) error {
 	if ctx.Err() != nil {
 		return fmt.Errorf("identify failed to complete: %w", ctx.Err())
 	}
-	h.told.settle()
+	h.told.settle(c)
 	h.told.tell(c, told{ended: true})
 	return nil
 }
@@ -286,7 +288,7 @@ const (
 // labellingOn is for a connection whose identify has ended, if it is known when it does.
 func (h *Host) labellingOn(c network.Conn) labelling {
 	if !h.told.on(c).ended {
-		h.told.settle()
+		h.told.settle(c)
 	}
 	l := h.answerOf(c, ID)
 	if h.cfg.verified {

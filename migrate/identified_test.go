@@ -150,6 +150,19 @@ func newReplicas(t *testing.T, order [2]int, silent [2]bool) *replicas {
 	return r
 }
 
+// What identify has told is known to a notifiee that is called before ours.
+func TestSettlesBeforeItIsNotified(t *testing.T) {
+	a, b := New(t, []Transport{TCP}), New(t, []Transport{TCP})
+	ha, _ := wrapped(t, a), wrapped(t, b)
+	a.Network().StopNotify((*identifiedNotifiee)(&ha.told))
+	TellsAll(t, b)
+	c := Dial(t, a, b, TCP)
+	<-ha.identify().IdentifyWait(c)
+	require.Equal(t, told{}, ha.told.on(c))
+	ha.told.settle(c)
+	require.Equal(t, told{known: 3, speaks: 3, ended: true}, ha.told.on(c))
+}
+
 // TestReplicas: of two hosts with one key only one migrates. A label goes to that one, and
 // the application sees two hosts that work, whichever was identified last, and also where one
 // of them has not answered.
