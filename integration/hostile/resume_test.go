@@ -45,7 +45,7 @@ func (e *hostile) resumableStream(i int) (u *RawStream, label uint64, err error)
 
 // TestFloodsOfResumption is TestFloods with streams that may be resumed.
 func TestFloodsOfResumption(t *testing.T) {
-	for _, f := range []flood{
+	withstands(t, []flood{
 		{name: "closed streams of which nothing is confirmed", n: 20, do: unconfirmed},
 		{name: "one stream, resumed all the time", n: 20, do: resumedInALoop},
 		{name: "attempts that are not carried on", n: 30, do: attemptsWithoutEnd},
@@ -53,27 +53,7 @@ func TestFloodsOfResumption(t *testing.T) {
 		{name: "reports about nothing", n: 2_000, do: reportsAboutNothing},
 		{name: "confirmations that lie", n: 6, do: lies},
 		{name: "epochs from the future", n: 6, do: futureEpochs},
-	} {
-		t.Run(f.name, func(t *testing.T) {
-			s := newScene(t, migrate.WithResumption(migrate.ResumeWindow(resumeWindow), migrate.ResumePatience(time.Second)))
-			peer, _ := limits()
-			for _, n := range []int{f.n, 10 * f.n} {
-				e := s.newHostile(t, n == f.n)
-				f.do(e, n)
-				s.progress(f.name, !f.crowds)
-				s.rests(e)
-				u := s.measure(e.ID())
-				t.Logf("%-7d  %v", n, u)
-				bound := int64(slack) + 4*resumeWindow + perStream*int64(u.peer.NumStreamsInbound+u.peer.NumStreamsOutbound)
-				for _, c := range e.Conns {
-					bound += perEnd * int64(len(c.GetStreams()))
-				}
-				require.LessOrEqual(t, u.heap-e.base.heap, bound, "heap, in bytes")
-				require.LessOrEqual(t, u.peer.NumStreamsInbound, int(peer.StreamsInbound))
-				e.goes()
-			}
-		})
-	}
+	}, 4*resumeWindow, migrate.WithResumption(migrate.ResumeWindow(resumeWindow), migrate.ResumePatience(time.Second)))
 }
 
 // unconfirmed has the victim close streams with 20 kB each that are not confirmed.
