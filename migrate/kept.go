@@ -139,7 +139,7 @@ func (h *sendHalf) awaitLast() (open bool) {
 // is closed with closing, unless a replay has to do that.
 func (h *sendHalf) endKept(u network.Stream, open bool, closing func() error) error {
 	r := h.resumption
-	r.of.report(r, true)
+	h.announce(u, open)
 	if !open {
 		return nil
 	}
@@ -156,6 +156,16 @@ func (h *sendHalf) endKept(u network.Stream, open bool, closing func() error) er
 		return nil // where u has failed, the end is sent again
 	}
 	return err
+}
+
+// announce has the other end told where the writing ends (R7). Where u closes it, on which an
+// end is believed without that, or where the other end wants no more, that has time.
+func (h *sendHalf) announce(u network.Stream, closes bool) {
+	r := h.resumption
+	h.mu.Lock()
+	unwanted := r.ring.confirmed == everything
+	h.mu.Unlock()
+	r.of.report(r, !unwanted && !(closes && endsTruly(u.Conn())))
 }
 
 // replays says whether the present stream has yet to get what was written before.
@@ -248,7 +258,7 @@ func (h *sendHalf) replay(u network.Stream) {
 			h.reopen()
 			if h.closed {
 				h.mu.Unlock()
-				r.of.report(r, true)
+				h.announce(u, true)
 				err := u.CloseWrite()
 				r.s.mu.Lock()
 				if r.s.life == lifeClosed && r.s.ex == nil {

@@ -21,14 +21,17 @@ const (
 	// reportAfter is after how many bytes the peer is told at once.
 	reportAfter = 1 << 20
 
+	// reportMany is of how many streams there is something to tell until it is told at once.
+	reportMany = 64
+
 	// reportWithin is how long it may take until the peer is told of what is less.
 	reportWithin = 250 * time.Millisecond
 
 	// reportTimeout bounds the sending of a report.
 	reportTimeout = 5 * time.Second
 
-	// lingering is how long a stream of reports stays open that is not used: as long as more
-	// is likely to follow.
+	// lingering is how long a stream of reports stays open that is not used, and memory
+	// reserved: as long as more is likely to follow.
 	lingering = time.Second
 )
 
@@ -45,7 +48,6 @@ type telling struct {
 type side struct {
 	stream network.Stream
 	idle   *time.Timer
-	failed bool
 }
 
 // report notes that the peer is to be told of r, soon or now.
@@ -57,6 +59,7 @@ func (p *resumePeer) report(r *resumption, now bool) {
 		t.due = make(map[*resumption]struct{})
 	}
 	t.due[r] = struct{}{}
+	now = now || len(t.due) >= reportMany
 	switch {
 	case now && t.busy:
 		t.now = true
@@ -107,6 +110,7 @@ func (p *resumePeer) reportAll() {
 		if len(due) == 0 {
 			t.busy = false
 			p.mu.Unlock()
+			p.dropUnused()
 			return
 		}
 		p.mu.Unlock()
@@ -139,6 +143,7 @@ func (p *resumePeer) reportAll() {
 		}
 		p.mu.Unlock()
 		if !again {
+			p.dropUnused()
 			return
 		}
 	}
@@ -181,7 +186,7 @@ func progressMessage(m *pb.Progress) []byte {
 func (p *resumePeer) send(c network.Conn, batch []byte) error {
 	p.mu.Lock()
 	sd := p.tell.on[c]
-	if sd != nil && (sd.failed || !sd.idle.Stop()) {
+	if sd != nil && !sd.idle.Stop() {
 		sd = nil // it is about to be closed
 	}
 	p.mu.Unlock()
@@ -218,10 +223,11 @@ func (p *resumePeer) send(c network.Conn, batch []byte) error {
 
 func (p *resumePeer) leave(c network.Conn, sd *side) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.tell.on[c] == sd {
 		delete(p.tell.on, c)
 	}
+	p.mu.Unlock()
+	p.dropUnused()
 }
 
 // openSide opens a stream of reports. Nothing is waited for; what the peer answers is read

@@ -103,15 +103,15 @@ func (h *receiveHalf) received() uint64 {
 }
 
 // progressed notes that something was received; the peer is told of it soon, or at once where
-// it was much, or all. mu must be held.
+// it was much. mu must be held.
 func (h *receiveHalf) progressed() {
 	r := h.resumption
 	in := &r.incoming
-	now := h.received()
-	if now <= in.reported {
+	if h.received() <= in.reported {
 		return
 	}
-	urgent := now-in.reported >= r.of.every || h.given
+	urgent := in.base+h.cur.count >= in.reported+r.of.every ||
+		h.closed && !carriesCodes(h.cur.stream) // there it looks like a loss (losing)
 	if in.pending && (in.urgent || !urgent) {
 		return
 	}
@@ -508,9 +508,11 @@ func (r *resumption) believes(src *source) bool {
 	if in := &r.incoming; in.told {
 		return in.base+src.count == in.total
 	}
-	// QUIC ends a stream with what the other end has sent, and nothing else.
-	return src.stream.Conn().As(new(*quic.Conn))
+	return endsTruly(src.stream.Conn())
 }
+
+// endsTruly says whether streams of c end only where the other end has ended them, as QUIC's do.
+func endsTruly(c network.Conn) bool { return c.As(new(*quic.Conn)) }
 
 // settleEnd decides what the end of src means, as far as that can be told. waited says that it
 // was kept back for eofVouched.

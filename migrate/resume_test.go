@@ -306,7 +306,10 @@ func TestRing(t *testing.T) {
 	r.confirm(50 + window)
 	require.Nil(t, r.blocks)
 	require.Zero(t, budget.used)
+	require.NotNil(t, budget.span, "more is likely to follow")
+	budget.tidy()
 	require.Nil(t, budget.span)
+	require.Zero(t, budget.reserved)
 
 	r = fresh()
 	lent(r, data, len(data)) // more than fits
@@ -504,6 +507,63 @@ func TestTombstoneThatIsLostGoes(t *testing.T) {
 	u = p.resumes(old, epoch(2), 1)
 	u.Wants(Prelude, AckDenied)
 	u.WantsEOF()
+}
+
+// Who has ended its writing and read the other's end is not told that the stream was denied: what
+// it waits for is a confirmation only.
+func TestDeniedStreamThatIsThrough(t *testing.T) {
+	for _, through := range []bool{false, true} {
+		t.Run(fmt.Sprint(through), func(t *testing.T) {
+			p := meetResuming(t)
+			s, old := p.hostAcceptsResumable()
+			if through {
+				p.reportsTo(endBytes(old.Label, 1))
+				old.ClosesWrite()
+				_, err := s.Read(make([]byte, 1))
+				require.Equal(t, io.EOF, err)
+			}
+			require.NoError(t, s.CloseWrite())
+			p.host.resumer.get(p.ID(), old.Label).lose(nil, errors.New("test"))
+			next := p.arrivesAfter(old)
+			next.Sends(Prelude, AckDenied)
+			WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.Label) == nil })
+			_, err := s.Read(make([]byte, 1))
+			if !through {
+				require.ErrorIs(t, err, network.ErrReset)
+				return
+			}
+			require.Equal(t, io.EOF, err)
+			require.NoError(t, s.Close())
+		})
+	}
+}
+
+// Reports about streams that live for a moment, one after the other, share a stream of their own,
+// and the memory that is reserved for them.
+func TestShortStreamsShareReports(t *testing.T) {
+	onBothTransports(t, func(t *testing.T, m meeting) {
+		m.kind, m.opts = resuming, []Option{WithResumption()}
+		p := m.meet(t)
+		confirms := p.reportsTo()
+		for range 20 {
+			s, old := p.hostAcceptsResumable()
+			require.NoError(t, s.Close())
+			confirms.Sends(receivedBytes(old.Label, everything))
+			WaitFor(t, "the stream to be forgotten", func() bool { return p.host.resumer.get(p.ID(), old.Label) == nil })
+		}
+		p.ArrivesFor(ResumeID)
+		require.Empty(t, p.CameFor(ResumeID), "one is enough")
+		budget := &p.host.resumer.budget
+		require.NotNil(t, budget.span, "and what is reserved")
+		WaitFor(t, "the peer to be forgotten", func() bool {
+			rs := p.host.resumer
+			rs.mu.Lock()
+			defer rs.mu.Unlock()
+			budget.mu.Lock()
+			defer budget.mu.Unlock()
+			return len(rs.peers) == 0 && budget.span == nil
+		})
+	})
 }
 
 // A first Write that is too large to leave with the opening follows it.

@@ -130,7 +130,27 @@ func (p *resumePeer) remove(r *resumption) {
 	defer rs.mu.Unlock()
 	p.unbury(r)
 	delete(p.streams, r.origin)
-	if len(p.streams) == 0 && rs.peers[p.id] == p {
+	p.dropLocked()
+}
+
+// dropUnused forgets the peer where there is nothing to know of it any more. A stream of reports is
+// worth to be kept for a while: the peer's next stream may be opened soon.
+func (p *resumePeer) dropUnused() {
+	rs := p.host.resumer
+	rs.mu.Lock()
+	defer rs.mu.Unlock()
+	p.dropLocked()
+}
+
+// dropLocked is dropUnused. resumer.mu must be held.
+func (p *resumePeer) dropLocked() {
+	rs := p.host.resumer
+	if len(p.streams) > 0 || rs.peers[p.id] != p {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if t := &p.tell; !t.busy && len(t.due) == 0 && len(t.on) == 0 {
 		delete(rs.peers, p.id)
 	}
 }
@@ -189,6 +209,7 @@ func (rs *resumer) close() {
 		}
 		r.fail(errors.New("the host is closed"))
 	}
+	rs.budget.tidy()
 }
 
 // connected is called when there is a connection to a peer.

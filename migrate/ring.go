@@ -3,6 +3,7 @@ package migrate
 import (
 	"math"
 	"sync"
+	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 
@@ -220,21 +221,33 @@ func (m *ringMemory) release(n int) {
 }
 
 // ringBudget is what all rings of a host may take. It is reserved in the system scope: a
-// stream that is lost has no other. Safe for concurrent use.
+// stream that is lost has no other. The resource manager is asked for more than a block at once,
+// since it takes as long for that as copying one does; where that is refused, for what is needed.
+// Safe for concurrent use.
 type ringBudget struct {
 	perPeer, perHost int
 	manager          network.ResourceManager
 
-	mu   sync.Mutex // guards all below
-	used int
-	span network.ResourceScopeSpan // nil as long as nothing is reserved
+	mu       sync.Mutex // guards all below
+	used     int
+	reserved int                       // used at least
+	span     network.ResourceScopeSpan // nil as long as nothing is reserved
+	tidying  bool                      // tidy is to be called
 }
+
+// ahead is how much is reserved at once. Up to two of it are reserved and not used.
+func (b *ringBudget) ahead() int { return min(1<<20, b.perHost/16) }
 
 func (b *ringBudget) reserve(n int) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.used+n > b.perHost {
+	need := b.used + n - b.reserved
+	switch {
+	case b.used+n > b.perHost:
 		return false
+	case need <= 0:
+		b.used += n
+		return true
 	}
 	if b.span == nil {
 		err := b.manager.ViewSystem(func(system network.ResourceScope) (err error) {
@@ -246,26 +259,43 @@ func (b *ringBudget) reserve(n int) bool {
 			return false
 		}
 	}
-	if b.span.ReserveMemory(n, network.ReservationPriorityMedium) != nil {
-		b.tidy()
-		return false
+	for _, more := range []int{max(need, b.ahead()), need} {
+		if b.span.ReserveMemory(more, network.ReservationPriorityMedium) == nil {
+			b.reserved += more
+			b.used += n
+			return true
+		}
 	}
-	b.used += n
-	return true
+	b.tidyLocked()
+	return false
 }
 
 func (b *ringBudget) release(n int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.used -= n
-	b.span.ReleaseMemory(n)
-	b.tidy()
+	if spare := b.reserved - b.used - b.ahead(); spare > b.ahead() {
+		b.span.ReleaseMemory(spare)
+		b.reserved -= spare
+	}
+	if b.used == 0 && !b.tidying { // the next stream may follow at once
+		b.tidying = true
+		time.AfterFunc(lingering, b.tidy)
+	}
 }
 
-// tidy ends the span where nothing is reserved in it. mu must be held.
+// tidy gives back what is reserved where nothing of it is used.
 func (b *ringBudget) tidy() {
-	if b.used == 0 {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.tidying = false
+	b.tidyLocked()
+}
+
+// tidyLocked is tidy. mu must be held.
+func (b *ringBudget) tidyLocked() {
+	if b.used == 0 && b.span != nil {
 		b.span.Done()
-		b.span = nil
+		b.span, b.reserved = nil, 0
 	}
 }

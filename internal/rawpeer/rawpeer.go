@@ -137,6 +137,9 @@ func (p *RawPeer) ArrivesFor(id protocol.ID) *RawStream {
 	return hosttest.Take(p.T, p.apart[id], "a stream from the host for "+string(id))
 }
 
+// CameFor is where ArrivesFor takes its streams from.
+func (p *RawPeer) CameFor(id protocol.ID) <-chan *RawStream { return p.apart[id] }
+
 // Came is where Arrives takes its streams from.
 func (p *RawPeer) Came() <-chan *RawStream { return p.came }
 
