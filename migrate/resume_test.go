@@ -67,6 +67,20 @@ func (p *rawPeer) hostAcceptsResumable() (*Stream, *RawStream) {
 	return s, u
 }
 
+// hostOpensResumable is hostOpens with a stream that may outlive its connection. The host has sent
+// a first byte, and the peer none.
+func (p *rawPeer) hostOpensResumable() (*Stream, *RawStream) {
+	p.t.Helper()
+	s, err := p.hostBegins(0, echoID)
+	require.NoError(p.t, err)
+	p.writes(s, "!")
+	u := p.Arrives()
+	u.Label = s.Label()
+	u.Wants(Prelude, resumableLabelBytes(u.Label), MultistreamToken, EchoToken, "!")
+	u.Sends(Prelude, MultistreamToken, EchoToken)
+	return s, u
+}
+
 // epoch is the n-th one that the raw peer may give, n from 1 on: it is the higher peer.
 func epoch(n uint64) uint64 { return 2*n - 1 }
 
@@ -318,6 +332,7 @@ func TestRing(t *testing.T) {
 	r.confirm(everything)
 	require.Nil(t, r.blocks)
 	require.Equal(t, 5, r.put(data[:5], false), "nobody asks for it")
+	require.Equal(t, r.end, r.low)
 	lent(r, data, 7)
 	require.EqualValues(t, len(data)+12, r.end)
 	require.Equal(t, r.end, r.low)

@@ -1,0 +1,324 @@
+package migrate
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/stretchr/testify/require"
+	"google.golang.org/protobuf/encoding/protodelim"
+
+	. "github.com/go-portage/portage/internal/hosttest"
+	. "github.com/go-portage/portage/internal/rawpeer"
+	"github.com/go-portage/portage/pb"
+)
+
+// What a host tells its peer about streams beside these, and when (R12).
+
+// report is what the peer was told, and on which connection.
+type report struct {
+	on network.Conn
+	*pb.Progress
+}
+
+// reports are what the host tells from here on, whatever streams it opens for that.
+func (p *rawPeer) reports() <-chan report {
+	all := make(chan report, 1<<10)
+	read := func(u *RawStream) {
+		if Expect(u, MultistreamToken+Token(ResumeID)) != nil {
+			return
+		}
+		in := bufio.NewReader(u)
+		for {
+			m := new(pb.Progress)
+			if err := protodelim.UnmarshalFrom(in, m); err != nil {
+				return
+			}
+			all <- report{u.Conn(), m}
+		}
+	}
+	go func() {
+		for {
+			select {
+			case u := <-p.CameFor(ResumeID):
+				go read(u)
+			case <-p.t.Context().Done():
+				return
+			}
+		}
+	}()
+	return all
+}
+
+// told waits for the next report, which has to be about the stream that was opened as u.
+func (p *rawPeer) told(reports <-chan report, u *RawStream) report {
+	p.t.Helper()
+	r := Take(p.t, reports, "a report")
+	require.Equal(p.t, u.Label, r.GetOrigin(), "the stream that is reported")
+	return r
+}
+
+// tellingIs waits until cond holds of what the host has to tell.
+func (p *rawPeer) tellingIs(what string, cond func(*telling) bool) {
+	p.t.Helper()
+	rs := p.host.resumer
+	WaitFor(p.t, what, func() bool {
+		rs.mu.Lock()
+		defer rs.mu.Unlock()
+		of := rs.peers[p.ID()]
+		of.mu.Lock()
+		defer of.mu.Unlock()
+		return cond(&of.tell)
+	})
+}
+
+// TestWhenReportsLeave: what there is to tell waits for what else there may be, but not for
+// long, and not where it is much or urgent. One report is made at a time: what comes meanwhile
+// leaves in another, right behind it.
+func TestWhenReportsLeave(t *testing.T) {
+	busy := func() *resumePeer {
+		p := new(resumePeer)
+		p.tell.busy = true
+		return p
+	}
+	goesOn := func(p *resumePeer) bool {
+		synctest.Wait()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return p.tell.now
+	}
+	bubble(t, "less", func(t *testing.T) {
+		p := busy()
+		p.report(new(resumption), false)
+		time.Sleep(reportWithin - time.Nanosecond)
+		require.False(t, goesOn(p))
+		time.Sleep(time.Nanosecond)
+		require.True(t, goesOn(p))
+	})
+	bubble(t, "many", func(t *testing.T) {
+		p := busy()
+		for range reportMany - 1 {
+			p.report(new(resumption), false)
+		}
+		require.False(t, goesOn(p))
+		p.report(new(resumption), false)
+		require.True(t, goesOn(p))
+	})
+	bubble(t, "urgent", func(t *testing.T) {
+		p := busy()
+		p.report(new(resumption), true)
+		require.True(t, goesOn(p))
+	})
+}
+
+// The end of writing is told, behind what was written, also where all of that is confirmed;
+// and of what was received nothing is told where that is nothing.
+func TestReportsOfEnds(t *testing.T) {
+	t.Run("behind what is confirmed", func(t *testing.T) {
+		p := meetResuming(t)
+		reports := p.reports()
+		s, old := p.hostAcceptsResumable()
+		require.Nil(t, p.told(reports, old).End, "it has not ended")
+		p.reportsTo(receivedBytes(old.Label, 1))
+		WaitFor(t, "the host to know", func() bool {
+			s.send.mu.Lock()
+			defer s.send.mu.Unlock()
+			return s.send.resumption.ring.confirmed == 1
+		})
+		require.NoError(t, s.CloseWrite())
+		end := p.told(reports, old)
+		require.EqualValues(t, 1, end.GetReceived())
+		require.EqualValues(t, 1, end.GetEnd())
+	})
+	t.Run("where nothing has come", func(t *testing.T) {
+		p := meetResuming(t)
+		reports := p.reports()
+		s, u := p.hostOpensResumable()
+		r := p.host.resumer.get(p.ID(), u.Label)
+		require.Nil(t, r.progress())
+		require.NoError(t, s.CloseWrite())
+		end := p.told(reports, u)
+		require.Nil(t, end.Received)
+		require.EqualValues(t, 1, end.GetEnd())
+	})
+}
+
+// A peer that refuses a stream of reports, against what it has said, has no use for it.
+func TestReportsThatAreRefused(t *testing.T) {
+	p := meetResuming(t)
+	p.hostAcceptsResumable()
+	u := p.ArrivesFor(ResumeID)
+	u.Sends(MultistreamToken, NAToken)
+	u.WantsReset(network.StreamNoError)
+}
+
+// A stream of reports is closed when the peer has closed it, and reset where what comes is none.
+func TestEndsOfReports(t *testing.T) {
+	p := meetResuming(t)
+	s, old := p.hostAcceptsResumable()
+	u := p.reportsTo(receivedBytes(old.Label, 1))
+	u.Wants(MultistreamToken, Token(ResumeID))
+	u.ClosesWrite()
+	u.WantsEOF()
+	for name, bytes := range map[string]string{"too long": Uvarint(1025), "no message": Lengthy("\x00\x00")} {
+		t.Run(name, func(t *testing.T) {
+			p.reportsTo(bytes).WantsReset(network.StreamProtocolViolation)
+		})
+	}
+	p.talk(s, old)
+	WaitFor(t, "the host to let go of the streams", func() bool {
+		for _, u := range p.Ends[1].GetStreams() {
+			if u.Protocol() == ResumeID {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// What there is to tell while a report is made is told, too.
+func TestReportsWhileOneIsMade(t *testing.T) {
+	for _, urgent := range []bool{true, false} {
+		t.Run(fmt.Sprintf("urgent %t", urgent), func(t *testing.T) {
+			p := meetResuming(t)
+			reports := p.reports()
+			s, old := p.hostAcceptsResumable()
+			p.told(reports, old)
+			_, other := p.hostAcceptsResumable()
+			p.told(reports, other)
+			r, next := p.host.resumer.get(p.ID(), old.Label), p.host.resumer.get(p.ID(), other.Label)
+			p.tellingIs("the reports to be made", func(t *telling) bool { return !t.busy })
+			s.recv.mu.Lock() // whoever makes a report about it waits
+			r.of.report(r, urgent)
+			p.tellingIs("a report to be made", func(t *telling) bool { return t.busy && len(t.due) == 0 })
+			r.of.report(next, urgent)
+			p.tellingIs("the time to be over", func(t *telling) bool { return t.timer == nil })
+			s.recv.mu.Unlock()
+			p.told(reports, old)
+			p.told(reports, other)
+			p.tellingIs("the reports to be made", func(t *telling) bool { return !t.busy && len(t.due) == 0 })
+		})
+	}
+}
+
+// What was told on a connection that is gone may not have arrived, so it is told again.
+func TestReportsAreToldAgain(t *testing.T) {
+	p := meetResuming(t)
+	reports := p.reports()
+	s, old := p.hostAcceptsResumable()
+	require.Equal(t, p.Conns[0], p.told(reports, old).on)
+	next := p.resumes(old, epoch(1), 1)
+	next.Wants(Prelude, ackReceivedBytes(1))
+	require.NoError(t, p.Conns[0].Close())
+	r := p.told(reports, old)
+	require.Equal(t, p.Conns[1], r.on)
+	require.EqualValues(t, 1, r.GetReceived())
+	p.talk(s, next)
+}
+
+// What finds no room on its connection is told when there is some.
+func TestReportsThatFindNoRoom(t *testing.T) {
+	p := meetResuming(t)
+	reports := p.reports()
+	_, old := p.hostAcceptsResumable()
+	p.told(reports, old)
+	p.tellingIs("the stream of reports to be closed", func(t *telling) bool { return !t.busy && len(t.on) == 0 })
+	p.host.late.add(p.Ends[0])
+	r := p.host.resumer.get(p.ID(), old.Label)
+	r.of.report(r, true)
+	p.tellingIs("the report to be due again", func(t *telling) bool { return !t.busy && t.timer != nil })
+	p.host.late.remove(p.Ends[0])
+	p.told(reports, old)
+}
+
+// One that a path which is dead does not take holds up no other for longer than its time.
+func TestReportsThatAreNotTaken(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h := verifyingHost(WithResumption())
+		h.resumer = newResumer(h)
+		u := newFake()
+		u.grants(0, nil)
+		p := &resumePeer{host: h}
+		p.tell.on = map[network.Conn]*side{u.conn: {stream: u, idle: time.NewTimer(time.Hour)}}
+		begun := time.Now()
+		require.ErrorIs(t, p.send(u.conn, []byte("x")), os.ErrDeadlineExceeded)
+		require.Equal(t, reportTimeout, time.Since(begun))
+		require.Empty(t, p.tell.on, "the next needs a stream of its own")
+		require.NotNil(t, u.resetWith)
+	})
+}
+
+// What comes when a stream of reports is about to be closed for having been idle has one of its own.
+func TestReportsBehindAnIdleStream(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h := verifyingHost(WithResumption())
+		h.resumer = newResumer(h)
+		idle, fresh := newFake(), newFake()
+		fresh.conn.open = func(context.Context) (network.Stream, error) { return fresh, nil }
+		p := &resumePeer{host: h}
+		over := time.NewTimer(0)
+		<-over.C
+		p.tell.on = map[network.Conn]*side{fresh.conn: {stream: idle, idle: over}}
+		require.NoError(t, p.send(fresh.conn, []byte("x")))
+		require.Empty(t, idle.taken())
+		require.Equal(t, MultistreamToken+Token(ResumeID)+"x", fresh.taken())
+		time.Sleep(lingering)
+		synctest.Wait()
+		require.True(t, fresh.isClosed)
+		require.Empty(t, p.tell.on)
+	})
+}
+
+// unwelcome is a stream that the resource manager does not admit.
+type unwelcome struct{ *fakeStream }
+
+func (unwelcome) SetProtocol(protocol.ID) error { return network.ErrResourceLimitExceeded }
+
+// Of one that the resource manager refuses nothing is left.
+func TestReportsThatAreNotAdmitted(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h := verifyingHost(WithResumption())
+		p := &resumePeer{host: h}
+		u := newFake()
+		u.conn.open = func(context.Context) (network.Stream, error) { return unwelcome{u}, nil }
+		_, err := p.openSide(u.conn)
+		require.ErrorIs(t, err, network.ErrResourceLimitExceeded)
+		require.NotNil(t, u.resetWith)
+	})
+}
+
+// A stream that needs no connection any more takes none to be reported on, but another one where
+// its own is gone.
+func TestReportsOfWhatIsThroughTakeAnotherConnection(t *testing.T) {
+	p := meetResuming(t)
+	reports := p.reports()
+	s, old := p.hostAcceptsResumable()
+	p.told(reports, old)
+	require.NoError(t, s.CloseWrite())
+	old.WantsEOF()
+	p.reportsTo(receivedBytes(old.Label, 1+1), endBytes(old.Label, 1))
+	old.ClosesWrite()
+	require.Empty(t, p.readsEnd(s, io.EOF))
+	for p.told(reports, old).GetReceived() < 1+1 {
+	}
+	r := p.host.resumer.get(p.ID(), old.Label)
+	WaitFor(t, "the end to be confirmed", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return r.finished()
+	})
+	require.NoError(t, p.Conns[0].CloseWithError(network.ConnErrorCode(network.StreamProtocolViolation)))
+	told := p.told(reports, old)
+	require.Equal(t, p.Conns[1], told.on)
+	require.EqualValues(t, 1+1, told.GetReceived())
+	require.Nil(t, told.End, "the end of writing was confirmed")
+	require.Empty(t, p.Came(), "there is nothing to resume")
+	require.NoError(t, s.Close())
+}
