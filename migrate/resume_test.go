@@ -307,6 +307,10 @@ func TestRing(t *testing.T) {
 	require.Equal(t, window-60, r.put(data[100:], false), "no more than the window")
 	require.Zero(t, r.put(data, false))
 	require.Equal(t, data[40:40+window], read(r, 40))
+	require.Len(t, r.blocks[0], smallestBlock, "little takes little")
+	for _, b := range r.blocks[1:] {
+		require.Equal(t, window/4, cap(b), "what is confirmed is free soon, and takes few blocks")
+	}
 	few := make([]byte, 3000)
 	require.Equal(t, 3000, r.copyFrom(50, few))
 	require.Equal(t, data[50:3050], few)
