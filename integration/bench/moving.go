@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/multiformats/go-multistream"
 
 	"github.com/go-portage/portage/internal/hosttest"
 	"github.com/go-portage/portage/migrate"
@@ -16,15 +17,15 @@ import (
 // atOnce is how many streams are open that move one after the other. QUIC allows 256.
 const atOnce = 200
 
-// moving measures migrations beside opening and closing a plain stream on the connection
-// that they lead to, with nothing on it.
+// moving measures migrations beside what no way from one connection to another can do without:
+// a plain stream is opened on the one and another is closed on the other, with nothing on them.
 func (s settings) moving() {
 	var rows []comparison
 	for i, from := range transports {
 		dest := transports[1-i]
 		beside := func(name string, move func(t *tb) arm) {
 			rows = append(rows, comparison{fmt.Sprintf("%s, %s", to(from, dest), name), func(t *tb) (raw, again, ours arm) {
-				return plain(t, dest).opensAndCloses(), plain(t, dest).opensAndCloses(), move(t)
+				return plain(t, from, dest).replacements(), plain(t, from, dest).replacements(), move(t)
 			}})
 		}
 		beside("nobody reads", func(t *tb) arm { return portage(t, from, dest).migrations(false) })
@@ -40,7 +41,48 @@ func (s settings) moving() {
 		comparison{"QUIC to QUIC, quic-go moves the whole connection", func(t *tb) (raw, again, ours arm) {
 			return plain(t, hosttest.QUIC).opensAndCloses(), plain(t, hosttest.QUIC).opensAndCloses(), pathMigrations(t)
 		}})
-	s.table("What a migration costs, where opening a plain stream on the new connection and closing it is 1:", rows)
+	s.table("What a migration costs, where opening a plain stream on the new connection and closing one on the old is 1:", rows)
+}
+
+// replacements opens a stream on connection 1, as a plain host does whose peer is known to speak the
+// protocol, and closes one on connection 0 at both ends.
+func (p *pair) replacements() arm {
+	return p.replace(func(opened <-chan network.Stream) (near, far network.Stream) {
+		s, err := p.conns[0][1].NewStream(context.Background())
+		must(err)
+		must(s.SetProtocol(benchID))
+		must(multistream.NewMSSelect(s, benchID).(interface{ Flush() error }).Flush())
+		return s, <-opened
+	})
+}
+
+// replace opens streams on connection 0, and returns what it costs to open each again, and
+// to close it.
+func (p *pair) replace(open func(opened <-chan network.Stream) (near, far network.Stream)) arm {
+	return func(n int) (total cost) {
+		for done := 0; done < n; done += atOnce {
+			var near, far []network.Stream
+			for range min(atOnce, n-done) {
+				a, b := p.both(func() network.Stream { return p.rawOn(0) })
+				near, far = append(near, a), append(far, b)
+			}
+			opened := make(chan network.Stream, 1)
+			p.handle(func(s network.Stream) { opened <- s })
+			before := spent()
+			for i := range near {
+				a, b := open(opened)
+				_ = near[i].Close() // on QUIC an error where the other end is faster
+				_ = far[i].Close()
+				near[i], far[i] = a, b
+			}
+			total = total.plus(spent().minus(before))
+			for i := range near {
+				_ = near[i].Reset()
+				_ = far[i].Reset()
+			}
+		}
+		return total
+	}
 }
 
 func (p *pair) opensAndCloses() arm {
@@ -156,35 +198,13 @@ func (p *pair) await(what string, done func() bool) { hosttest.WaitFor(new(tb), 
 // tell which one it goes on with and how many bytes they have, and the old one is closed.
 func (p *pair) reopenings() arm {
 	const hello = 16 // which stream, and how many bytes were read
-	return func(n int) (total cost) {
-		for done := 0; done < n; done += atOnce {
-			var near, far []network.Stream
-			for range min(atOnce, n-done) {
-				a, b := p.both(func() network.Stream { return p.rawOn(0) })
-				near, far = append(near, a), append(far, b)
-			}
-			next := make([]network.Stream, len(near))
-			moved := make(chan network.Stream, 1)
-			p.handle(func(s network.Stream) {
-				read(s, hello)
-				write(s, hello)
-				moved <- s
-			})
-			before := spent()
-			for i, old := range near {
-				s := p.rawOn(1)
-				write(s, hello)
-				read(s, hello)
-				_ = old.Close() // on QUIC an error where the other end is faster
-				_ = far[i].Close()
-				next[i], far[i] = s, <-moved
-			}
-			total = total.plus(spent().minus(before))
-			for i := range next {
-				_ = next[i].Reset()
-				_ = far[i].Reset()
-			}
-		}
-		return total
-	}
+	return p.replace(func(opened <-chan network.Stream) (near, far network.Stream) {
+		near = p.rawOn(1)
+		write(near, hello)
+		far = <-opened
+		read(far, hello)
+		write(far, hello)
+		read(near, hello)
+		return near, far
+	})
 }
