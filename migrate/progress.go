@@ -54,46 +54,60 @@ type side struct {
 func (p *resumePeer) report(r *resumption, now bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	t := &p.tell
-	if t.due == nil {
-		t.due = make(map[*resumption]struct{})
-	}
-	t.due[r] = struct{}{}
-	now = now || len(t.due) >= reportMany
-	switch {
-	case now && t.busy:
-		t.now = true
-	case now:
-		t.busy = true
-		go p.reportAll()
-	case t.timer == nil:
-		t.timer = time.AfterFunc(reportWithin, func() { p.reportDue() })
+	p.tell.add(r)
+	if now || len(p.tell.due) >= reportMany {
+		p.reportNow()
+	} else {
+		p.reportSoon()
 	}
 }
 
-func (p *resumePeer) reportDue() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	t := &p.tell
-	t.timer = nil
-	switch {
-	case len(t.due) == 0:
-	case t.busy:
-		t.now = true
-	default:
-		t.busy = true
-		go p.reportAll()
-	}
-}
-
-// reportAgain has the peer told once more of streams, since what it was told may be lost.
+// reportAgain has the peer told once more of streams, since what it was told may be lost. However
+// many they are that has time: there may be no way to tell it at the moment.
 func (p *resumePeer) reportAgain(streams []*resumption) {
 	for _, r := range streams {
 		r.s.recv.mu.Lock()
 		r.incoming.pending, r.incoming.urgent = true, false
 		r.s.recv.mu.Unlock()
-		p.report(r, false)
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, r := range streams {
+		p.tell.add(r)
+	}
+	p.reportSoon()
+}
+
+func (t *telling) add(r *resumption) {
+	if t.due == nil {
+		t.due = make(map[*resumption]struct{})
+	}
+	t.due[r] = struct{}{}
+}
+
+// reportSoon has the peer told within reportWithin. mu must be held.
+func (p *resumePeer) reportSoon() {
+	if p.tell.timer != nil {
+		return
+	}
+	p.tell.timer = time.AfterFunc(reportWithin, func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.tell.timer = nil
+		if len(p.tell.due) > 0 {
+			p.reportNow()
+		}
+	})
+}
+
+// reportNow has the peer told. mu must be held.
+func (p *resumePeer) reportNow() {
+	if p.tell.busy {
+		p.tell.now = true
+		return
+	}
+	p.tell.busy = true
+	go p.reportAll()
 }
 
 // reportAll tells the peer of all that are due.

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -207,6 +208,57 @@ func TestResumingTakesItsRoundTrips(t *testing.T) {
 					_ = s[1].Close()
 					time.Sleep(time.Minute)
 				})
+			})
+		})
+	}
+}
+
+// Hundreds of streams lose their connection at once, and go on over the one that is left. Of 300 QUIC
+// has room for 256 that one end opens: the other end opens the rest.
+func TestManyStreamsOutliveTheirConnection(t *testing.T) {
+	for _, tc := range []struct {
+		from, to string
+		streams  int
+	}{{tcp, tcp, 300}, {tcp, quic, 300}, {quic, tcp, 250}, {quic, quic, 250}} {
+		t.Run(tc.from+" to "+tc.to, func(t *testing.T) {
+			Run(t, func(t *testing.T, n *Net) {
+				var first network.Conn
+				var ends atomic.Int32 // that have resumed
+				l := newLastingWith(t, n, migrate.WithResumption(),
+					migrate.WithConnSelector(func(context.Context, peer.ID) network.Conn { return first }),
+					migrate.WithTracer(func(e migrate.Event) {
+						if e.Kind == migrate.Resumed {
+							ends.Add(1)
+						}
+					}))
+				first, _ = n.Join(l.nodes[0], l.nodes[1], Path{Transport: Transport(tc.from), From: ipsOfA[0], To: ipsOfB[0]},
+					Path{Transport: Transport(tc.to), From: ipsOfB[1], To: ipsOfA[1]})
+				var streams [][2]network.Stream
+				for range tc.streams {
+					streams = append(streams, l.stream())
+				}
+				time.Sleep(3 * time.Second)
+				require.NoError(t, first.CloseWithError(network.ConnSupplanted))
+				for _, s := range streams {
+					for writer := range 2 {
+						_, err := s[writer].Write([]byte("go on"))
+						require.NoError(t, err)
+					}
+				}
+				for _, s := range streams {
+					for reader := range 2 {
+						got := make([]byte, 5)
+						_, err := io.ReadFull(s[reader], got)
+						require.NoError(t, err)
+						require.Equal(t, "go on", string(got))
+					}
+				}
+				require.EqualValues(t, 2*tc.streams, ends.Load())
+				for _, s := range streams {
+					_ = s[0].Close()
+					_ = s[1].Close()
+				}
+				time.Sleep(time.Minute)
 			})
 		})
 	}
