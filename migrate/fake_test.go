@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -295,6 +296,7 @@ func (c *fakeConn) dies() {
 // As implements network.Conn: there is nothing behind it.
 func (c *fakeConn) As(any) bool { return false }
 
+func (c *fakeConn) Stat() (s network.ConnStats)        { return s }
 func (c *fakeConn) ConnState() network.ConnectionState { return network.ConnectionState{} }
 func (c *fakeConn) RemotePeer() peer.ID                { return c.remote }
 func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr {
@@ -403,11 +405,17 @@ func bareHost(self peer.ID, speaks func(protocol.ID) bool, opts ...Option) *Host
 // acceptedOn has h accept a labelled stream on the fake old.
 func acceptedOn(t *testing.T, h *Host, old *fakeStream) *Stream {
 	t.Helper()
+	return acceptedWith(t, h, old, LabelBytes)
+}
+
+// acceptedWith is acceptedOn with another Label.
+func acceptedWith(t *testing.T, h *Host, old *fakeStream, labelBytes func(id uint64) string) *Stream {
+	t.Helper()
 	old.conn.remote = playerLow
 	accepted := make(chan network.Stream, 1)
 	h.SetStreamHandler(echoID, func(s network.Stream) { accepted <- s })
 	label := 600 + h.labels.parity(playerLow, false)
-	old.feeds(Prelude+LabelBytes(label)+MultistreamToken+EchoToken, nil)
+	old.feeds(Prelude+labelBytes(label)+MultistreamToken+EchoToken, nil)
 	h.handleStream(old)
 	return (<-accepted).(*Stream)
 }
@@ -417,8 +425,13 @@ func verifyingHost(opts ...Option) *Host {
 	return bareHost(playHost, func(protocol.ID) bool { return true }, opts...)
 }
 
-// bareNetwork has a resource manager that refuses nothing.
-type bareNetwork struct{ network.Network }
+// bareNetwork has a resource manager that refuses nothing, and the same connections to every peer.
+type bareNetwork struct {
+	network.Network
+	conns []network.Conn
+}
+
+func (n bareNetwork) ConnsToPeer(peer.ID) []network.Conn { return slices.Clone(n.conns) }
 
 func (bareNetwork) ResourceManager() network.ResourceManager { return new(network.NullResourceManager) }
 
@@ -427,9 +440,10 @@ type bare struct {
 	id    peer.ID
 	mux   *msmux.MultistreamMuxer[protocol.ID]
 	store bareStore
+	conns []network.Conn
 }
 
-func (b *bare) Network() network.Network       { return bareNetwork{} }
+func (b *bare) Network() network.Network       { return bareNetwork{conns: b.conns} }
 func (b *bare) ID() peer.ID                    { return b.id }
 func (b *bare) Mux() protocol.Switch           { return b.mux }
 func (b *bare) Peerstore() peerstore.Peerstore { return b.store }

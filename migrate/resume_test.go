@@ -87,7 +87,10 @@ func epoch(n uint64) uint64 { return 2*n - 1 }
 // resumes asks on connection 1 to resume the stream that was opened as u.
 func (p *rawPeer) resumes(u *RawStream, e, received uint64) *RawStream {
 	p.t.Helper()
-	return p.Opens(1, Prelude, resumeBytes(p.Fresh(), u.Label, u.Label, e, received))
+	id := p.Fresh()
+	next := p.Opens(1, Prelude, resumeBytes(id, u.Label, u.Label, e, received))
+	next.Label = id
+	return next
 }
 
 func TestPeerResumes(t *testing.T) {
@@ -266,8 +269,10 @@ func (p *rawPeer) arrivesAfter(u *RawStream) *RawStream {
 	p.t.Helper()
 	next := p.Arrives()
 	next.Wants(Prelude)
-	_, err := readMessage(next)
+	m, err := readMessage(next)
 	require.NoError(p.t, err)
+	require.Equal(p.t, u.Label, m.GetMigrate().GetResume().GetOrigin())
+	next.Label = m.GetMigrate().GetId()
 	return next
 }
 
