@@ -100,6 +100,24 @@ func TestCloseAtBothEnds(t *testing.T) {
 	})
 }
 
+// TestCloseWhileTheNewStreamOpens: S7. A connection that has no room for the new stream does not
+// hold up what Close has to send on the old one.
+func TestCloseWhileTheNewStreamOpens(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h, old, other := verifyingHost(), newFake(), &fakeConn{remote: playerLow}
+		s := acceptedOn(t, h, old)
+		other.open = func(ctx context.Context) (network.Stream, error) { <-ctx.Done(); return nil, ctx.Err() }
+		moved := make(chan error, 1)
+		go func() { moved <- h.Migrate(context.Background(), s, other) }()
+		synctest.Wait()
+		require.NoError(t, s.Close())
+		synctest.Wait()
+		require.Len(t, moved, 1, "and nothing of the second that it may have to open")
+		require.ErrorIs(t, <-moved, ErrTryLater)
+		require.True(t, old.isClosed)
+	})
+}
+
 // TestCloseBeforeTheOpeningIsSent: S7, W1. Close comes while a migration waits for the
 // opening to be sent, on a connection that has no room for it. No Write is taken any more;
 // and the acceptor learns of the stream, and that it is over, once there is room.
