@@ -356,6 +356,36 @@ func TestWhenAttemptsAreMade(t *testing.T) {
 	})
 }
 
+// TestLostConnectionsAreDialledAgain: where no connection is left the peer is dialled, also at the
+// address of the one that was lost, if that is where it was dialled before.
+func TestLostConnectionsAreDialledAgain(t *testing.T) {
+	for dir, known := range map[network.Direction]int{network.DirOutbound: 1, network.DirInbound: 0} {
+		bubble(t, dir.String(), func(t *testing.T) {
+			old := newFake()
+			old.conn.dir = dir
+			s, r := resumableOn(t, old)
+			dialled := make(chan peer.AddrInfo, 100)
+			s.host.cfg.redial = func(_ context.Context, p peer.AddrInfo) error {
+				dialled <- p
+				return errors.New("nobody there")
+			}
+			r.lose(nil, errors.New("test"))
+			synctest.Wait()
+			require.Len(t, dialled, 1, "at once")
+			p := <-dialled
+			require.Equal(t, playerLow, p.ID)
+			require.Len(t, p.Addrs, known)
+			if known > 0 {
+				require.Equal(t, old.conn.RemoteMultiaddr(), p.Addrs[0])
+			}
+			time.Sleep(longestPause)
+			synctest.Wait()
+			require.NotEmpty(t, dialled, "again")
+			require.Equal(t, p, <-dialled)
+		})
+	}
+}
+
 // TestAnswersThatDoNotCount: R3, R5. Once the peer's own attempt has come, what it answers to ours
 // decides nothing.
 func TestAnswersThatDoNotCount(t *testing.T) {

@@ -271,6 +271,7 @@ type fakeConn struct {
 	mu     sync.Mutex
 	closed bool
 	remote peer.ID
+	dir    network.Direction
 	open   func(context.Context) (network.Stream, error) // what NewStream does
 }
 
@@ -296,7 +297,9 @@ func (c *fakeConn) dies() {
 // As implements network.Conn: there is nothing behind it.
 func (c *fakeConn) As(any) bool { return false }
 
-func (c *fakeConn) Stat() (s network.ConnStats)        { return s }
+func (c *fakeConn) Stat() network.ConnStats {
+	return network.ConnStats{Stats: network.Stats{Direction: c.dir}}
+}
 func (c *fakeConn) ConnState() network.ConnectionState { return network.ConnectionState{} }
 func (c *fakeConn) RemotePeer() peer.ID                { return c.remote }
 func (c *fakeConn) RemoteMultiaddr() ma.Multiaddr {
