@@ -140,6 +140,17 @@ func (r *resumption) lose(u network.Stream, cause error) {
 	}
 }
 
+// shared says whether the other end is known to have the stream: an acceptor has told that by its
+// answer to the opening, or by what it has received since.
+func (r *resumption) shared() bool {
+	if r.s.dir == network.DirInbound || !r.s.recv.owesAnswer() {
+		return true
+	}
+	r.s.send.mu.Lock()
+	defer r.s.send.mu.Unlock()
+	return r.ring.confirmed > 0
+}
+
 // trace reports a step of the resumption. s.mu must not be held.
 func (r *resumption) trace(e Event) {
 	s := r.s

@@ -287,6 +287,41 @@ func TestLeave(t *testing.T) {
 	p.talk(s, next)
 }
 
+// A stream whose opening the peer may not have stays where it is: the peer would deny it.
+func TestLeaveBeforeTheOpeningHasArrived(t *testing.T) {
+	for _, told := range []string{"nothing", "by the answer", "by a report"} {
+		t.Run(told, func(t *testing.T) {
+			p := meetResuming(t)
+			s, err := p.hostBegins(0, echoID)
+			require.NoError(t, err)
+			p.writes(s, "!")
+			old := p.Arrives()
+			old.Wants(Prelude, resumableLabelBytes(s.Label()), MultistreamToken, EchoToken, "!")
+			switch told {
+			case "by the answer":
+				old.Sends(Prelude, MultistreamToken, EchoToken, "?")
+				p.reads(s, "?")
+			case "by a report":
+				p.reportsTo(receivedBytes(s.Label(), 1))
+				WaitFor(t, "the report to arrive", func() bool {
+					s.send.mu.Lock()
+					defer s.send.mu.Unlock()
+					return s.send.resumption.ring.confirmed > 0
+				})
+			}
+			p.host.Leave(p.Ends[0])
+			if told == "nothing" {
+				old.Sends(Prelude, MultistreamToken, EchoToken)
+				p.talk(s, old)
+				return
+			}
+			next := p.Arrives()
+			next.Wants(Prelude)
+			require.Equal(t, p.Conns[1], next.Conn(), "another connection")
+		})
+	}
+}
+
 func TestRing(t *testing.T) {
 	const window = 64 << 10
 	budget := &ringBudget{perPeer: 4 * window, perHost: 4 * window, manager: &network.NullResourceManager{}}

@@ -243,7 +243,8 @@ func (rs *resumer) disconnected(c network.Conn) {
 
 // Leave takes all streams off c that may be resumed, as if it had been lost: they go on over
 // another connection. It is for a connection that is open and brings nothing, while another is
-// known to work. Without WithResumption it does nothing. It does not block.
+// known to work. Streams of which the other end may not have heard stay: the connection may
+// bring their opening yet. Without WithResumption it does nothing. It does not block.
 func (h *Host) Leave(c network.Conn) {
 	if h.resumer == nil {
 		return
@@ -251,7 +252,9 @@ func (h *Host) Leave(c network.Conn) {
 	for _, r := range h.resumer.all(c.RemotePeer()) {
 		if send, recv := r.s.send.stream(), r.s.recv.source().stream; send.Conn() == c || recv.Conn() == c {
 			r.of.isSilent(c)
-			r.lose(nil, errSilent)
+			if r.shared() {
+				r.lose(nil, errSilent)
+			}
 		}
 	}
 }

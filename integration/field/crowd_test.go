@@ -211,7 +211,7 @@ func (p *prefixed) Read(b []byte) (int, error) { return p.head.Read(b) }
 // A peer resets the first attempts to move its streams, and leaves the next ones without an
 // answer. There is a bounded number of attempts, and so of rounds.
 func TestPeerThatResetsAndThenHangs(t *testing.T) {
-	play(t, cast{"", true, false, true}, new(outcome), func(w *world) {
+	play(t, cast{a: true, aFirst: true}, new(outcome), func(w *world) {
 		asked := new(custom)
 		w.hostsWith(setup{manager: []connmgr.Option{connmgr.WithPolicy(asked)}}, setup{})
 		c := &capture{Host: w.b.Node.Host}

@@ -34,18 +34,19 @@ import (
 // A cast says who of a and b has Portage, and who of them has the lower peer ID and so
 // decides where both have.
 type cast struct {
-	name   string
-	a, b   bool
-	aFirst bool
+	name    string
+	a, b    bool
+	aFirst  bool
+	lasting bool // streams outlive their connection, where both have Portage
 }
 
 var (
 	plainCast = cast{name: "plain", aFirst: true}
 	casts     = []cast{
-		{"both, this side decides", true, true, true},
-		{"both, the other side decides", true, true, false},
-		{"this side only", true, false, true},
-		{"the other side only", false, true, true},
+		{name: "both, this side decides", a: true, b: true, aFirst: true},
+		{name: "both, the other side decides", a: true, b: true},
+		{name: "this side only", a: true, aFirst: true},
+		{name: "the other side only", b: true, aFirst: true},
 	}
 	bothCasts = casts[:2]
 )
@@ -371,7 +372,11 @@ func (w *world) makeEnd(name string, portage bool, s setup, newNode func(opts ..
 	if s.quietLog {
 		level = zapcore.InfoLevel
 	}
-	mgr, err := connmgr.New(inner, append([]connmgr.Option{connmgr.WithLogger(w.log.logger(name, level))}, s.manager...)...)
+	manager := append([]connmgr.Option{connmgr.WithLogger(w.log.logger(name, level))}, s.manager...)
+	if w.cast.lasting {
+		manager = append(manager, connmgr.WithMigrateOptions(migrate.WithResumption()))
+	}
+	mgr, err := connmgr.New(inner, manager...)
 	require.NoError(w, err)
 	e.mgr = mgr
 	e.Node = newNode(append(opts, libp2p.ConnectionManager(mgr), mgr.Detours())...)

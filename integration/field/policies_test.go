@@ -367,7 +367,7 @@ func TestTakeoverThatNeverComes(t *testing.T) {
 		require.ErrorContains(t, err, "takeover")
 		return
 	}
-	play(t, cast{"", true, false, false}, new(outcome), func(w *world) {
+	play(t, cast{a: true}, new(outcome), func(w *world) {
 		w.hosts(setup{manager: []connmgr.Option{connmgr.WithTakeover(math.MaxInt)}})
 		h, err := migrate.Wrap(w.b.Node.Host)
 		require.NoError(w, err)

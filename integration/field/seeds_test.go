@@ -508,11 +508,15 @@ func TestNeverWorse(t *testing.T) {
 	one := func(seed uint64) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			p := planOf(seed)
-			these := []cast{{"both", true, true, p.flip}, {"one", p.single == 0, p.single == 1, p.flip}}
+			these := []cast{
+				{name: "both", a: true, b: true, aFirst: p.flip},
+				{name: "both, with resumption", a: true, b: true, aFirst: p.flip, lasting: true},
+				{name: "one", a: p.single == 0, b: p.single == 1, aFirst: p.flip},
+			}
 			plainOn := func(t *testing.T, on choice) *outcome {
 				p, o := p, new(outcome)
 				p.on = on
-				play(t, cast{"plain", false, false, p.flip}, o, p.play)
+				play(t, cast{name: "plain", aFirst: p.flip}, o, p.play)
 				return o
 			}
 			plain := plainOn(t, hostsChoice)

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -176,6 +177,14 @@ func lossPlanOf(seed uint64) lossPlan {
 	}
 	if chance(r, 0.15) {
 		p.lacks[r.IntN(2)] = pick(r, lacksAlways, lacksLater, lacksEarlier)
+	}
+	if slices.ContainsFunc(p.events, func(e lossEvent) bool { return e.what == lossReset }) {
+		// A reset is noticed when the underlying stream is read next: not while the application has
+		// what a migration has read ahead. The writer, if it has closed, must be there still.
+		for i, s := range p.streams {
+			calls := max(s.size[0], s.size[1], 1)/s.buffer + 1
+			p.streams[i].pause[1] = min(s.pause[1], 20*time.Second/time.Duration(calls))
+		}
 	}
 	return p
 }
