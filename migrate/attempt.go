@@ -183,12 +183,7 @@ func (r *resumption) attemptOn(c network.Conn, id, from, epoch uint64) error {
 		err = fmt.Errorf("%w: an ack that does not say what was received", errViolation)
 	}
 	if err != nil {
-		s.mu.Lock()
-		stands := r.promised == epoch && r.state == resumeAsking
-		s.mu.Unlock()
-		if stands {
-			r.violated(err)
-		}
+		r.violatedIf(epoch, err)
 		return nil
 	}
 	if !timer.Stop() {
@@ -197,7 +192,7 @@ func (r *resumption) attemptOn(c network.Conn, id, from, epoch uint64) error {
 	start, err := r.start(ack.GetReceived())
 	switch {
 	case errors.Is(err, errViolation):
-		r.violated(err)
+		r.violatedIf(epoch, err)
 	case err != nil:
 		r.failIf(epoch, err)
 	case !r.attach(u, epoch, id, start):
@@ -208,12 +203,24 @@ func (r *resumption) attemptOn(c network.Conn, id, from, epoch uint64) error {
 
 // failIf ends the stream for good if the attempt of that epoch is open still.
 func (r *resumption) failIf(epoch uint64, cause error) {
-	r.s.mu.Lock()
-	stands := r.promised == epoch && r.state == resumeAsking
-	r.s.mu.Unlock()
-	if stands {
+	if r.asks(epoch) {
 		r.fail(cause)
 	}
+}
+
+// violatedIf is violated if the attempt of that epoch is open still: what is answered to another is
+// ignored (R5).
+func (r *resumption) violatedIf(epoch uint64, err error) {
+	if r.asks(epoch) {
+		r.violated(err)
+	}
+}
+
+// asks says whether the attempt of that epoch is open still.
+func (r *resumption) asks(epoch uint64) bool {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	return r.promised == epoch && r.state == resumeAsking
 }
 
 // stale ends an attempt that another has overtaken (R5, R6).

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
@@ -27,8 +28,12 @@ const (
 	// reportWithin is how long it may take until the peer is told of what is less.
 	reportWithin = 250 * time.Millisecond
 
-	// reportTimeout bounds the sending of a report.
-	reportTimeout = 5 * time.Second
+	// reportTimeout bounds the sending of reports. On a connection that is busy it takes as long
+	// as everything else does there.
+	reportTimeout = 30 * time.Second
+
+	// maxSides is how many streams of reports there are on a connection, at most.
+	maxSides = 4
 
 	// lingering is how long a stream of reports stays open that is not used, and memory
 	// reserved: as long as more is likely to follow.
@@ -39,15 +44,18 @@ const (
 type telling struct {
 	due   map[*resumption]struct{}
 	timer *time.Timer // when to tell; nil: at no time
-	busy  bool        // report runs
+	busy  bool        // reportAll runs
 	now   bool        // and is to go on
-	on    map[network.Conn]*side
+	waits bool        // something is due that waits for a side to be free
+	on    map[network.Conn][]*side
 }
 
-// side is a stream of reports.
+// side is a stream of reports. Where a Write of one waits, as it does on a connection that is busy,
+// another is opened: the end of a stream must not wait for what was told before.
 type side struct {
-	stream network.Stream
-	idle   *time.Timer
+	stream network.Stream // nil as long as it is not open
+	writes bool           // somebody writes to it
+	idle   *time.Timer    // closes it
 }
 
 // report notes that the peer is to be told of r, soon or now.
@@ -121,15 +129,8 @@ func (p *resumePeer) reportAll() {
 			t.timer.Stop()
 			t.timer = nil
 		}
-		if len(due) == 0 {
-			t.busy = false
-			p.mu.Unlock()
-			p.dropUnused()
-			return
-		}
 		p.mu.Unlock()
-		batches := make(map[network.Conn][]byte)
-		told := make(map[network.Conn][]*resumption)
+		on := make(map[network.Conn][]*resumption)
 		for r := range due {
 			c := r.s.send.stream().Conn()
 			if aside.IsClosed(c) {
@@ -137,29 +138,99 @@ func (p *resumePeer) reportAll() {
 					c = conns[0]
 				}
 			}
-			if m := r.progress(); m != nil {
-				batches[c] = append(batches[c], m...)
-				told[c] = append(told[c], r)
-			}
+			on[c] = append(on[c], r)
 		}
-		for c, batch := range batches {
+		p.mu.Lock()
+		for c, streams := range on {
 			if aside.IsClosed(c) {
 				continue // who attaches tells, too, and the end of a connection has all told again
 			}
-			if err := p.send(c, batch); err != nil {
-				p.reportAgain(told[c])
+			if sd := t.side(c); sd != nil {
+				sd.writes = true
+				go p.tellOn(c, sd, streams)
+				continue
+			}
+			t.waits = true
+			for _, r := range streams {
+				t.add(r)
 			}
 		}
-		p.mu.Lock()
 		again := t.now
-		if !again {
-			t.busy = false
-		}
+		t.busy = again
 		p.mu.Unlock()
 		if !again {
 			p.dropUnused()
 			return
 		}
+	}
+}
+
+// side returns a stream of reports on c to which nobody writes, or nil where there are too many.
+// resumePeer.mu must be held.
+func (t *telling) side(c network.Conn) *side {
+	for _, sd := range t.on[c] {
+		if !sd.writes {
+			return sd
+		}
+	}
+	if len(t.on[c]) == maxSides {
+		return nil
+	}
+	if t.on == nil {
+		t.on = make(map[network.Conn][]*side)
+	}
+	sd := new(side)
+	t.on[c] = append(t.on[c], sd)
+	return sd
+}
+
+// tellOn tells the peer of streams on sd.
+func (p *resumePeer) tellOn(c network.Conn, sd *side, streams []*resumption) {
+	var batch []byte
+	for _, r := range streams {
+		batch = append(batch, r.progress()...)
+	}
+	err := p.send(c, sd, batch)
+	p.mu.Lock()
+	sd.writes = false
+	switch {
+	case err != nil:
+		p.tell.leave(c, sd)
+	case sd.idle == nil:
+		sd.idle = time.AfterFunc(lingering, func() { p.closeIdle(c, sd) })
+	default:
+		sd.idle.Reset(lingering)
+	}
+	if p.tell.waits {
+		p.tell.waits = false
+		p.reportNow()
+	}
+	p.mu.Unlock()
+	if err != nil {
+		p.reportAgain(streams)
+	}
+}
+
+// closeIdle closes sd, which has had nothing to tell for a while.
+func (p *resumePeer) closeIdle(c network.Conn, sd *side) {
+	p.mu.Lock()
+	if sd.writes { // again
+		p.mu.Unlock()
+		return
+	}
+	p.tell.leave(c, sd)
+	p.mu.Unlock()
+	if sd.stream != nil {
+		_ = sd.stream.Close()
+	}
+	p.dropUnused()
+}
+
+// leave takes sd out of the streams of reports. resumePeer.mu must be held.
+func (t *telling) leave(c network.Conn, sd *side) {
+	t.on[c] = slices.DeleteFunc(t.on[c], func(other *side) bool { return other == sd })
+	if len(t.on[c]) == 0 {
+		delete(t.on, c)
 	}
 }
 
@@ -196,52 +267,26 @@ func progressMessage(m *pb.Progress) []byte {
 	return append(varint.ToUvarint(uint64(len(body))), body...)
 }
 
-// send sends a batch of messages on c.
-func (p *resumePeer) send(c network.Conn, batch []byte) error {
-	p.mu.Lock()
-	sd := p.tell.on[c]
-	if sd != nil && !sd.idle.Stop() {
-		sd = nil // it is about to be closed
+// send sends a batch of messages on sd, which it opens on c if it is not open. It resets sd where
+// it fails.
+func (p *resumePeer) send(c network.Conn, sd *side, batch []byte) error {
+	if len(batch) == 0 {
+		return nil
 	}
-	p.mu.Unlock()
-	if sd == nil {
+	if sd.stream == nil {
 		u, err := p.openSide(c)
 		if err != nil {
 			return err
 		}
+		sd.stream = u
 		batch = append([]byte(header+token(string(ResumeID))), batch...)
-		sd = &side{stream: u}
 	}
 	_ = sd.stream.SetWriteDeadline(time.Now().Add(reportTimeout))
-	if _, err := sd.stream.Write(batch); err != nil {
-		p.leave(c, sd)
+	_, err := sd.stream.Write(batch)
+	if err != nil {
 		_ = sd.stream.Reset()
-		return err
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.tell.on == nil {
-		p.tell.on = make(map[network.Conn]*side)
-	}
-	p.tell.on[c] = sd
-	if sd.idle != nil {
-		sd.idle.Reset(lingering)
-		return nil
-	}
-	sd.idle = time.AfterFunc(lingering, func() {
-		p.leave(c, sd)
-		_ = sd.stream.Close()
-	})
-	return nil
-}
-
-func (p *resumePeer) leave(c network.Conn, sd *side) {
-	p.mu.Lock()
-	if p.tell.on[c] == sd {
-		delete(p.tell.on, c)
-	}
-	p.mu.Unlock()
-	p.dropUnused()
+	return err
 }
 
 // openSide opens a stream of reports. Nothing is waited for; what the peer answers is read

@@ -183,8 +183,18 @@ func TestEndsOfReports(t *testing.T) {
 	})
 }
 
-// What there is to tell while a report is made is told, too.
+// What there is to tell while a report is made is told, too, and does not wait for that.
 func TestReportsWhileOneIsMade(t *testing.T) {
+	made := func(t *telling) (n int) { // reports are
+		for _, sides := range t.on {
+			for _, sd := range sides {
+				if sd.writes {
+					n++
+				}
+			}
+		}
+		return n
+	}
 	for _, urgent := range []bool{true, false} {
 		t.Run(fmt.Sprintf("urgent %t", urgent), func(t *testing.T) {
 			p := meetResuming(t)
@@ -194,16 +204,15 @@ func TestReportsWhileOneIsMade(t *testing.T) {
 			_, other := p.hostAcceptsResumable()
 			p.told(reports, other)
 			r, next := p.host.resumer.get(p.ID(), old.Label), p.host.resumer.get(p.ID(), other.Label)
-			p.tellingIs("the reports to be made", func(t *telling) bool { return !t.busy })
+			p.tellingIs("the reports to be made", func(t *telling) bool { return made(t) == 0 })
 			s.recv.mu.Lock() // whoever makes a report about it waits
 			r.of.report(r, urgent)
-			p.tellingIs("a report to be made", func(t *telling) bool { return t.busy && len(t.due) == 0 })
+			p.tellingIs("a report to be made", func(t *telling) bool { return made(t) == 1 && len(t.due) == 0 })
 			r.of.report(next, urgent)
-			p.tellingIs("the time to be over", func(t *telling) bool { return t.timer == nil })
+			p.told(reports, other)
 			s.recv.mu.Unlock()
 			p.told(reports, old)
-			p.told(reports, other)
-			p.tellingIs("the reports to be made", func(t *telling) bool { return !t.busy && len(t.due) == 0 })
+			p.tellingIs("the reports to be made", func(t *telling) bool { return made(t) == 0 && len(t.due) == 0 })
 		})
 	}
 }
@@ -246,32 +255,84 @@ func TestReportsThatAreNotTaken(t *testing.T) {
 		u := newFake()
 		u.grants(0, nil)
 		p := &resumePeer{host: h}
-		p.tell.on = map[network.Conn]*side{u.conn: {stream: u, idle: time.NewTimer(time.Hour)}}
+		sd := &side{stream: u}
 		begun := time.Now()
-		require.ErrorIs(t, p.send(u.conn, []byte("x")), os.ErrDeadlineExceeded)
+		require.ErrorIs(t, p.send(u.conn, sd, []byte("x")), os.ErrDeadlineExceeded)
 		require.Equal(t, reportTimeout, time.Since(begun))
-		require.Empty(t, p.tell.on, "the next needs a stream of its own")
 		require.NotNil(t, u.resetWith)
 	})
 }
 
-// What comes when a stream of reports is about to be closed for having been idle has one of its own.
-func TestReportsBehindAnIdleStream(t *testing.T) {
+// hasReported is a resumable stream on conn of which there is something to tell.
+func hasReported(p *resumePeer, conn network.Conn, received uint64) *resumption {
+	u := newFake()
+	u.conn = conn.(*fakeConn)
+	s := newStream(p.host, u, echoID, 1)
+	r := &resumption{s: s, of: p, origin: received}
+	s.send.resumption, s.recv.resumption = r, r
+	r.incoming.base = received
+	return r
+}
+
+// A stream of reports that has had nothing to tell for a while is closed; what comes before that
+// goes over it.
+func TestIdleStreamsOfReports(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		h := verifyingHost(WithResumption())
 		h.resumer = newResumer(h)
-		idle, fresh := newFake(), newFake()
-		fresh.conn.open = func(context.Context) (network.Stream, error) { return fresh, nil }
+		u := newFake()
+		u.conn.open = func(context.Context) (network.Stream, error) { return u, nil }
 		p := &resumePeer{host: h}
-		over := time.NewTimer(0)
-		<-over.C
-		p.tell.on = map[network.Conn]*side{fresh.conn: {stream: idle, idle: over}}
-		require.NoError(t, p.send(fresh.conn, []byte("x")))
-		require.Empty(t, idle.taken())
-		require.Equal(t, MultistreamToken+Token(ResumeID)+"x", fresh.taken())
+		for i := range 3 {
+			p.report(hasReported(p, u.conn, uint64(i+1)), true)
+			time.Sleep(lingering - time.Nanosecond)
+			require.False(t, u.isClosed)
+		}
+		want := MultistreamToken + Token(ResumeID)
+		for i := range uint64(3) {
+			want += receivedBytes(i+1, i+1)
+		}
+		require.Equal(t, want, u.taken())
+		time.Sleep(time.Nanosecond)
+		synctest.Wait()
+		require.True(t, u.isClosed)
+		require.Empty(t, p.tell.on)
+	})
+}
+
+// What was told before and waits to be written does not hold up what is told next, but for a peer
+// that takes nothing at all; then what is left goes when something else has gone.
+func TestReportsDoNotWaitForEachOther(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		h := verifyingHost(WithResumption())
+		h.resumer = newResumer(h)
+		var opened []*fakeStream
+		c := newFake().conn
+		c.open = func(context.Context) (network.Stream, error) {
+			u := newFake()
+			u.conn = c
+			u.grants(0, nil)
+			opened = append(opened, u)
+			return u, nil
+		}
+		p := &resumePeer{host: h}
+		for i := range maxSides + 2 {
+			p.report(hasReported(p, c, uint64(i+1)), true)
+			synctest.Wait()
+		}
+		require.Len(t, opened, maxSides)
+		require.Len(t, p.tell.due, 2)
+		opened[1].grants(1<<10, nil)
+		synctest.Wait()
+		require.Len(t, opened, maxSides, "the stream that is free is used again")
+		require.Empty(t, p.tell.due)
+		require.Equal(t, MultistreamToken+Token(ResumeID)+receivedBytes(2, 2), opened[1].taken()[:len(MultistreamToken+Token(ResumeID)+receivedBytes(2, 2))])
+		require.Len(t, opened[1].taken(), len(MultistreamToken+Token(ResumeID))+3*len(receivedBytes(2, 2)))
+		for _, u := range opened {
+			u.grants(1<<10, nil)
+		}
 		time.Sleep(lingering)
 		synctest.Wait()
-		require.True(t, fresh.isClosed)
 		require.Empty(t, p.tell.on)
 	})
 }

@@ -31,7 +31,7 @@ type sendState uint8
 const (
 	sendOpen   sendState = iota // Writes go to cur
 	sendPaused                  // Writes wait for the next underlying stream
-	sendLost                    // there is no underlying stream; Writes go to the ring (resume_send.go)
+	sendLost                    // there is no underlying stream; Writes go to the ring (kept.go)
 	sendReplay                  // what the ring has goes to cur first; Writes wait
 	sendFailed                  // over, with err
 )

@@ -220,7 +220,10 @@ func planOf(seed uint64) plan {
 // the second connection meet what befalls its path: that is no fault of whoever chose it. But
 // they move there only when it has proved itself, or off a relay that is going to cut them;
 // and they go on as soon as it does.
-func (p plan) late() time.Duration {
+//
+// Streams that outlive their connection have one where those of plain hosts have ended: when a relay
+// has cut, hosts dial one another on both of their networks. So they may meet what befalls either.
+func (p plan) late(lasting bool) time.Duration {
 	const soon = 2 * time.Second
 	if p.slow {
 		return 15 * time.Second // streams leave a relay for a direct path that is busy
@@ -230,7 +233,7 @@ func (p plan) late() time.Duration {
 		moves = p.second
 	}
 	for _, f := range p.faults {
-		if f.what == hiccup && f.link == p.link() && f.at+f.last > moves {
+		if f.what == hiccup && (f.link == p.link() && f.at+f.last > moves || lasting) {
 			return f.last + soon
 		}
 	}
@@ -259,7 +262,7 @@ func (p plan) play(w *world) {
 		w.SetBuffer(1 << 20)
 	}
 	w.hosts(setup{manager: []connmgr.Option{connmgr.WithConcurrency(2)}})
-	wait := p.late()
+	wait := p.late(w.cast.lasting)
 	start := time.Now()
 	for _, f := range p.faults {
 		if f.what == swallow {
