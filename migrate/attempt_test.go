@@ -391,6 +391,7 @@ func TestLostConnectionsAreDialledAgain(t *testing.T) {
 func TestAnswersThatDoNotCount(t *testing.T) {
 	for name, answer := range map[string]string{
 		"ack": ackReceivedBytes(0), "denial": AckDenied, "stale": ackStaleBytes(0, "\x01"), "violation": AckVerified,
+		"more received than sent": ackReceivedBytes(1 << 40),
 	} {
 		bubble(t, name, func(t *testing.T) {
 			s, r := resumableOn(t, newFake())

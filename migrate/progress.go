@@ -35,9 +35,9 @@ const (
 	// maxSides is how many streams of reports there are on a connection, at most.
 	maxSides = 4
 
-	// lingering is how long a stream of reports stays open that is not used, and memory
-	// reserved: as long as more is likely to follow.
-	lingering = time.Second
+	// lingering is how long a stream of reports stays open that is not used: as long as more is
+	// likely to follow. On a connection that is busy, opening one takes as long as all else does there.
+	lingering = 10 * time.Second
 )
 
 // telling is what the peer is to be told. resumePeer.mu guards it.
@@ -138,13 +138,14 @@ func (p *resumePeer) reportAll() {
 					c = conns[0]
 				}
 			}
+			if aside.IsClosed(c) {
+				r.progress() // who attaches tells, too, and the end of a connection has all told again
+				continue
+			}
 			on[c] = append(on[c], r)
 		}
 		p.mu.Lock()
 		for c, streams := range on {
-			if aside.IsClosed(c) {
-				continue // who attaches tells, too, and the end of a connection has all told again
-			}
 			if sd := t.side(c); sd != nil {
 				sd.writes = true
 				go p.tellOn(c, sd, streams)

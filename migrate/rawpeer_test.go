@@ -297,6 +297,9 @@ func (p *rawPeer) nothingLeft() {
 		defer p.host.flows.mu.Unlock()
 		return len(p.host.flows.of) == 0
 	})
+	if p.host.resumer != nil {
+		p.closesReports()
+	}
 	for _, c := range p.Ends {
 		WaitFor(p.t, "the host to free its streams", func() bool {
 			return !slices.ContainsFunc(c.GetStreams(), func(s network.Stream) bool {

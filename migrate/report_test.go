@@ -5,7 +5,9 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -55,6 +57,29 @@ func (p *rawPeer) reports() <-chan report {
 		}
 	}()
 	return all
+}
+
+// closesReports has the host close its streams of reports, as if they had been idle for long.
+func (p *rawPeer) closesReports() {
+	p.t.Helper()
+	rs := p.host.resumer
+	rs.mu.Lock()
+	of := rs.peers[p.ID()]
+	rs.mu.Unlock()
+	if of == nil {
+		return
+	}
+	WaitFor(p.t, "the streams of reports to be closed", func() bool {
+		of.mu.Lock()
+		open := maps.Clone(of.tell.on)
+		of.mu.Unlock()
+		for c, sides := range open {
+			for _, sd := range slices.Clone(sides) {
+				of.closeIdle(c, sd)
+			}
+		}
+		return len(open) == 0
+	})
 }
 
 // told waits for the next report, which has to be about the stream that was opened as u.
@@ -232,13 +257,41 @@ func TestReportsAreToldAgain(t *testing.T) {
 	p.talk(s, next)
 }
 
+// What cannot be told, since there is no connection, keeps nothing from being told later.
+func TestReportsWithoutAConnection(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		receive := func(conn *fakeConn) {
+			u := newFake()
+			u.conn = conn
+			s.send.mu.Lock()
+			s.send.cur = u
+			s.send.mu.Unlock()
+			s.recv.mu.Lock()
+			r.incoming.base++
+			s.recv.progressed()
+			s.recv.mu.Unlock()
+			time.Sleep(reportWithin)
+			synctest.Wait()
+		}
+		told := newFake()
+		told.conn.open = func(context.Context) (network.Stream, error) { return told, nil }
+		gone := newFake().conn
+		gone.dies()
+		receive(gone)
+		receive(told.conn)
+		require.Equal(t, MultistreamToken+Token(ResumeID)+receivedBytes(r.origin, 2), told.taken())
+		time.Sleep(lingering)
+	})
+}
+
 // What finds no room on its connection is told when there is some.
 func TestReportsThatFindNoRoom(t *testing.T) {
 	p := meetResuming(t)
 	reports := p.reports()
 	_, old := p.hostAcceptsResumable()
 	p.told(reports, old)
-	p.tellingIs("the stream of reports to be closed", func(t *telling) bool { return !t.busy && len(t.on) == 0 })
+	p.closesReports()
 	p.host.late.add(p.Ends[0])
 	r := p.host.resumer.get(p.ID(), old.Label)
 	r.of.report(r, true)

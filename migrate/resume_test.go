@@ -614,14 +614,10 @@ func TestShortStreamsShareReports(t *testing.T) {
 		require.Empty(t, p.CameFor(ResumeID), "one is enough")
 		budget := &p.host.resumer.budget
 		require.NotNil(t, budget.span, "and what is reserved")
-		WaitFor(t, "the peer to be forgotten", func() bool {
-			rs := p.host.resumer
-			rs.mu.Lock()
-			defer rs.mu.Unlock()
-			budget.mu.Lock()
-			defer budget.mu.Unlock()
-			return len(rs.peers) == 0 && budget.span == nil
-		})
+		p.closesReports()
+		require.Empty(t, p.host.resumer.peers)
+		budget.tidy()
+		require.Nil(t, budget.span)
 	})
 }
 

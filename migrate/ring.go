@@ -235,6 +235,9 @@ type ringBudget struct {
 	tidying  bool                      // tidy is to be called
 }
 
+// spareTime is for how long memory stays reserved of which nothing is used.
+const spareTime = time.Second
+
 // ahead is how much is reserved at once. Up to two of it are reserved and not used.
 func (b *ringBudget) ahead() int { return min(1<<20, b.perHost/16) }
 
@@ -280,7 +283,7 @@ func (b *ringBudget) release(n int) {
 	}
 	if b.used == 0 && !b.tidying { // the next stream may follow at once
 		b.tidying = true
-		time.AfterFunc(lingering, b.tidy)
+		time.AfterFunc(spareTime, b.tidy)
 	}
 }
 

@@ -191,7 +191,7 @@ func (o *outcome) worseThan(plain *outcome, others ...*outcome) (all []string) {
 			worse = "not seen at all"
 		case h.err != nil:
 			worse = h.err.Error()
-		case p.allow > 0 && h.took > p.took+p.allow:
+		case p.allow > 0 && h.took > p.took+max(p.allow, h.allow):
 			worse = fmt.Sprintf("it took %v %s", h.took, h.note)
 		case h.count < p.count-p.count/10:
 			worse = fmt.Sprint(h.count)
