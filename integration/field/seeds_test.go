@@ -329,7 +329,11 @@ func (p plan) play(w *world) {
 		w.holds(fmt.Sprintf("a connection is there at %d", n), len(w.a.conns(w.b)) > 0 && len(w.b.conns(w.a)) > 0)
 		for i, q := range [][2]*end{{w.a, w.b}, {w.b, w.a}} {
 			w.work.Go(func() { // so that one that waits holds no other one up
-				took, err := w.requestBy(p.opener(), allowing(w.ctx), q[0], q[1], 12*time.Second)
+				limit := 12 * time.Second
+				if w.cast.lasting { // where an upload fills the path, the end of a request is told behind that
+					limit = 15 * time.Second
+				}
+				took, err := w.requestBy(p.opener(), allowing(w.ctx), q[0], q[1], limit)
 				w.seen.add(observation{what: fmt.Sprintf("request %d of end %d", n, i), err: err, took: took, allow: wait, luck: p.inDoubt(at, q[0].mgr == nil)})
 			})
 		}
