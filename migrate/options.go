@@ -303,7 +303,8 @@ func WithRedial(redial func(ctx context.Context, p peer.AddrInfo) error) Option 
 // direction, at most, rounded down to a power of two. Of more than these the oldest are not
 // kept any more, and the stream is lost with its connection if it is these that have not
 // arrived. All streams of a peer together keep four times as much, and all of a host sixteen
-// times. Memory is taken as it is needed, and reserved in the resource manager's system scope.
+// times. Memory is taken as it is needed, and reserved in the resource manager's system scope, up to
+// 2 MiB ahead.
 // From 64 KiB to 1 GiB. Default: 16 MiB, the largest window of go-libp2p's muxers.
 func ResumeWindow(bytes int) ResumeOption {
 	return func(c *resumeConfig) error {
