@@ -16,7 +16,9 @@ import (
 )
 
 // A direct connection is so busy that nothing new is answered on it for seconds: uploads
-// without end go through a slow path. It is healthy, and stays; so do the streams on it.
+// without end go through a slow path. It is healthy, and stays; so do the streams on it. (An upload
+// whose opening the path does not take at once is opened on the relay, and may stay there: the last
+// few, now and then.)
 func TestBusyDirectConnection(t *testing.T) {
 	for _, tr := range []Transport{TCP, QUIC} {
 		for _, uploads := range []int{8, 24} {
@@ -42,15 +44,21 @@ func busy(w *world, tr Transport, uploads int) {
 	chats := w.chats(1)
 	direct := w.direct(tr, 1)
 	var all []*upload
+	began := make(map[*upload]bool) // on the direct connection
 	for range uploads {
-		all = append(all, w.upload(w.a, w.b))
+		u := w.upload(w.a, w.b)
+		all = append(all, u)
+		if u.s.Conn() == direct {
+			began[u] = true
+		}
 	}
+	assert.GreaterOrEqual(w, len(began), uploads/2, "uploads that begin on the direct connection")
 	time.Sleep(30 * time.Second)
 	w.holds("the direct connection stays", !direct.IsClosed() && w.b.on(tr, w.a) != nil, names(w.a.conns(w.b)))
 	most := 0
 	for i, u := range all {
 		w.is(fmt.Sprintf("upload %d goes on", i), u.state())
-		w.holds(fmt.Sprintf("upload %d is on the direct connection", i), u.s.Conn() == direct, "it is on ", name(u.s.Conn()))
+		w.holds(fmt.Sprintf("upload %d stays on the direct connection", i), !began[u] || u.s.Conn() == direct, "it is on ", name(u.s.Conn()))
 		most = max(most, migrations(u.s))
 	}
 	assert.LessOrEqual(w, most, 1, "moves of one upload")

@@ -83,6 +83,7 @@ type draftStream struct {
 	h              *draftHost
 	st             *simStream
 	turn           chan struct{} // holds a token while somebody is inside wr.Write
+	order          chan struct{} // and as long as a Write is under way
 	readTurn       chan struct{} // and rd.Read
 
 	mu        sync.Mutex // guards all below
@@ -103,7 +104,7 @@ type draftStream struct {
 }
 
 func (h *draftHost) newStream(u network.Stream, label uint64, st *simStream) *draftStream {
-	s := &draftStream{Stream: u, h: h, st: st, turn: make(chan struct{}, 1), readTurn: make(chan struct{}, 1), rd: u, wr: u, label: label}
+	s := &draftStream{Stream: u, h: h, st: st, turn: make(chan struct{}, 1), order: make(chan struct{}, 1), readTurn: make(chan struct{}, 1), rd: u, wr: u, label: label}
 	s.changed.L = &s.mu
 	h.enter(label, s)
 	return s
@@ -473,6 +474,8 @@ func (s *draftStream) settle() {
 }
 
 func (s *draftStream) Write(p []byte) (n int, err error) {
+	s.order <- struct{}{} // also where a migration calls one out: what is left of it comes first
+	defer func() { <-s.order }()
 	for {
 		s.mu.Lock()
 		for s.switching && s.next != nil {
