@@ -256,6 +256,15 @@ func zeros(m *pb.StreamMigration) {
 	case *pb.StreamMigration_Migrate:
 		set(&t.Migrate.Id)
 		set(&t.Migrate.From)
+		if r := t.Migrate.Resume; r != nil {
+			set(&r.Origin)
+			set(&r.Epoch)
+			set(&r.Received)
+		}
+	case *pb.StreamMigration_AckMigrate:
+		if m := t.AckMigrate.Stale; m != nil {
+			set(&m.Epoch)
+		}
 	case *pb.StreamMigration_FinalSize:
 		set(&t.FinalSize.Size)
 	}
