@@ -153,6 +153,60 @@ func TestWriteThatWaitsForAMigrationIsKept(t *testing.T) {
 	})
 }
 
+// TestWriteThatFailsForGoodWhileTheStreamMoves: S12. Where an exchange pauses the half while the end of
+// its connection is judged, what the old stream has not taken goes to the new one.
+func TestWriteThatFailsForGoodWhileTheStreamMoves(t *testing.T) {
+	old, next := newFake(), newFake()
+	s, _ := resumableOn(t, old)
+	old.grants(1, &network.ConnError{ErrorCode: network.ConnNoError})
+	h := &s.send
+	is := func(cond func() bool) func() bool {
+		return func() bool {
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			return cond()
+		}
+	}
+	s.mu.Lock() // who judges waits for it
+	type result struct {
+		n   int
+		err error
+	}
+	wrote, paused := make(chan result, 1), make(chan result, 1)
+	go func() {
+		n, err := s.Write([]byte("abc"))
+		wrote <- result{n, err}
+	}()
+	WaitFor(t, "the end to be judged", is(func() bool { return h.written == 1 && h.inside }))
+	go func() {
+		n, err := h.pause()
+		paused <- result{int(n), err}
+	}()
+	WaitFor(t, "the half to be paused", is(func() bool { return h.state == sendPaused }))
+	s.mu.Unlock()
+	require.Equal(t, result{n: 1}, Take(t, paused, "the pause"))
+	_, err := h.resume(next)
+	require.NoError(t, err)
+	require.Equal(t, result{n: 3}, Take(t, wrote, "the Write"))
+	require.Equal(t, "bc", next.taken())
+}
+
+// TestWriteThatFailsBeforeItsConnectionSaysSo: R1, S1. On QUIC the streams fail before the connection
+// is closed. An application that was told then may do nothing more: its stream must not migrate.
+func TestWriteThatFailsBeforeItsConnectionSaysSo(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old := newFake()
+		s, r := resumableOn(t, old)
+		old.grants(0, &network.ConnError{ErrorCode: network.ConnNoError})
+		_, err := s.Write([]byte("abc"))
+		require.ErrorAs(t, err, new(*network.ConnError))
+		require.False(t, r.lives(), "it was closed on purpose")
+		require.True(t, s.told())
+		_, err = s.send.pause()
+		require.Error(t, err)
+	})
+}
+
 // TestHandoverEndsWithItsStream: R13. Whoever waits for the end of the old stream waits no longer
 // when the stream is lost.
 func TestHandoverEndsWithItsStream(t *testing.T) {

@@ -87,7 +87,7 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 				h.inside = false
 				h.changed.broadcast()
 			}
-			if h.cur != on || h.state != sendOpen {
+			if h.cur != on || h.state != sendOpen && h.state != sendPaused {
 				if h.state != sendFailed {
 					n += len(piece)
 				}
@@ -98,12 +98,18 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 		ring.giveBack(len(piece) - m)
 		ring.keep()
 		n += m
+		for ended && h.held && h.state == sendOpen && h.cur == on { // an exchange may save the rest, as in goOn
+			h.kept = h.kept || lostWith(err, on)
+			if !h.changed.wait(&h.mu, h.deadline) {
+				return n, os.ErrDeadlineExceeded
+			}
+		}
 		switch {
-		case h.state == sendPaused:
+		case h.state != sendOpen || h.cur != on:
 		case h.closed && isDeadline(err, on):
 			return n, errWriteClosed
 		default:
-			if ended && aside.IsClosed(on.Conn()) {
+			if ended && (aside.IsClosed(on.Conn()) || lostWith(err, on)) {
 				h.lost, h.err = true, err
 			}
 			return n, err
