@@ -91,18 +91,24 @@ func resumeMessage(id, from, origin, epoch, received uint64) *pb.StreamMigration
 // last would have given. s.mu must be held.
 func (r *resumption) name(id uint64) bool {
 	s := r.s
-	if r.asked != 0 && r.asked != s.label {
-		s.host.labels.remove(s.peer, r.asked, s)
-	}
-	r.asked = 0
+	r.unname()
 	if s.life != lifeOpen {
 		return true
 	}
 	if !s.host.labels.add(s.peer, id, s) {
 		return false
 	}
-	r.asked = id
+	r.waits.asked = id
 	return true
+}
+
+// unname takes back the label that the last attempt would have given. s.mu must be held.
+func (r *resumption) unname() {
+	s := r.s
+	if id := r.waits.asked; id != 0 && id != s.label {
+		s.host.labels.remove(s.peer, id, s)
+	}
+	r.waits.asked = 0
 }
 
 // failed ends the attempt of that epoch, if it is open still. The next one waits.
@@ -111,10 +117,11 @@ func (r *resumption) failed(epoch uint64, pause func(tries uint32) time.Duration
 	s.mu.Lock()
 	var u network.Stream
 	if r.promised == epoch && (r.state == resumeAsking || r.state == resumeAnswering) {
+		w := r.waits
 		r.state = resumeLost
-		r.notBefore = time.Now().Add(pause(r.tries))
-		r.tries++
-		u, r.attempt = r.attempt, nil
+		w.notBefore = time.Now().Add(pause(w.tries))
+		w.tries++
+		u, w.attempt = w.attempt, nil
 	}
 	s.mu.Unlock()
 	if u != nil {
@@ -142,7 +149,7 @@ func (r *resumption) attemptOn(c network.Conn, id, from, epoch uint64) error {
 	s.mu.Lock()
 	stands := r.promised == epoch && r.state == resumeAsking
 	if stands {
-		r.attempt = u
+		r.waits.attempt = u
 	}
 	s.mu.Unlock()
 	if !stands {
@@ -272,18 +279,19 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 		<-done
 		s.mu.Lock()
 	}
-	resumed := Event{Kind: Resumed, Initiator: r.state == resumeAsking, To: u.Conn(), Took: time.Since(r.since)}
-	r.state, r.attempt = resumeAttached, nil
-	if s.life == lifeOpen {
-		r.disarm()
-	}
+	w := r.waits
+	resumed := Event{Kind: Resumed, Initiator: r.state == resumeAsking, From: w.away, To: u.Conn(), Took: time.Since(w.since)}
+	r.state, w.attempt = resumeAttached, nil
 	gone := s.label
 	switch {
-	case r.asked != id: // a stream that was closed has none
+	case w.asked != id: // a stream that was closed has none
 	case s.life == lifeOpen:
-		s.label, r.asked = id, 0
+		s.label, w.asked = id, 0
 	default:
-		gone, r.asked = id, 0
+		gone, w.asked = id, 0
+	}
+	if s.life == lifeOpen {
+		r.disarm()
 	}
 	if sc := s.scope; sc != nil && sc.own == nil {
 		if err := sc.follow(u.Scope(), true); err != nil {
@@ -393,18 +401,18 @@ func (h *Host) answerResume(n *negotiator, m *pb.Migrate) error {
 		return fmt.Errorf("%w: epoch %d, %d is known", errViolation, epoch, known)
 	}
 	r.promised, r.heard = epoch, max(r.heard, epoch)
-	dropped := r.attempt
-	r.attempt = nil
-	cause := errors.New("the other end has lost it")
-	lost := r.state == resumeAttached
-	if lost {
-		r.loseLocked(cause)
+	var event *Event
+	if r.state == resumeAttached {
+		lost := r.loseLocked(errors.New("the other end has lost it"))
+		event = &lost
 	}
+	dropped := r.waits.attempt
+	r.waits.attempt = nil
 	r.state = resumeAnswering
 	named := r.name(id)
 	s.mu.Unlock()
-	if lost {
-		r.trace(Event{Kind: Lost, Err: cause})
+	if event != nil {
+		r.trace(*event)
 	}
 	if dropped != nil {
 		go breakOff(dropped, codeGivenUp)

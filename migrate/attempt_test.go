@@ -459,7 +459,7 @@ func TestAnswersThatDoNotCount(t *testing.T) {
 			s.mu.Lock()
 			require.Equal(t, resumeAsking, r.state)
 			r.promised++
-			r.state, r.attempt = resumeAnswering, nil
+			r.state, r.waits.attempt = resumeAnswering, nil
 			s.mu.Unlock()
 			u.feeds(Prelude+answer, nil)
 			synctest.Wait()

@@ -61,23 +61,27 @@ type resumption struct {
 	of     *resumePeer
 	origin uint64 // the label that the stream was opened with
 
-	size int // of a tombstone: what its ring took when it became one; guarded by resumer.mu
-
 	ring     ring     // guarded by s.send.mu
 	incoming incoming // guarded by s.recv.mu
 
 	// Guarded by s.mu.
-	state     resumeState
-	tries     uint32
-	promised  uint64         // the highest epoch that was promised: ours, or the peer's
-	heard     uint64         // the highest that was heard of
-	asked     uint64         // the label of the last attempt, either end's; 0: none. It is in the table
-	attempt   network.Stream // of resumeAsking, once it is open
+	state    resumeState
+	promised uint64   // the highest epoch that was promised: ours, or the peer's
+	heard    uint64   // the highest that was heard of
+	waits    *waiting // of one that is on no underlying stream, or was closed; else nil
+}
+
+// waiting is what a stream has, beside that, which waits for an attempt or a confirmation.
+type waiting struct {
+	since time.Time   // the loss, the Close, or the last confirmation
+	timer *time.Timer // of the patience, which begins then
+
+	// Of one that was lost.
+	away      network.Conn   // the connection
+	tries     uint32         // how many attempts have failed
 	notBefore time.Time      // of resumeLost: when to attempt, at the earliest
-	since     time.Time      // when the stream was lost, or closed
-	timer     *time.Timer    // of the patience
-	away      network.Conn   // the connection that was lost
-	cause     error          // of resumeOver, where the stream has failed
+	attempt   network.Stream // of resumeAsking, once it is open
+	asked     uint64         // the label of the last attempt, either end's; 0: none. It is in the table
 }
 
 // incoming is what a resumable stream has received.
@@ -128,15 +132,15 @@ func (r *resumption) lose(u network.Stream, cause error) {
 	lost := r.state == resumeAttached && on
 	unsent := lost && s.send.opens()
 	if lost && !unsent {
-		r.loseLocked(cause)
+		event := r.loseLocked(cause)
+		s.mu.Unlock()
+		r.trace(event)
+		r.of.wake()
+		return
 	}
 	s.mu.Unlock()
-	switch {
-	case unsent: // the acceptor knows nothing of it
+	if unsent { // the acceptor knows nothing of it
 		_ = s.abort(forGood(cause), network.StreamNoError)
-	case lost:
-		r.trace(Event{Kind: Lost, Err: cause})
-		r.of.wake()
 	}
 }
 
@@ -153,28 +157,22 @@ func (r *resumption) shared() bool {
 
 // trace reports a step of the resumption. s.mu must not be held.
 func (r *resumption) trace(e Event) {
-	s := r.s
-	if s.host.cfg.tracer == nil {
-		return
+	if tracer := r.s.host.cfg.tracer; tracer != nil {
+		e.Time, e.Peer, e.Stream = time.Now(), r.s.peer, r.s
+		tracer(e)
 	}
-	s.mu.Lock()
-	e.From = r.away
-	s.mu.Unlock()
-	e.Time, e.Peer, e.Stream = time.Now(), s.peer, s
-	s.host.cfg.tracer(e)
 }
 
-// loseLocked is lose where the stream is attached. s.mu must be held.
-func (r *resumption) loseLocked(cause error) {
+// loseLocked is lose where the stream is attached. It returns what is to be traced. s.mu must be held.
+func (r *resumption) loseLocked(cause error) Event {
 	s := r.s
-	r.state, r.tries = resumeLost, 0
-	r.away = s.send.stream().Conn()
+	r.state = resumeLost
 	now := time.Now()
-	r.notBefore = now
+	w := r.arm(now)
+	w.away, w.tries, w.notBefore = s.send.stream().Conn(), 0, now
 	if s.dir == network.DirInbound {
-		r.notBefore = now.Add(acceptorWaits)
+		w.notBefore = now.Add(acceptorWaits)
 	}
-	r.arm(now)
 	streams := []network.Stream{s.send.disown(), s.recv.disown()}
 	if ex := s.ex; ex != nil {
 		streams = append(streams, ex.old, ex.new)
@@ -185,6 +183,7 @@ func (r *resumption) loseLocked(cause error) {
 	}
 	breakOffAll(streams, codeGivenUp)
 	s.host.log.Debug("stream lost", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Error(cause))
+	return Event{Kind: Lost, From: w.away, Err: cause}
 }
 
 func breakOffAll(streams []network.Stream, code network.StreamErrorCode) {
@@ -197,28 +196,29 @@ func breakOffAll(streams []network.Stream, code network.StreamErrorCode) {
 	}
 }
 
-// arm gives the stream its patience from now on (R11). s.mu must be held.
-func (r *resumption) arm(now time.Time) {
-	r.since = now
-	if r.timer != nil {
-		r.timer.Stop()
+// arm has the stream wait, with all of its patience from now on (R11). s.mu must be held.
+func (r *resumption) arm(now time.Time) *waiting {
+	if r.waits == nil {
+		r.waits = new(waiting)
+	} else {
+		r.waits.timer.Stop()
 	}
-	r.timer = time.AfterFunc(r.of.host.cfg.resumes.patience, func() { r.expire(now) })
+	r.waits.since = now
+	r.waits.timer = time.AfterFunc(r.of.host.cfg.resumes.patience, func() { r.expire(now) })
+	return r.waits
 }
 
-// disarm ends it. s.mu must be held.
+// disarm ends that. s.mu must be held.
 func (r *resumption) disarm() {
-	if r.timer != nil {
-		r.timer.Stop()
-		r.timer = nil
-	}
+	r.waits.timer.Stop()
+	r.waits = nil
 }
 
 // expire is the end of a patience that has begun at since.
 func (r *resumption) expire(since time.Time) {
 	s := r.s
 	s.mu.Lock()
-	due := r.state != resumeOver && r.since.Equal(since) && (r.state != resumeAttached || s.life == lifeClosed)
+	due := r.waits != nil && r.waits.since.Equal(since)
 	s.mu.Unlock()
 	if due {
 		r.leave(errTooLate)
@@ -243,30 +243,30 @@ func (r *resumption) leave(cause error) {
 func (r *resumption) end() {
 	s := r.s
 	s.mu.Lock()
-	attempt := r.endLocked()
+	attempt := r.endLocked(nil)
 	s.mu.Unlock()
 	if attempt != nil {
 		_ = breakOff(attempt, codeGivenUp)
 	}
 }
 
-// endLocked is end. It returns the stream of the attempt that is open, if any. s.mu must be held.
-func (r *resumption) endLocked() (attempt network.Stream) {
+// endLocked is end, for that cause where the stream has failed. It returns the stream of the attempt
+// that is open, if any. s.mu must be held.
+func (r *resumption) endLocked(cause error) (attempt network.Stream) {
 	if r.state == resumeOver {
 		return nil
 	}
-	if r.detached() {
-		go r.trace(Event{Kind: GivenUp, Err: r.cause, Took: time.Since(r.since)})
+	if w := r.waits; w != nil {
+		if r.detached() {
+			go r.trace(Event{Kind: GivenUp, From: w.away, Err: cause, Took: time.Since(w.since)})
+		}
+		r.unname()
+		attempt = w.attempt
+		r.disarm()
 	}
 	r.state = resumeOver
-	attempt, r.attempt = r.attempt, nil
-	r.disarm()
 	r.of.remove(r)
-	if r.asked != 0 && r.asked != r.s.label {
-		r.s.host.labels.remove(r.s.peer, r.asked, r.s)
-	}
 	r.s.send.mu.Lock()
-	r.ring.low, r.ring.over = r.ring.end, true
 	r.ring.release()
 	r.s.send.mu.Unlock()
 	return attempt
@@ -282,8 +282,7 @@ func (r *resumption) fail(cause error) {
 		s.mu.Unlock()
 		return
 	}
-	r.cause = cause
-	attempt := r.endLocked()
+	attempt := r.endLocked(cause)
 	closed := s.life == lifeClosed
 	s.kill(network.StreamNoError)
 	s.mu.Unlock()
@@ -321,7 +320,7 @@ func (r *resumption) closed() {
 		return
 	}
 	if r.finished() || !r.of.bury(r, r.memory()) {
-		r.endLocked()
+		r.endLocked(nil)
 		return
 	}
 	if r.state == resumeAttached {
@@ -382,7 +381,7 @@ func (r *resumption) confirmed(received uint64) {
 	switch {
 	case r.s.life != lifeClosed || r.state == resumeOver || r.s.ex != nil:
 	case r.finished():
-		if attempt := r.endLocked(); attempt != nil {
+		if attempt := r.endLocked(nil); attempt != nil {
 			go breakOff(attempt, codeGivenUp)
 		}
 	case more && r.state == resumeAttached: // the other end reads on
@@ -431,15 +430,14 @@ func (r *resumption) survives(x *exchange, cause error) bool {
 		s.mu.Unlock()
 		return false
 	}
-	lost := r.state == resumeAttached
-	if lost {
-		r.loseLocked(cause)
+	if r.state != resumeAttached {
+		s.mu.Unlock()
+		return true
 	}
+	event := r.loseLocked(cause)
 	s.mu.Unlock()
-	if lost {
-		r.trace(Event{Kind: Lost, Err: cause})
-		r.of.wake()
-	}
+	r.trace(event)
+	r.of.wake()
 	return true
 }
 
@@ -566,7 +564,7 @@ func (r *resumption) ended(u network.Stream, err error) {
 	s.mu.Lock()
 	on := r.state == resumeAttached && (s.send.stream() == u || s.recv.source().stream == u)
 	if on {
-		r.endLocked()
+		r.endLocked(nil)
 	}
 	s.mu.Unlock()
 	if on {

@@ -40,8 +40,8 @@ type resumePeer struct {
 	every  uint64 // after so many bytes the peer is told at once that they have come
 	// Guarded by resumer.mu.
 	streams map[uint64]*resumption
-	tombs   []*resumption // those of them that are tombstones, the oldest first
-	buried  int           // what the rings of these took
+	tombs   []tombstone // the oldest first
+	buried  int         // what their rings took
 
 	mu         sync.Mutex // a leaf; guards all below
 	recovering bool       // recover runs
@@ -53,6 +53,12 @@ type resumePeer struct {
 	dialAfter  time.Time
 	addrs      []ma.Multiaddr // of connections that were lost
 	tell       telling
+}
+
+// tombstone is a stream that was closed.
+type tombstone struct {
+	of   *resumption
+	size int // what its ring took when it became one
 }
 
 func newResumer(h *Host) *resumer {
@@ -167,15 +173,14 @@ func (p *resumePeer) bury(r *resumption, size int) bool {
 		return len(p.tombs) >= cfg.tombstones || p.buried+size > cfg.perPeer/2 || rs.buried+size > cfg.perHost/2
 	}
 	for len(p.tombs) > 0 && crowded() {
-		oldest := p.tombs[0]
+		oldest := p.tombs[0].of
 		p.unbury(oldest)
 		go oldest.leave(errCrowded)
 	}
 	if crowded() {
 		return false
 	}
-	r.size = size
-	p.tombs = append(p.tombs, r)
+	p.tombs = append(p.tombs, tombstone{r, size})
 	p.buried += size
 	rs.buried += size
 	return true
@@ -183,10 +188,11 @@ func (p *resumePeer) bury(r *resumption, size int) bool {
 
 // unbury takes r from the tombstones, if it is one. resumer.mu must be held.
 func (p *resumePeer) unbury(r *resumption) {
-	if i := slices.Index(p.tombs, r); i >= 0 {
+	if i := slices.IndexFunc(p.tombs, func(t tombstone) bool { return t.of == r }); i >= 0 {
+		size := p.tombs[i].size
 		p.tombs = slices.Delete(p.tombs, i, i+1)
-		p.buried -= r.size
-		p.host.resumer.buried -= r.size
+		p.buried -= size
+		p.host.resumer.buried -= size
 	}
 }
 
@@ -303,17 +309,20 @@ func (p *resumePeer) recover() {
 		futile := false
 		for _, r := range lost {
 			r.s.mu.Lock()
-			waits := r.state == resumeLost
-			at, tries, away := r.notBefore, r.tries, r.away
+			if r.waits == nil { // resumed meanwhile, or over
+				r.s.mu.Unlock()
+				continue
+			}
+			state, w := r.state, *r.waits
 			r.s.mu.Unlock()
 			switch {
-			case !waits:
-			case at.After(now):
-				next = earlier(next, at)
+			case state != resumeLost:
+			case w.notBefore.After(now):
+				next = earlier(next, w.notBefore)
 			case len(conns) > 0:
-				go r.ask(choose(conns, away, tries))
+				go r.ask(choose(conns, w.away, w.tries))
 			}
-			futile = futile || int(tries) >= len(conns)
+			futile = futile || int(w.tries) >= len(conns)
 		}
 		if futile {
 			next = earlier(next, p.dial(lost))
@@ -420,7 +429,9 @@ func (p *resumePeer) dial(lost []*resumption) time.Time {
 	left := make(map[network.Conn]bool)
 	for _, r := range lost {
 		r.s.mu.Lock()
-		left[r.away] = true
+		if r.waits != nil {
+			left[r.waits.away] = true
+		}
 		r.s.mu.Unlock()
 	}
 	p.mu.Lock()

@@ -71,10 +71,8 @@ func (r *ring) dropFirst() {
 
 // lend adds p, which stays as it is until keep or giveBack. Nothing must be lent already.
 func (r *ring) lend(p []byte) {
+	r.lent = p
 	r.end += uint64(len(p))
-	if r.lent = p; r.over || r.confirmed == everything {
-		r.lent, r.low = nil, r.end // nobody will ask for it
-	}
 }
 
 // giveBack takes back the last n bytes that were lent: no stream has taken them.
@@ -117,7 +115,6 @@ func (r *ring) put(p []byte, drop bool) (n int) {
 		if skip := len(p) - r.of.window; skip > 0 { // of this, too, only the end is kept
 			r.end += uint64(skip)
 			n, p = skip, p[skip:]
-			r.forget(r.end)
 		}
 		r.forget(r.end + uint64(len(p)) - min(window, r.end+uint64(len(p))))
 	} else {
@@ -185,13 +182,10 @@ func (r *ring) copyFrom(o uint64, p []byte) (n int) {
 	return n
 }
 
-// release frees the memory of the ring.
+// release frees the memory of the ring, which keeps nothing from then on.
 func (r *ring) release() {
-	r.lent = nil
+	r.over = true
 	r.forget(r.end)
-	for len(r.blocks) > 0 { // one that was empty still
-		r.dropFirst()
-	}
 }
 
 // ringMemory is what the rings of a peer's streams may take. Safe for concurrent use.
@@ -258,7 +252,6 @@ func (b *ringBudget) reserve(n int) bool {
 			return err
 		})
 		if err != nil {
-			b.span = nil
 			return false
 		}
 	}
