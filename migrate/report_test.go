@@ -2,17 +2,21 @@ package migrate
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/stretchr/testify/require"
 	"google.golang.org/protobuf/encoding/protodelim"
@@ -435,4 +439,308 @@ func TestReportsOfWhatIsThroughTakeAnotherConnection(t *testing.T) {
 	require.Nil(t, told.End, "the end of writing was confirmed")
 	require.Empty(t, p.Came(), "there is nothing to resume")
 	require.NoError(t, s.Close())
+}
+
+// reporter is a peer that is told over streams of conn.
+type reporter struct {
+	*resumePeer
+	conn   *fakeConn
+	opened []*fakeStream
+	told   uint64
+}
+
+// newReporter is a peer that is told over streams that take so many bytes; negative: any number.
+func newReporter(room int) *reporter {
+	h := verifyingHost(WithResumption())
+	h.resumer = newResumer(h)
+	r := &reporter{resumePeer: &resumePeer{host: h}, conn: newFake().conn}
+	r.conn.open = func(context.Context) (network.Stream, error) {
+		u := newFake()
+		u.conn, u.room = r.conn, room
+		r.opened = append(r.opened, u)
+		return u, nil
+	}
+	return r
+}
+
+// tells has the peer told of one stream more, soon or now.
+func (r *reporter) tells(now bool) {
+	r.told++
+	r.report(hasReported(r.resumePeer, r.conn, r.told), now)
+}
+
+// reports is how many reports the peer was given.
+func (r *reporter) reports() (n int) {
+	synctest.Wait()
+	for _, u := range r.opened {
+		in := bufio.NewReader(strings.NewReader(strings.TrimPrefix(u.taken(), MultistreamToken+Token(ResumeID))))
+		for protodelim.UnmarshalFrom(in, new(pb.Progress)) == nil {
+			n++
+		}
+	}
+	return n
+}
+
+// What has time waits as long as ever behind a report, whatever that was made for.
+func TestReportsWaitAnew(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReporter(-1)
+		waits := func(from time.Time, n int) {
+			t.Helper()
+			time.Sleep(time.Until(from.Add(reportWithin - time.Nanosecond)))
+			require.Equal(t, n-1, r.reports())
+			time.Sleep(time.Nanosecond)
+			require.Equal(t, n, r.reports())
+		}
+		r.tells(false)
+		time.Sleep(reportWithin / 4)
+		r.tells(true) // and the former beside it
+		require.Equal(t, 2, r.reports())
+		time.Sleep(reportWithin / 4)
+		r.tells(false)
+		waits(time.Now(), 3)
+
+		begun := time.Now()
+		r.tells(false)
+		time.Sleep(reportWithin / 2)
+		r.tells(false)
+		time.Sleep(time.Until(begun.Add(reportWithin)))
+		require.Equal(t, 5, r.reports())
+		r.tells(false)
+		waits(time.Now(), 6)
+		time.Sleep(lingering)
+	})
+}
+
+// A stream is reported on its own connection as long as that is there, even if there is a better one.
+func TestReportsTakeTheConnectionOfTheStream(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReporter(-1)
+		better := newFake().conn
+		better.open = func(context.Context) (network.Stream, error) { return nil, errNoRoom }
+		r.host.Host.(*bare).conns = []network.Conn{better, r.conn}
+		r.tells(true)
+		require.Equal(t, 1, r.reports())
+		time.Sleep(lingering)
+	})
+}
+
+// asked is a host of which it is known when it is asked for connections.
+type asked struct {
+	*bare
+	conns func()
+}
+
+type askedNetwork struct {
+	network.Network
+	conns func()
+}
+
+func (a asked) Network() network.Network { return askedNetwork{a.bare.Network(), a.conns} }
+
+func (n askedNetwork) ConnsToPeer(p peer.ID) []network.Conn {
+	n.conns()
+	return n.Network.ConnsToPeer(p)
+}
+
+// What becomes due while it is decided where the last is told is told behind that, and so is what follows.
+func TestReportsThatAreDueMeanwhile(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r, decided := newReporter(-1), make(chan struct{})
+		r.host.Host = asked{r.host.Host.(*bare), func() { <-decided }}
+		gone := newFake().conn
+		gone.dies()
+		r.report(hasReported(r.resumePeer, gone, 1), true)
+		synctest.Wait()
+		r.tells(true)
+		require.Zero(t, r.reports())
+		close(decided)
+		require.Equal(t, 1, r.reports())
+		r.tells(true)
+		require.Equal(t, 2, r.reports())
+		time.Sleep(lingering)
+	})
+}
+
+// A peer of which there is nothing to know but what could not be told is forgotten.
+func TestPeerIsForgottenWithWhatCannotBeTold(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		peers := func() int {
+			synctest.Wait()
+			s.host.resumer.mu.Lock()
+			defer s.host.resumer.mu.Unlock()
+			return len(s.host.resumer.peers)
+		}
+		r.of.report(r, false)
+		require.NoError(t, s.Reset())
+		s.Conn().(*fakeConn).dies()
+		require.Equal(t, 1, peers())
+		time.Sleep(reportWithin)
+		require.Zero(t, peers())
+	})
+}
+
+// What a stream of reports did not take is told on another one: on one that is open and free, if
+// there is one.
+func TestReportsThatFail(t *testing.T) {
+	bubble(t, "and are told on a new stream", func(t *testing.T) {
+		r := newReporter(0)
+		r.tells(true)
+		synctest.Wait()
+		r.opened[0].grants(0, network.ErrReset)
+		synctest.Wait()
+		require.NotNil(t, r.opened[0].resetWith)
+		time.Sleep(reportWithin)
+		synctest.Wait()
+		require.Len(t, r.opened, 2)
+		r.opened[1].grants(-1, nil)
+		require.Equal(t, 1, r.reports())
+		time.Sleep(lingering)
+		synctest.Wait()
+		require.Empty(t, r.tell.on)
+	})
+	bubble(t, "and are told on one that is open", func(t *testing.T) {
+		r := newReporter(0)
+		r.tells(true)
+		synctest.Wait()
+		r.tells(true)
+		synctest.Wait()
+		require.Len(t, r.opened, 2)
+		r.opened[1].grants(-1, nil)
+		require.Equal(t, 1, r.reports())
+		r.opened[0].grants(0, network.ErrReset)
+		synctest.Wait()
+		time.Sleep(reportWithin)
+		require.Equal(t, 2, r.reports())
+		require.Len(t, r.opened, 2)
+		time.Sleep(lingering)
+	})
+}
+
+// A stream of reports that is written to is not idle, however long that takes; and one that was not
+// opened, since there was nothing to tell, ends all the same.
+func TestStreamsOfReportsThatAreNotIdle(t *testing.T) {
+	bubble(t, "written to", func(t *testing.T) {
+		r := newReporter(-1)
+		r.tells(true)
+		require.Equal(t, 1, r.reports())
+		r.opened[0].grants(0, nil)
+		time.Sleep(lingering - time.Second)
+		r.tells(true)
+		time.Sleep(2 * time.Second)
+		require.Equal(t, 1, r.reports())
+		require.False(t, r.opened[0].isClosed)
+		r.opened[0].grants(-1, nil)
+		require.Equal(t, 2, r.reports())
+		time.Sleep(lingering)
+		synctest.Wait()
+		require.True(t, r.opened[0].isClosed)
+		require.Empty(t, r.tell.on)
+	})
+	bubble(t, "not opened", func(t *testing.T) {
+		r := newReporter(-1)
+		r.report(hasReported(r.resumePeer, r.conn, 0), true)
+		synctest.Wait()
+		require.Len(t, r.tell.on, 1)
+		time.Sleep(lingering)
+		synctest.Wait()
+		require.Empty(t, r.tell.on)
+		require.Empty(t, r.opened)
+	})
+}
+
+// The peer that agrees to be told is told on that stream.
+func TestReportsThatAreWelcome(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReporter(-1)
+		r.tells(true)
+		require.Equal(t, 1, r.reports())
+		r.opened[0].feeds(MultistreamToken+Token(ResumeID), nil)
+		synctest.Wait()
+		require.Nil(t, r.opened[0].resetWith)
+		r.tells(true)
+		require.Equal(t, 2, r.reports())
+		require.Len(t, r.opened, 1)
+		time.Sleep(lingering)
+	})
+}
+
+// Whether what was received is told soon or at once depends on how much it is since the last report.
+func TestHowMuchIsReportedAtOnce(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		r := newReporter(-1)
+		r.every = 1000
+		s := hasReported(r.resumePeer, r.conn, 0)
+		receives := func(n uint64, atOnce bool) {
+			t.Helper()
+			told := r.reports()
+			s.s.recv.mu.Lock()
+			s.incoming.base += n
+			s.s.recv.progressed()
+			s.s.recv.mu.Unlock()
+			if !atOnce {
+				time.Sleep(reportWithin - time.Nanosecond)
+				require.Equal(t, told, r.reports())
+				time.Sleep(time.Nanosecond)
+			}
+			require.Equal(t, told+1, r.reports())
+		}
+		receives(1, false)
+		receives(999, false)
+		receives(1000, true)
+		receives(1, false)
+		receives(999, false)
+		receives(1001, true)
+		time.Sleep(lingering)
+	})
+}
+
+// No end is told as long as a Write is under way, or of a stream that has failed.
+func TestEndsThatAreNotReported(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old := newFake()
+		s, r := resumableOn(t, old)
+		s.recv.mu.Lock()
+		r.incoming.base = 1 // so that there is something to tell
+		s.recv.mu.Unlock()
+		s.send.mu.Lock()
+		s.send.cur = &deaf{fakeStream: old, deaf: math.MaxInt}
+		s.send.mu.Unlock()
+		end := func() *uint64 {
+			m := new(pb.Progress)
+			require.NoError(t, protodelim.UnmarshalFrom(bufio.NewReader(bytes.NewReader(r.progress())), m))
+			return m.End
+		}
+		old.grants(1, nil)
+		go func() { _, _ = s.Write([]byte("abc")) }()
+		synctest.Wait()
+		closed := make(chan error, 1)
+		go func() { closed <- s.CloseWrite() }()
+		synctest.Wait()
+		require.Nil(t, end())
+		require.Empty(t, closed)
+		old.grants(-1, nil)
+		require.NoError(t, <-closed)
+		require.EqualValues(t, 3, *end())
+		require.NoError(t, s.Reset())
+		require.Nil(t, end())
+	})
+}
+
+// Reports about streams that are not known are ignored, and one that names none is about that with
+// the label 0.
+func TestReportsWithoutAnOrigin(t *testing.T) {
+	p := meeting{kind: resuming, hostHigher: true, opts: []Option{WithResumption()}}.meet(t)
+	u := p.Opens(0, Prelude, resumableLabelBytes(0), MultistreamToken, EchoToken, "!")
+	u.Wants(Prelude, MultistreamToken, EchoToken)
+	s := p.accepted()
+	p.reads(s, "!")
+	p.writes(s, "?")
+	p.reportsTo(receivedBytes(2, 1), endBytes(2, 1), Lengthy("\x10\x01"))
+	WaitFor(t, "the host to know", func() bool {
+		s.send.mu.Lock()
+		defer s.send.mu.Unlock()
+		return s.send.resumption.ring.confirmed == 1
+	})
 }
