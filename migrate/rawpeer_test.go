@@ -128,14 +128,22 @@ func (p *rawPeer) hostBegins(i int, ids ...protocol.ID) (*Stream, error) {
 // A first byte has been exchanged each way.
 func (p *rawPeer) hostOpens() (*Stream, *RawStream) {
 	p.t.Helper()
+	s, u := p.hostOpensAs(LabelBytes)
+	u.Sends("?")
+	p.reads(s, "?")
+	return s, u
+}
+
+// hostOpensAs has the host open a stream with such a Label, and write to it.
+func (p *rawPeer) hostOpensAs(label func(uint64) string) (*Stream, *RawStream) {
+	p.t.Helper()
 	s, err := p.hostBegins(0, echoID)
 	require.NoError(p.t, err)
 	p.writes(s, "!")
 	u := p.Arrives()
 	u.Label = s.Label()
-	u.Wants(Prelude, LabelBytes(u.Label), MultistreamToken, EchoToken, "!")
-	u.Sends(Prelude, MultistreamToken, EchoToken, "?")
-	p.reads(s, "?")
+	u.Wants(Prelude, label(u.Label), MultistreamToken, EchoToken, "!")
+	u.Sends(Prelude, MultistreamToken, EchoToken)
 	return s, u
 }
 

@@ -71,14 +71,7 @@ func (p *rawPeer) hostAcceptsResumable() (*Stream, *RawStream) {
 // a first byte, and the peer none.
 func (p *rawPeer) hostOpensResumable() (*Stream, *RawStream) {
 	p.t.Helper()
-	s, err := p.hostBegins(0, echoID)
-	require.NoError(p.t, err)
-	p.writes(s, "!")
-	u := p.Arrives()
-	u.Label = s.Label()
-	u.Wants(Prelude, resumableLabelBytes(u.Label), MultistreamToken, EchoToken, "!")
-	u.Sends(Prelude, MultistreamToken, EchoToken)
-	return s, u
+	return p.hostOpensAs(resumableLabelBytes)
 }
 
 // epoch is the n-th one that the raw peer may give, n from 1 on: it is the higher peer.
