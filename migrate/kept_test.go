@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"strings"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/multiformats/go-varint"
+	"github.com/quic-go/quic-go"
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/rawpeer"
@@ -87,7 +89,8 @@ func numbered(n int) string {
 func TestWritesBehindTheEnd(t *testing.T) {
 	for _, lost := range []bool{false, true} {
 		virtual(t, func(t *testing.T) {
-			s, r := keepingOn(t, newFake(), 8<<10)
+			old := newFake()
+			s, r := keepingOn(t, old, 8<<10)
 			if lost {
 				r.loses()
 				n, err := s.Write(nil)
@@ -100,6 +103,12 @@ func TestWritesBehindTheEnd(t *testing.T) {
 			n, err := s.Write([]byte("def"))
 			require.ErrorIs(t, err, errWriteClosed)
 			require.Zero(t, n)
+			require.Equal(t, !lost, old.writeClosed, "what was lost is not touched")
+			if !lost {
+				_, err = s.Write(nil)
+				require.Error(t, err)
+				require.NotErrorIs(t, err, errWriteClosed, "it is the underlying stream's to judge")
+			}
 			require.Equal(t, "abc", appData(t, resumedBy(t, s, 0)))
 		})
 	}
@@ -206,7 +215,7 @@ func (u tardy) Write([]byte) (int, error) {
 // whenever that lets go of it and whatever that says.
 func TestWriteThatIsInsideAsTheStreamIsLost(t *testing.T) {
 	for _, resumed := range []bool{false, true} {
-		for _, says := range []writeResult{{0, network.ErrReset}, {2, network.ErrReset}, {6, nil}} {
+		for _, says := range []writeResult{{0, network.ErrReset}, {2, network.ErrReset}, {2, os.ErrDeadlineExceeded}, {6, nil}} {
 			virtual(t, func(t *testing.T) {
 				old := newFake()
 				s, r := keepingOn(t, old, 8<<10)
@@ -233,6 +242,7 @@ func TestWriteThatIsInsideAsTheStreamIsLost(t *testing.T) {
 					next = resumedBy(t, s, 1)
 				}
 				require.Equal(t, "bcdefghi", appData(t, next))
+				require.NoError(t, s.CloseWrite(), "nobody is inside any more")
 			})
 		}
 	}
@@ -245,6 +255,10 @@ func TestWriteThatMeetsALoss(t *testing.T) {
 		"connection": func(old *fakeStream) {
 			old.conn.dies()
 			old.grants(1<<10, os.ErrDeadlineExceeded)
+		},
+		"connection, which looks like a reset": func(old *fakeStream) {
+			old.conn.dies()
+			old.grants(1<<10, &network.StreamError{ErrorCode: 7, Remote: true})
 		},
 		"stream": func(old *fakeStream) { old.grants(1<<10, errors.New("a failure of the network")) },
 		"given up": func(old *fakeStream) {
@@ -315,8 +329,9 @@ func TestWriteOfWhichAllWasTaken(t *testing.T) {
 
 // A stream whose Write is called out for its end is not lost, whatever its muxer reports then.
 func TestWriteThatIsClosedMeanwhile(t *testing.T) {
-	for name, reported := range map[string]error{"a deadline": os.ErrDeadlineExceeded, "that it is closed": errors.New("closed for writing")} {
-		bubble(t, name, func(t *testing.T) {
+	closing := errors.New("closed for writing")
+	for reported, seen := range map[error]error{os.ErrDeadlineExceeded: errWriteClosed, closing: closing} {
+		bubble(t, reported.Error(), func(t *testing.T) {
 			old := newFake()
 			s, r := keepingOn(t, old, 8<<10)
 			u := tardy{old, make(chan writeResult)}
@@ -331,9 +346,7 @@ func TestWriteThatIsClosedMeanwhile(t *testing.T) {
 			synctest.Wait()
 			require.Empty(t, closed, "a Write is inside")
 			u.returns <- writeResult{2, reported}
-			got := wrote(t, w)
-			require.Equal(t, 2, got.n)
-			require.Error(t, got.err)
+			require.Equal(t, writeResult{2, seen}, wrote(t, w))
 			require.NoError(t, <-closed)
 			require.True(t, old.writeClosed)
 			require.True(t, r.attached())
@@ -344,41 +357,236 @@ func TestWriteThatIsClosedMeanwhile(t *testing.T) {
 }
 
 // Of a Write that fails for good as an exchange is under way the exchange may save the rest; else it
-// fails, at its deadline at the latest.
+// fails, at its deadline at the latest. That the connection is gone is kept for the next exchange.
 func TestWriteThatAnExchangeMaySave(t *testing.T) {
-	begin := func(t *testing.T) (*Stream, chan writeResult) {
+	shutdown := &network.ConnError{ErrorCode: network.ConnShutdown}
+	begin := func(t *testing.T, fails error) (*Stream, chan writeResult) {
 		old := newFake()
 		s, _ := keepingOn(t, old, 8<<10)
-		old.grants(1, &network.ConnError{ErrorCode: network.ConnNoError})
+		old.grants(1, fails)
 		s.send.hold(true)
 		require.NoError(t, s.SetWriteDeadline(time.Now().Add(time.Second)))
 		w := writing(&s.send, "abc")
 		synctest.Wait()
 		notYet(t, w, "the Write")
+		require.Equal(t, fails == shutdown, s.send.keepsError())
 		return s, w
 	}
-	bubble(t, "saved", func(t *testing.T) {
-		s, w := begin(t)
+	for name, fails := range map[string]error{
+		"the connection is closed":    shutdown,
+		"the other end reads no more": &network.StreamError{ErrorCode: 7, Remote: true},
+	} {
+		bubble(t, name+", saved", func(t *testing.T) {
+			s, w := begin(t, fails)
+			n, err := s.send.pause()
+			require.NoError(t, err)
+			require.EqualValues(t, 1, n)
+			next := newFake()
+			_, err = s.send.resume(next)
+			require.NoError(t, err)
+			require.Equal(t, writeResult{3, nil}, wrote(t, w))
+			require.Equal(t, "bc", next.taken())
+		})
+		bubble(t, name+", too late", func(t *testing.T) {
+			_, w := begin(t, fails)
+			time.Sleep(time.Second)
+			require.Equal(t, writeResult{1, os.ErrDeadlineExceeded}, wrote(t, w))
+		})
+		bubble(t, name+", given up", func(t *testing.T) {
+			s, w := begin(t, fails)
+			s.send.hold(false)
+			require.Equal(t, writeResult{1, fails}, wrote(t, w))
+			require.Equal(t, fails == shutdown, s.told())
+		})
+		if fails == shutdown {
+			continue // nothing is resumed then
+		}
+		bubble(t, name+", resumed", func(t *testing.T) {
+			s, w := begin(t, fails)
+			next := resumedBy(t, s, 0)
+			require.Equal(t, writeResult{3, nil}, wrote(t, w))
+			require.Equal(t, "abc", appData(t, next))
+			require.False(t, s.send.keepsError())
+			next.grants(1, fails)
+			_, err := s.Write([]byte("def"))
+			require.Equal(t, fails, err, "there is no exchange any more")
+		})
+	}
+}
+
+// What a Write gave to the stream before the stream moved is kept as well as what it gave to the next one.
+func TestWriteThatMovesIsKept(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old, next := newFake(), newFake()
+		s, _ := keepingOn(t, old, 8<<10)
+		old.grants(2, nil)
+		w := writing(&s.send, "abcdef")
+		synctest.Wait()
 		n, err := s.send.pause()
 		require.NoError(t, err)
-		require.EqualValues(t, 1, n)
-		next := newFake()
+		require.EqualValues(t, 2, n)
 		_, err = s.send.resume(next)
 		require.NoError(t, err)
-		require.Equal(t, writeResult{3, nil}, wrote(t, w))
-		require.Equal(t, "bc", next.taken())
+		require.Equal(t, writeResult{6, nil}, wrote(t, w))
+		require.Equal(t, "cdef", next.taken())
+		require.Equal(t, "bcdef", appData(t, resumedBy(t, s, 1)))
 	})
-	bubble(t, "late", func(t *testing.T) {
-		_, w := begin(t)
-		time.Sleep(time.Second)
-		require.Equal(t, writeResult{1, os.ErrDeadlineExceeded}, wrote(t, w))
+}
+
+// A first Write that is too long to leave with the opening is kept once.
+func TestFirstWriteIsKept(t *testing.T) {
+	p := meetResuming(t)
+	s, err := p.hostBegins(0, echoID)
+	require.NoError(t, err)
+	data := numbered(3 * openingRoom)
+	p.writes(s, data)
+	u := p.Arrives()
+	u.Label = s.Label()
+	u.Wants(Prelude, resumableLabelBytes(u.Label), MultistreamToken, EchoToken, data)
+	u.Sends(Prelude, MultistreamToken, EchoToken)
+	next := p.resumes(u, epoch(1), 1)
+	next.Wants(Prelude, ackReceivedBytes(0), data[1:])
+	p.talk(s, next)
+}
+
+// A stream whose opening was not sent has nothing to resume.
+func TestStreamThatWasNotOpenedIsNotResumed(t *testing.T) {
+	p := meetResuming(t)
+	s, err := p.hostBegins(0, echoID)
+	require.NoError(t, err)
+	r := p.host.resumer.get(p.ID(), s.Label())
+	r.lose(nil, errors.New("test"))
+	require.False(t, r.lives())
+	_, err = s.Write([]byte("x"))
+	require.Error(t, err)
+	p.nothingLeft()
+}
+
+// webTransport and overQUIC are fake streams on connections of which something else is known.
+type (
+	webTransport     struct{ *fakeStream }
+	webTransportConn struct{ *fakeConn }
+	overQUIC         struct{ *fakeStream }
+	quicConn         struct{ *fakeConn }
+)
+
+func (u webTransport) Conn() network.Conn { return webTransportConn{u.conn} }
+func (u overQUIC) Conn() network.Conn     { return quicConn{u.conn} }
+
+func (webTransportConn) ConnState() network.ConnectionState {
+	return network.ConnectionState{Transport: "webtransport"}
+}
+
+func (quicConn) As(target any) bool {
+	_, is := target.(**quic.Conn)
+	return is
+}
+
+// On WebTransport a reset carries no code, and may be a loss, unless the other end is known to read no more.
+func TestWriteThatIsResetWithoutACode(t *testing.T) {
+	for _, readsNoMore := range []bool{false, true} {
+		bubble(t, fmt.Sprintf("reads no more %t", readsNoMore), func(t *testing.T) {
+			old := newFake()
+			s, r := keepingOn(t, old, 8<<10)
+			s.send.mu.Lock()
+			s.send.cur = webTransport{old}
+			s.send.mu.Unlock()
+			if readsNoMore {
+				r.confirmed(everything)
+			}
+			reset := &network.StreamError{Remote: true}
+			old.grants(0, reset)
+			n, err := s.Write([]byte("abc"))
+			require.Equal(t, readsNoMore, r.attached())
+			if readsNoMore {
+				require.Equal(t, reset, err)
+				require.Zero(t, n)
+			} else {
+				require.NoError(t, err)
+				require.Equal(t, "abc", appData(t, resumedBy(t, s, 0)))
+			}
+		})
+	}
+}
+
+// R12: where the muxer may report an end that is none the peer is told at once, unless it wants no more.
+func TestHowSoonAnEndIsTold(t *testing.T) {
+	for name, test := range map[string]struct {
+		quic, lost, unwanted, atOnce bool
+	}{
+		"as a rule":                    {atOnce: true},
+		"on QUIC":                      {quic: true},
+		"lost":                         {lost: true, atOnce: true},
+		"lost on QUIC":                 {quic: true, lost: true, atOnce: true},
+		"unwanted":                     {unwanted: true},
+		"lost on QUIC, and not wanted": {quic: true, lost: true, unwanted: true},
+	} {
+		bubble(t, name, func(t *testing.T) {
+			old := newFake()
+			s, r := keepingOn(t, old, 8<<10)
+			if test.quic {
+				s.send.mu.Lock()
+				s.send.cur = overQUIC{old}
+				s.send.mu.Unlock()
+			}
+			_, err := s.Write([]byte("abc"))
+			require.NoError(t, err)
+			if test.unwanted {
+				r.confirmed(everything)
+			}
+			if test.lost {
+				r.loses()
+			}
+			r.of.mu.Lock()
+			r.of.tell.busy = true // so that nothing leaves
+			r.of.mu.Unlock()
+			require.NoError(t, s.CloseWrite())
+			synctest.Wait()
+			r.of.mu.Lock()
+			defer r.of.mu.Unlock()
+			require.Contains(t, r.of.tell.due, r)
+			require.Equal(t, test.atOnce, r.of.tell.now)
+		})
+	}
+}
+
+// refusing is a stream that cannot be closed for writing.
+type refusing struct {
+	*fakeStream
+	err error
+}
+
+func (u refusing) CloseWrite() error { return u.err }
+
+// Where the end of writing does not leave since the connection was closed on purpose, it never will.
+func TestEndThatDoesNotLeaveForGood(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old := newFake()
+		s, r := keepingOn(t, old, 8<<10)
+		shutdown := &network.ConnError{ErrorCode: network.ConnShutdown}
+		s.send.mu.Lock()
+		s.send.cur = refusing{old, shutdown}
+		s.send.mu.Unlock()
+		require.Equal(t, shutdown, s.CloseWrite())
+		require.False(t, r.lives())
 	})
-	bubble(t, "given up", func(t *testing.T) {
-		s, w := begin(t)
-		s.send.hold(false)
-		got := wrote(t, w)
-		require.Equal(t, 1, got.n)
-		require.ErrorAs(t, got.err, new(*network.ConnError))
-		require.True(t, s.told())
+}
+
+// A Write that does not hear that it is called out for the end is called out again.
+func TestEndCallsWritesOutAgain(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old := newFake()
+		s, _ := keepingOn(t, old, 8<<10)
+		s.send.mu.Lock()
+		s.send.cur = &deaf{fakeStream: old, deaf: 2}
+		s.send.mu.Unlock()
+		old.grants(1, nil)
+		w := writing(&s.send, "abc")
+		synctest.Wait()
+		begun := time.Now()
+		require.NoError(t, s.CloseWrite())
+		require.Equal(t, kickInterval, time.Since(begun))
+		require.Equal(t, writeResult{1, errWriteClosed}, wrote(t, w))
+		require.True(t, old.writeClosed)
 	})
 }
