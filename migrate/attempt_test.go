@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-yamux/v5"
 	"github.com/stretchr/testify/require"
 
 	. "github.com/go-portage/portage/internal/hosttest"
@@ -277,6 +279,49 @@ func TestEndsThatAreNotAnnounced(t *testing.T) {
 				require.Len(t, read, 1)
 				require.NoError(t, <-read)
 			}
+		})
+	}
+}
+
+// session is a session of yamux with nobody.
+func session(t *testing.T, up bool) *yamux.Session {
+	conn, other := net.Pipe()
+	s, err := yamux.Client(conn, nil, nil)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		_ = s.Close()
+		_ = other.Close()
+	})
+	if !up {
+		require.NoError(t, s.Close())
+	}
+	return s
+}
+
+// TestEndsOfASessionThatIsUp: R7. Yamux reports no EOF of its own before its session is down: until
+// then one needs no announcement, however busy the connection is that has to bring that.
+func TestEndsOfASessionThatIsUp(t *testing.T) {
+	for _, up := range []bool{true, false} {
+		bubble(t, fmt.Sprintf("up %t", up), func(t *testing.T) {
+			old := newFake()
+			old.conn.muxer = session(t, up)
+			s, _ := resumableOn(t, old)
+			old.feeds("abc", nil).ends(io.EOF)
+			var got []byte
+			read := make(chan error, 1)
+			go func() {
+				var err error
+				got, err = io.ReadAll(s)
+				read <- err
+			}()
+			synctest.Wait()
+			if !up {
+				require.Empty(t, read, "it may be false")
+				return
+			}
+			require.Len(t, read, 1)
+			require.NoError(t, <-read)
+			require.Equal(t, "abc", string(got))
 		})
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/libp2p/go-libp2p/core/peerstore"
 	"github.com/libp2p/go-libp2p/core/protocol"
+	"github.com/libp2p/go-yamux/v5"
 	ma "github.com/multiformats/go-multiaddr"
 	msmux "github.com/multiformats/go-multistream"
 	"github.com/stretchr/testify/require"
@@ -273,6 +274,7 @@ type fakeConn struct {
 	remote peer.ID
 	dir    network.Direction
 	open   func(context.Context) (network.Stream, error) // what NewStream does
+	muxer  *yamux.Session                                // what As finds; nil: nothing
 }
 
 func (c *fakeConn) NewStream(ctx context.Context) (network.Stream, error) {
@@ -294,8 +296,14 @@ func (c *fakeConn) dies() {
 	c.closed = true
 }
 
-// As implements network.Conn: there is nothing behind it.
-func (c *fakeConn) As(any) bool { return false }
+// As implements network.Conn.
+func (c *fakeConn) As(target any) bool {
+	session, ok := target.(**yamux.Session)
+	if ok = ok && c.muxer != nil; ok {
+		*session = c.muxer
+	}
+	return ok
+}
 
 func (c *fakeConn) Stat() network.ConnStats {
 	return network.ConnStats{Stats: network.Stats{Direction: c.dir}}

@@ -171,7 +171,14 @@ func (h *sendHalf) announce(u network.Stream, closes bool) {
 	h.mu.Lock()
 	unwanted := r.ring.confirmed == everything
 	h.mu.Unlock()
-	r.of.report(r, !unwanted && !(closes && endsTruly(u.Conn())))
+	switch c := u.Conn(); {
+	case unwanted || closes && endsTruly(c):
+		r.of.reportIn(r, reportWithin)
+	case closes && sessionIsUp(c):
+		r.of.reportIn(r, endWithin)
+	default:
+		r.of.reportIn(r, 0)
+	}
 }
 
 // replays says whether the present stream has yet to get what was written before.

@@ -509,20 +509,29 @@ func TestWriteThatIsResetWithoutACode(t *testing.T) {
 	}
 }
 
-// R12: where the muxer may report an end that is none the peer is told at once, unless it wants no more.
+// R12: where the muxer may have reported an end that is none the peer is told at once, unless it wants
+// no more; soon where the muxer can still do so.
 func TestHowSoonAnEndIsTold(t *testing.T) {
 	for name, test := range map[string]struct {
-		quic, lost, unwanted, atOnce bool
+		quic, yamux, down, lost, unwanted bool
+		within                            time.Duration
 	}{
-		"as a rule":                    {atOnce: true},
-		"on QUIC":                      {quic: true},
-		"lost":                         {lost: true, atOnce: true},
-		"lost on QUIC":                 {quic: true, lost: true, atOnce: true},
-		"unwanted":                     {unwanted: true},
-		"lost on QUIC, and not wanted": {quic: true, lost: true, unwanted: true},
+		"as a rule":                    {within: 0},
+		"on QUIC":                      {quic: true, within: reportWithin},
+		"on yamux":                     {yamux: true, within: endWithin},
+		"on yamux, its session down":   {yamux: true, down: true, within: 0},
+		"lost":                         {lost: true, within: 0},
+		"lost on QUIC":                 {quic: true, lost: true, within: 0},
+		"lost on yamux":                {yamux: true, lost: true, within: 0},
+		"unwanted":                     {unwanted: true, within: reportWithin},
+		"unwanted on yamux":            {yamux: true, unwanted: true, within: reportWithin},
+		"lost on QUIC, and not wanted": {quic: true, lost: true, unwanted: true, within: reportWithin},
 	} {
 		bubble(t, name, func(t *testing.T) {
 			old := newFake()
+			if test.yamux {
+				old.conn.muxer = session(t, !test.down)
+			}
 			s, r := keepingOn(t, old, 8<<10)
 			if test.quic {
 				s.send.mu.Lock()
@@ -540,12 +549,20 @@ func TestHowSoonAnEndIsTold(t *testing.T) {
 			r.of.mu.Lock()
 			r.of.tell.busy = true // so that nothing leaves
 			r.of.mu.Unlock()
+			told := func() bool {
+				synctest.Wait()
+				r.of.mu.Lock()
+				defer r.of.mu.Unlock()
+				require.Contains(t, r.of.tell.due, r)
+				return r.of.tell.now
+			}
 			require.NoError(t, s.CloseWrite())
-			synctest.Wait()
-			r.of.mu.Lock()
-			defer r.of.mu.Unlock()
-			require.Contains(t, r.of.tell.due, r)
-			require.Equal(t, test.atOnce, r.of.tell.now)
+			if test.within > 0 {
+				time.Sleep(test.within - time.Nanosecond)
+				require.False(t, told())
+				time.Sleep(time.Nanosecond)
+			}
+			require.True(t, told())
 		})
 	}
 }

@@ -28,6 +28,10 @@ const (
 	// reportWithin is how long it may take until the peer is told of what is less.
 	reportWithin = 250 * time.Millisecond
 
+	// endWithin is how long that may take of the end of writing where the peer believes that without
+	// being told, unless the connection goes down before its application has read it.
+	endWithin = 10 * time.Millisecond
+
 	// reportTimeout bounds the sending of reports. On a connection that is busy it takes as long
 	// as everything else does there.
 	reportTimeout = 30 * time.Second
@@ -43,7 +47,8 @@ const (
 // telling is what the peer is to be told. resumePeer.mu guards it.
 type telling struct {
 	due   map[*resumption]struct{}
-	timer *time.Timer // when to tell; nil: at no time
+	timer *time.Timer // tells then; nil: at no time
+	at    time.Time   // when that is due
 	busy  bool        // reportAll runs
 	now   bool        // and is to go on
 	waits bool        // something is due that waits for a side to be free
@@ -60,13 +65,22 @@ type side struct {
 
 // report notes that the peer is to be told of r, soon or now.
 func (p *resumePeer) report(r *resumption, now bool) {
+	if now {
+		p.reportIn(r, 0)
+	} else {
+		p.reportIn(r, reportWithin)
+	}
+}
+
+// reportIn notes that the peer is to be told of r within that time.
+func (p *resumePeer) reportIn(r *resumption, within time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.tell.add(r)
-	if now || len(p.tell.due) >= reportMany {
+	if within == 0 || len(p.tell.due) >= reportMany {
 		p.reportNow()
 	} else {
-		p.reportSoon()
+		p.reportSoon(within)
 	}
 }
 
@@ -83,7 +97,7 @@ func (p *resumePeer) reportAgain(streams []*resumption) {
 	for _, r := range streams {
 		p.tell.add(r)
 	}
-	p.reportSoon()
+	p.reportSoon(reportWithin)
 }
 
 func (t *telling) add(r *resumption) {
@@ -93,16 +107,22 @@ func (t *telling) add(r *resumption) {
 	t.due[r] = struct{}{}
 }
 
-// reportSoon has the peer told within reportWithin. mu must be held.
-func (p *resumePeer) reportSoon() {
-	if p.tell.timer != nil {
-		return
+// reportSoon has the peer told within that time. mu must be held.
+func (p *resumePeer) reportSoon(within time.Duration) {
+	t := &p.tell
+	at := time.Now().Add(within)
+	if t.timer != nil {
+		if !t.at.After(at) {
+			return
+		}
+		t.timer.Stop()
 	}
-	p.tell.timer = time.AfterFunc(reportWithin, func() {
+	t.at = at
+	t.timer = time.AfterFunc(within, func() {
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		p.tell.timer = nil
-		if len(p.tell.due) > 0 {
+		t.timer = nil
+		if len(t.due) > 0 {
 			p.reportNow()
 		}
 	})

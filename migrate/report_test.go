@@ -63,7 +63,8 @@ func (p *rawPeer) reports() <-chan report {
 	return all
 }
 
-// closesReports has the host close its streams of reports, as if they had been idle for long.
+// closesReports has the host close its streams of reports, as if they had been idle for long, once
+// it has told all that is due.
 func (p *rawPeer) closesReports() {
 	p.t.Helper()
 	rs := p.host.resumer
@@ -75,8 +76,12 @@ func (p *rawPeer) closesReports() {
 	}
 	WaitFor(p.t, "the streams of reports to be closed", func() bool {
 		of.mu.Lock()
+		told := !of.tell.busy && len(of.tell.due) == 0
 		open := maps.Clone(of.tell.on)
 		of.mu.Unlock()
+		if !told {
+			return false
+		}
 		for c, sides := range open {
 			for _, sd := range slices.Clone(sides) {
 				of.closeIdle(c, sd)
@@ -129,6 +134,25 @@ func TestWhenReportsLeave(t *testing.T) {
 		time.Sleep(reportWithin - time.Nanosecond)
 		require.False(t, goesOn(p))
 		time.Sleep(time.Nanosecond)
+		require.True(t, goesOn(p))
+	})
+	bubble(t, "sooner, and later", func(t *testing.T) {
+		p := busy()
+		p.report(new(resumption), false)
+		time.Sleep(reportWithin - 2*endWithin)
+		p.reportIn(new(resumption), endWithin)
+		p.report(new(resumption), false)
+		time.Sleep(endWithin - time.Nanosecond)
+		require.False(t, goesOn(p))
+		time.Sleep(time.Nanosecond)
+		require.True(t, goesOn(p))
+		p.mu.Lock()
+		p.tell.due, p.tell.now = nil, false // all was told
+		p.mu.Unlock()
+		p.reportIn(new(resumption), 2*endWithin)
+		time.Sleep(endWithin)
+		require.False(t, goesOn(p), "there was one time for all")
+		time.Sleep(endWithin)
 		require.True(t, goesOn(p))
 	})
 	bubble(t, "many", func(t *testing.T) {

@@ -473,8 +473,8 @@ func (r *resumption) ends(total uint64) {
 	}
 }
 
-// eofVouched is how long an EOF without an announcement is kept back on connections whose
-// muxer may report EOF for being closed: by then the connection is known to be closed.
+// eofVouched is how long an EOF without an announcement is kept back where the muxer may have
+// reported it for being closed: by then the connection is known to be closed.
 const eofVouched = time.Second
 
 // doubted is what the application's Read of src is to see that brought n bytes and err (R7):
@@ -517,7 +517,15 @@ func (r *resumption) believes(src *source) bool {
 	if in := &r.incoming; in.told {
 		return in.base+src.count == in.total
 	}
-	return endsTruly(src.stream.Conn())
+	c := src.stream.Conn()
+	return endsTruly(c) || sessionIsUp(c)
+}
+
+// sessionIsUp says whether c is of yamux, whose session is up: then it was when an EOF was read, too,
+// which is the other end's. Yamux reports others only once its session is down.
+func sessionIsUp(c network.Conn) bool {
+	var session *yamux.Session
+	return c.As(&session) && !session.IsClosed()
 }
 
 // endsTruly says whether streams of c end only where the other end has ended them, as QUIC's do.
