@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -17,6 +18,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"github.com/stretchr/testify/require"
 
+	. "github.com/go-portage/portage/internal/hosttest"
 	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
@@ -29,11 +31,49 @@ func keepingOn(t *testing.T, old *fakeStream, window int) (*Stream, *resumption)
 	return s, r
 }
 
+// asking is a stream that takes the first Write, with which the host asks, and then so many bytes; or
+// whose Writes return what they are told, where returns is set.
+type asking struct {
+	*fakeStream
+	room    int
+	returns chan writeResult
+	once    sync.Once
+}
+
+func (u *asking) Write(p []byte) (n int, err error) {
+	u.once.Do(func() {
+		n, err = u.fakeStream.Write(p)
+		u.grants(u.room, nil)
+		p = nil
+	})
+	switch {
+	case p == nil:
+		return n, err
+	case u.returns != nil:
+		r := <-u.returns
+		return r.n, r.err
+	}
+	return u.fakeStream.Write(p)
+}
+
 // resumedBy has the stream, which may be lost already, resumed by a peer that has received so
 // much. It returns what the stream goes on with.
 func resumedBy(t *testing.T, s *Stream, received uint64) *fakeStream {
 	t.Helper()
-	next := newFake()
+	return resumedSlowly(t, s, received, -1)
+}
+
+// resumedSlowly is resumedBy where the new stream takes so many bytes; negative: any number.
+func resumedSlowly(t *testing.T, s *Stream, received uint64, room int) *fakeStream {
+	t.Helper()
+	next := &asking{fakeStream: newFake(), room: room}
+	resumedOn(t, s, received, next)
+	return next.fakeStream
+}
+
+// resumedOn is resumedBy with the stream to go on with.
+func resumedOn(t *testing.T, s *Stream, received uint64, next *asking) {
+	t.Helper()
 	next.conn = &fakeConn{remote: playerLow}
 	next.feeds(Prelude+ackReceivedBytes(received), nil)
 	asked := false
@@ -48,10 +88,9 @@ func resumedBy(t *testing.T, s *Stream, received uint64) *fakeStream {
 	r := s.send.resumption
 	r.lose(nil, errors.New("test"))
 	r.of.wake()
-	time.Sleep(acceptorWaits)
+	time.Sleep(longestPause)
 	synctest.Wait()
 	require.Equal(t, next.conn, s.Conn())
-	return next
 }
 
 // appData is what was written to u, which a stream goes on with, of the application's.
@@ -403,10 +442,10 @@ func TestWriteThatAnExchangeMaySave(t *testing.T) {
 		}
 		bubble(t, name+", resumed", func(t *testing.T) {
 			s, w := begin(t, fails)
+			require.NoError(t, s.SetWriteDeadline(time.Time{}))
 			next := resumedBy(t, s, 0)
 			require.Equal(t, writeResult{3, nil}, wrote(t, w))
 			require.Equal(t, "abc", appData(t, next))
-			require.False(t, s.send.keepsError())
 			next.grants(1, fails)
 			_, err := s.Write([]byte("def"))
 			require.Equal(t, fails, err, "there is no exchange any more")
@@ -606,4 +645,296 @@ func TestEndCallsWritesOutAgain(t *testing.T) {
 		require.Equal(t, writeResult{1, errWriteClosed}, wrote(t, w))
 		require.True(t, old.writeClosed)
 	})
+}
+
+// What is sent again goes on on another stream where the stream moves meanwhile, and Writes behind it.
+func TestReplayThatMoves(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := keepingOn(t, newFake(), 8<<10)
+		_, err := s.Write([]byte("abcdefgh"))
+		require.NoError(t, err)
+		first := resumedSlowly(t, s, 0, 3)
+		w := writing(&s.send, "ij")
+		moves := func(n uint64, room int) *fakeStream {
+			t.Helper()
+			s.send.hold(true)
+			written, err := s.send.pause()
+			require.NoError(t, err)
+			require.Equal(t, n, written)
+			next := newFake()
+			next.grants(room, nil)
+			closed, err := s.send.resume(next)
+			require.NoError(t, err)
+			require.False(t, closed)
+			synctest.Wait()
+			return next
+		}
+		second := moves(3, 2)
+		notYet(t, w, "the Write")
+		third := moves(2, -1)
+		require.Equal(t, writeResult{2, nil}, wrote(t, w))
+		require.Equal(t, "abc", appData(t, first))
+		require.Equal(t, "de", second.taken())
+		require.Equal(t, "fghij", third.taken())
+		reset := &network.StreamError{ErrorCode: 7, Remote: true}
+		third.grants(0, reset)
+		_, err = s.Write([]byte("x"))
+		require.Equal(t, reset, err, "there is no exchange any more")
+		require.True(t, r.attached())
+		require.Equal(t, "bcdefghij", appData(t, resumedBy(t, s, 1)))
+	})
+}
+
+// Behind what is sent again comes the end, where the application has ended its writing, and it is
+// told once more; the stream is closed if the application has closed it.
+func TestReplayBehindTheEnd(t *testing.T) {
+	for name, end := range map[string]func(s *Stream) error{"CloseWrite": (*Stream).CloseWrite, "Close": (*Stream).Close} {
+		for received := range uint64(4) {
+			bubble(t, fmt.Sprintf("%s, %d received", name, received), func(t *testing.T) {
+				s, r := keepingOn(t, newFake(), 8<<10)
+				_, err := s.Write([]byte("abc"))
+				require.NoError(t, err)
+				r.loses()
+				require.NoError(t, end(s))
+				time.Sleep(reportWithin)
+				r.of.mu.Lock()
+				r.of.tell.busy, r.of.tell.due = true, nil // so that nothing leaves
+				r.of.mu.Unlock()
+				next := resumedSlowly(t, s, received, 0)
+				if received < 3 {
+					require.False(t, next.writeClosed)
+					next.grants(-1, nil)
+				}
+				require.Equal(t, "abc"[received:], appData(t, next))
+				require.True(t, next.writeClosed)
+				require.Equal(t, name == "Close", next.isClosed)
+				r.of.mu.Lock()
+				require.Contains(t, r.of.tell.due, r)
+				r.of.mu.Unlock()
+				r.confirmed(3 + 1)
+				require.Equal(t, name == "CloseWrite", r.lives())
+			})
+		}
+	}
+}
+
+// Where the other end wants no more while something is sent again, the rest is not; and where that
+// is not kept any more a gap is not sent.
+func TestReplayOfWhatIsNotKept(t *testing.T) {
+	begin := func(t *testing.T) (*Stream, *resumption, *fakeStream) {
+		s, r := keepingOn(t, newFake(), 128<<10)
+		_, err := s.Write([]byte(numbered(replayed + 100)))
+		require.NoError(t, err)
+		return s, r, resumedSlowly(t, s, 0, 1)
+	}
+	bubble(t, "unwanted", func(t *testing.T) {
+		s, r, next := begin(t)
+		r.confirmed(everything)
+		next.grants(-1, nil)
+		require.Equal(t, numbered(replayed), appData(t, next))
+		n, err := s.Write([]byte("x"))
+		require.NoError(t, err)
+		require.Equal(t, 1, n)
+		require.Equal(t, numbered(replayed)+"x", appData(t, next))
+		require.Nil(t, next.resetWith)
+	})
+	bubble(t, "not kept", func(t *testing.T) {
+		_, r, next := begin(t)
+		r.confirmed(replayed + 100) // of which it cannot have received all
+		next.grants(-1, nil)
+		require.Equal(t, numbered(replayed), appData(t, next))
+		require.NotNil(t, next.resetWith)
+		require.Equal(t, network.StreamNoError, *next.resetWith)
+	})
+}
+
+// What is sent again is lost again, or not wanted; or all that was to be sent is kept for another time.
+func TestReplayThatFails(t *testing.T) {
+	begin := func(t *testing.T) (*Stream, *resumption, *fakeStream) {
+		s, r := keepingOn(t, newFake(), 8<<10)
+		_, err := s.Write([]byte("abcdef"))
+		require.NoError(t, err)
+		return s, r, resumedSlowly(t, s, 0, 2)
+	}
+	bubble(t, "lost", func(t *testing.T) {
+		s, r, next := begin(t)
+		next.grants(1, errors.New("a failure of the network"))
+		synctest.Wait()
+		require.False(t, r.attached(), "nobody has to write for that")
+		w := writing(&s.send, "gh")
+		again := resumedBy(t, s, 2)
+		require.Equal(t, "cdefgh", appData(t, again))
+		require.Equal(t, writeResult{2, nil}, wrote(t, w))
+	})
+	bubble(t, "the other end reads no more", func(t *testing.T) {
+		s, r, next := begin(t)
+		w := writing(&s.send, "gh")
+		reset := &network.StreamError{ErrorCode: 7, Remote: true}
+		next.grants(1, reset)
+		synctest.Wait()
+		require.True(t, r.attached())
+		require.Equal(t, writeResult{0, reset}, wrote(t, w))
+		require.Equal(t, "abcdef", appData(t, resumedBy(t, s, 0)))
+	})
+	bubble(t, "the connection is closed", func(t *testing.T) {
+		s, r, next := begin(t)
+		w := writing(&s.send, "gh")
+		shutdown := &network.ConnError{ErrorCode: network.ConnShutdown}
+		next.grants(1, shutdown)
+		require.Equal(t, writeResult{0, shutdown}, wrote(t, w))
+		require.False(t, r.lives())
+	})
+}
+
+// Who watches is told how much is sent again: what an underlying stream was handed before.
+func TestHowMuchIsSentAgain(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := keepingOn(t, newFake(), 8<<10)
+		var again []uint64
+		s.host.cfg.tracer = func(e Event) {
+			if e.Kind == Resumed {
+				again = append(again, e.Again)
+			}
+		}
+		_, err := s.Write([]byte("0123456789"))
+		require.NoError(t, err)
+		r.loses()
+		_, err = s.Write([]byte("abcde"))
+		require.NoError(t, err)
+		resumedSlowly(t, s, 3, 4)
+		resumedBy(t, s, 3)
+		resumedBy(t, s, 5)
+		r.loses()
+		_, err = s.Write([]byte("fgh"))
+		require.NoError(t, err)
+		r.confirmed(everything)
+		resumedBy(t, s, everything)
+		require.Equal(t, []uint64{10 - 3, 10 - 3, 15 - 5, 0}, again)
+	})
+}
+
+// The deadlines of the application hold on whatever the stream goes on with, and so does that it has
+// closed its reading.
+func TestWhatHoldsOnTheNextStream(t *testing.T) {
+	bubble(t, "deadlines", func(t *testing.T) {
+		s, _ := keepingOn(t, newFake(), 8<<10)
+		at := time.Now().Add(time.Minute)
+		require.NoError(t, s.SetDeadline(at))
+		next := resumedBy(t, s, 0)
+		next.grants(0, nil)
+		w := writing(&s.send, "abc")
+		read := make(chan error, 1)
+		go func() {
+			_, err := s.Read(make([]byte, 1))
+			read <- err
+		}()
+		time.Sleep(time.Until(at) - time.Nanosecond)
+		synctest.Wait()
+		notYet(t, w, "the Write")
+		notYet(t, read, "the Read")
+		time.Sleep(time.Nanosecond)
+		require.Equal(t, writeResult{0, os.ErrDeadlineExceeded}, wrote(t, w))
+		synctest.Wait()
+		require.ErrorIs(t, Take(t, read, "the Read"), os.ErrDeadlineExceeded)
+	})
+	bubble(t, "that nobody reads", func(t *testing.T) {
+		s, _ := keepingOn(t, newFake(), 8<<10)
+		require.False(t, resumedBy(t, s, 0).readClosed)
+		require.NoError(t, s.CloseRead())
+		require.True(t, resumedBy(t, s, 0).readClosed)
+	})
+}
+
+// A Write that is still inside a stream that is gone does not keep the writing from being ended.
+func TestEndDoesNotWaitForWhatIsLost(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old := newFake()
+		s, r := keepingOn(t, old, 8<<10)
+		inside := tardy{old, make(chan writeResult)}
+		s.send.mu.Lock()
+		s.send.cur = inside
+		s.send.mu.Unlock()
+		w := writing(&s.send, "abc")
+		synctest.Wait()
+		r.loses()
+		next := resumedBy(t, s, 3)
+		begun := time.Now()
+		require.NoError(t, s.CloseWrite())
+		require.Zero(t, time.Since(begun))
+		require.True(t, next.writeClosed)
+		inside.returns <- writeResult{0, network.ErrReset}
+		require.Equal(t, writeResult{3, nil}, wrote(t, w))
+	})
+}
+
+// What is inside a stream that is gone counts for nothing that comes behind it, when that lets go of it.
+func TestReplayThatIsInsideAsTheStreamIsLost(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := keepingOn(t, newFake(), 8<<10)
+		_, err := s.Write([]byte("abcdef"))
+		require.NoError(t, err)
+		first := &asking{fakeStream: newFake(), returns: make(chan writeResult)}
+		resumedOn(t, s, 0, first)
+		r.loses()
+		second := resumedSlowly(t, s, 0, 2)
+		first.returns <- writeResult{3, network.ErrReset}
+		synctest.Wait()
+		require.True(t, r.attached())
+		second.grants(-1, nil)
+		require.Equal(t, "abcdef", appData(t, second))
+		n, err := s.send.pause()
+		require.NoError(t, err)
+		require.EqualValues(t, 6, n)
+	})
+}
+
+// tardyReader is a stream whose Reads return when they are told what, whatever becomes of it.
+type tardyReader struct {
+	*fakeStream
+	returns chan string
+}
+
+func (u tardyReader) Read(p []byte) (int, error) { return copy(p, <-u.returns), nil }
+
+// What a stream that is lost brings after that is not read: the other end sends it again.
+func TestReadThatIsInsideAsTheStreamIsLost(t *testing.T) {
+	for _, resumed := range []bool{false, true} {
+		bubble(t, fmt.Sprintf("resumed %t", resumed), func(t *testing.T) {
+			s, r := keepingOn(t, newFake(), 8<<10)
+			late := tardyReader{newFake(), make(chan string)}
+			s.recv.mu.Lock()
+			s.recv.cur.stream = late
+			s.recv.mu.Unlock()
+			got := make(chan string, 10)
+			go func() {
+				for buf := make([]byte, 10); ; {
+					n, err := s.Read(buf)
+					if err != nil {
+						return
+					}
+					got <- string(buf[:n])
+				}
+			}()
+			late.returns <- "ab"
+			synctest.Wait()
+			require.Equal(t, "ab", <-got)
+			r.loses()
+			var next *fakeStream
+			if resumed {
+				next = resumedBy(t, s, 0)
+			}
+			late.returns <- "cd"
+			synctest.Wait()
+			require.Empty(t, got)
+			if !resumed {
+				next = resumedBy(t, s, 0)
+			}
+			next.feeds("cdef", nil)
+			synctest.Wait()
+			require.Equal(t, "cdef", <-got)
+			s.recv.mu.Lock()
+			require.EqualValues(t, 6, s.recv.received())
+			s.recv.mu.Unlock()
+		})
+	}
 }
