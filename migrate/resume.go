@@ -528,8 +528,11 @@ func sessionIsUp(c network.Conn) bool {
 	return c.As(&session) && !session.IsClosed()
 }
 
-// endsTruly says whether streams of c end only where the other end has ended them, as QUIC's do.
-func endsTruly(c network.Conn) bool { return c.As(new(*quic.Conn)) }
+// endsTruly says whether streams of c end only where the other end has ended them, as those of QUIC,
+// WebTransport and WebRTC do.
+func endsTruly(c network.Conn) bool {
+	return c.As(new(*quic.Conn)) || c.ConnState().Transport == "webrtc-direct"
+}
 
 // settleEnd decides what the end of src means, as far as that can be told. waited says that it
 // was kept back for eofVouched.

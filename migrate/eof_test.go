@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"context"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -9,8 +10,11 @@ import (
 	"testing"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	"github.com/libp2p/go-libp2p/p2p/muxer/yamux"
 	"github.com/stretchr/testify/require"
+
+	. "github.com/go-portage/portage/internal/hosttest"
 )
 
 // TestEOFsOfYamux: an EOF of yamux that the other end has not sent comes with data, and only once
@@ -95,4 +99,73 @@ func loopback(t *testing.T) (near, far net.Conn) {
 	far, err = l.Accept()
 	require.NoError(t, err)
 	return near, far
+}
+
+// TestEOFsOfOthers: the muxers of other transports report no EOF that the other end has not sent.
+// endsTruly rests on that.
+func TestEOFsOfOthers(t *testing.T) {
+	for _, tr := range []Transport{QUIC, WebTransport, WebRTC} {
+		t.Run(string(tr), func(t *testing.T) {
+			a, b := New(t, []Transport{tr}), New(t, []Transport{tr})
+			for i := range 12 {
+				diesUnderStreams(t, a, b, tr, i)
+			}
+		})
+	}
+}
+
+// diesUnderStreams closes a connection under streams whose writers do not close them, in a way that
+// depends on i.
+func diesUnderStreams(t *testing.T, a, b *Node, tr Transport, i int) {
+	const (
+		streams = 10
+		proto   = protocol.ID("/test/endless")
+	)
+	near := Dial(t, a, b, tr)
+	far := Far(t, b, near)
+	require.True(t, endsTruly(near))
+	require.True(t, endsTruly(far))
+	var readers sync.WaitGroup
+	readers.Add(streams)
+	begun := make(chan struct{}, streams)
+	var left atomic.Int64 // until the connection is closed
+	left.Store(1 << 50)
+	end := []func() error{
+		near.Close, far.Close,
+		func() error { return near.CloseWithError(network.ConnSupplanted) },
+		func() error { return far.CloseWithError(network.ConnSupplanted) },
+	}[i%4]
+	b.SetStreamHandler(proto, func(r network.Stream) {
+		defer readers.Done()
+		begun <- struct{}{}
+		for p := make([]byte, 1+rand.IntN(70_000)); ; {
+			n, err := r.Read(p)
+			if err == io.EOF {
+				t.Error("an EOF that the other end has not sent")
+			}
+			if err != nil {
+				_ = r.Reset()
+				return
+			}
+			if left.Add(-int64(n)) < 0 && left.Swap(1<<50) < 0 {
+				go func() { _ = end() }()
+			}
+		}
+	})
+	for range streams {
+		w, err := a.NewStream(network.WithNoDial(context.Background(), "test"), b.ID(), proto)
+		require.NoError(t, err)
+		go func() {
+			for buf := make([]byte, 1+rand.IntN(100_000)); err == nil; {
+				_, err = w.Write(buf)
+			}
+			_ = w.Reset()
+		}()
+		Take(t, begun, "the reader")
+	}
+	left.Store(rand.Int64N(1_000_000))
+	readers.Wait()
+	WaitFor(t, "the connection to go", func() bool {
+		return len(a.Network().ConnsToPeer(b.ID())) == 0 && len(b.Network().ConnsToPeer(a.ID())) == 0
+	})
 }
