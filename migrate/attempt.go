@@ -302,7 +302,7 @@ func (r *resumption) attach(u network.Stream, epoch, id, start uint64) bool {
 	reads := s.recv.takeUp(u)
 	replays, again := s.send.takeUp(u, start)
 	resumed.Again = again
-	done := !replays && s.life == lifeClosed
+	done := !replays && s.life == lifeClosed && r.finished() // else Close has yet to end the writing
 	named := gone != s.label
 	s.mu.Unlock()
 	if named {

@@ -125,6 +125,16 @@ func (x *exchange) interrupt() {
 	}
 }
 
+// giveUp resets u, which the exchange has asked on. That may take long on a path that takes nothing. A
+// stream that may be resumed does not wait for it: who resumes it waits for the exchange to end.
+func (x *exchange) giveUp(u network.Stream, code network.StreamErrorCode) {
+	if x.s.send.resumption != nil {
+		go breakOff(u, code)
+	} else {
+		_ = u.ResetWithError(code)
+	}
+}
+
 func (x *exchange) next() network.Stream {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
@@ -182,8 +192,8 @@ func (x *exchange) end(how ending) {
 	if over {
 		if life == lifeClosed { // else a reset is on its way, which a FIN must not overtake
 			_ = s.closeHalves()
-			if !s.send.replays() { // else that closes it
-				_ = s.send.stream().Close()
+			if u := s.send.last(); u != nil {
+				_ = u.Close()
 			}
 		}
 		s.forget()
@@ -243,6 +253,9 @@ func (x *exchange) switchSending(u network.Stream) error {
 	}
 	x.trace(SendSwitched, nil)
 	if closed {
+		if s.send.resumption != nil { // it was not known before, where a Write was inside the old stream
+			s.send.announce(u, true)
+		}
 		_ = u.CloseWrite() // S6
 	}
 	return nil

@@ -297,7 +297,7 @@ func (h *receiveHalf) pump(ho *handover, src *source, lacks *pumped, bound int) 
 		}
 		h.take(src, byPump)
 		n, err := h.pull(src, buf[:min(size, held)])
-		if n > 0 && h.state < receiveBroken && !h.closed && !src.gone {
+		if n > 0 && h.keeps(src) {
 			held -= n
 			if src.got.add(buf[:n]) {
 				buf = nil
@@ -308,6 +308,13 @@ func (h *receiveHalf) pump(ho *handover, src *source, lacks *pumped, bound int) 
 			return // whoever reads it next is told again
 		}
 	}
+}
+
+// keeps says whether what a pump brings of src is kept for the application. All is that counts as received,
+// also where the handover has broken: a resumable stream goes on behind that. mu must be held.
+func (h *receiveHalf) keeps(src *source) bool {
+	return !h.closed && !src.gone &&
+		(h.state < receiveBroken || h.state == receiveBroken && h.resumption != nil && src == h.cur)
 }
 
 // quiet is how long an old stream that owes bytes has brought none (M4). That alone is no

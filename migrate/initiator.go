@@ -141,7 +141,7 @@ func (x *exchange) initiate(ctx context.Context, to network.Conn) error {
 	if err != nil {
 		// A reset now may have crossed an ack (S5).
 		x.trace(Failed, x.unmoved(err))
-		_ = u.ResetWithError(x.code(err))
+		x.giveUp(u, x.code(err))
 		x.doubt()
 		x.end(stays)
 		if errors.Is(err, errViolation) {

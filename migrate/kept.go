@@ -154,14 +154,15 @@ func (h *sendHalf) endKept(u network.Stream, open bool, closing func() error) er
 		r.ended(u, err)
 	}
 	h.mu.Lock()
-	defer h.mu.Unlock()
+	failed, over := h.state == sendFailed, r.ring.over
+	h.mu.Unlock()
 	switch {
-	case h.state == sendFailed:
+	case failed:
 		return h.err
-	case !r.ring.over:
+	case !over:
 		return nil // where u has failed, the end is sent again
 	}
-	return err
+	return h.notEnded(u, err)
 }
 
 // announce has the other end told where the writing ends (R7). Where u closes it, on which an
@@ -186,6 +187,17 @@ func (h *sendHalf) replays() bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.state == sendReplay
+}
+
+// last returns the present stream where that is to be closed for an application that has closed. A
+// replay does that itself, and where the stream is lost one may begin at any time.
+func (h *sendHalf) last() network.Stream {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.state == sendReplay || h.state == sendLost {
+		return nil
+	}
+	return h.cur
 }
 
 // opens says whether the opening has yet to be sent.
@@ -287,7 +299,10 @@ func (h *sendHalf) replay(u network.Stream) {
 		}
 		if at < r.ring.low {
 			if r.ring.confirmed != everything {
-				// It is too late to send what is not kept any more, and a gap must not be sent.
+				// It is too late to send what is not kept any more, and a gap must not be sent. Where
+				// the stream has ended for good nothing is kept.
+				h.state, h.err = sendFailed, reset(errDroppedBytes)
+				h.changed.broadcast()
 				go breakOff(u, network.StreamNoError)
 				return
 			}

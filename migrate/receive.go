@@ -127,6 +127,8 @@ func (h *receiveHalf) result(src *source, p []byte, n int, err error) (int, erro
 	switch {
 	case h.state == receiveFailed && before != receiveFailed:
 		return 0, h.err
+	case h.state == receiveBroken && n > 0 && src == h.cur && h.resumption != nil && !errors.Is(h.err, errViolation):
+		return n, nil // they count as received, and the stream may be resumed behind them
 	case h.state == receiveBroken:
 		return h.readSlowly(p) // these bytes may have broken the promise of the final size
 	case h.state == receiveFailed && err != nil:
@@ -307,8 +309,9 @@ func (h *receiveHalf) lose(cause error) {
 	switch h.state {
 	case receiveBroken, receiveLost, receiveFailed:
 	case receiveHandover:
+		h.drop(h.moving.next)
 		if h.resumption == nil {
-			h.dropAll()
+			h.drop(h.cur)
 		}
 		h.state, h.moving, h.err = receiveBroken, nil, reset(cause)
 		h.changed.broadcast()

@@ -66,6 +66,8 @@ func (h *Host) respond(n *negotiator, m *pb.Migrate) error {
 		return h.deny(n, x, "the stream is closed", from)
 	case errors.Is(err, errNoProof):
 		return h.deny(n, x, err.Error(), from)
+	case errors.Is(err, errDropped):
+		return later(codeGivenUp, err) // R13
 	case err != nil:
 		return later(network.StreamNoError, err)
 	}
@@ -136,14 +138,14 @@ func (x *exchange) answer(n *negotiator) {
 		carry = x.draftCarrier()
 	}
 	if !x.commit() && x.s.send.resumption != nil { // dropped
-		_ = u.ResetWithError(codeGivenUp)
+		x.giveUp(u, codeGivenUp)
 		x.end(stays)
 		return
 	}
 	if whole, err := n.finish(ackMessage(x.verified), x.s.host.cfg.negotiation); !whole {
 		// It has not left whole, so the initiator cannot have read it.
 		x.trace(Failed, x.unmoved(err))
-		_ = u.Reset()
+		x.giveUp(u, network.StreamNoError)
 		x.end(stays)
 		return
 	}

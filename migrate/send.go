@@ -266,8 +266,35 @@ func (h *sendHalf) closeWrite() error {
 	case err == nil && h.resumption != nil:
 		return h.endKept(cur, open, cur.CloseWrite)
 	case open:
-		return cur.CloseWrite()
+		return h.notEnded(cur, cur.CloseWrite())
 	}
+	return err
+}
+
+// notEnded is what CloseWrite returns where the closing of cur has reported err. If its connection is
+// gone an exchange may yet end the writing on the next stream (S5, S6), and else the application is
+// told.
+func (h *sendHalf) notEnded(cur network.Stream, err error) error {
+	var gone *network.ConnError
+	if err == nil || !aside.IsClosed(cur.Conn()) && !errors.As(err, &gone) {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for h.held && h.state == sendOpen && h.cur == cur {
+		h.kept = true
+		h.changed.wait(&h.mu, time.Time{})
+	}
+	for h.state == sendPaused {
+		h.changed.wait(&h.mu, time.Time{})
+	}
+	switch {
+	case h.state == sendFailed:
+		return h.err
+	case h.cur != cur || h.state != sendOpen:
+		return nil
+	}
+	h.lost, h.err = true, err
 	return err
 }
 

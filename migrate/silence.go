@@ -130,7 +130,7 @@ func (l *silence) cause(err error) error {
 func (x *exchange) believeEnd() {
 	x.s.mu.Lock()
 	defer x.s.mu.Unlock()
-	if x.initiator && x.phase < phaseCommitted && x.verified && x.s.send.resumption == nil {
+	if x.initiator && x.phase < phaseCommitted && x.verified {
 		x.s.recv.release()
 	}
 }
