@@ -24,6 +24,7 @@ import (
 // an answer, in order; the others have none.
 type attempts struct {
 	*fakeConn
+	of      *resumption
 	begun   time.Time
 	answers []string
 	all     []*fakeStream
@@ -32,10 +33,10 @@ type attempts struct {
 
 // lostOn has the stream lost, and another connection there.
 func lostOn(s *Stream, answers ...string) *attempts {
-	a := &attempts{fakeConn: &fakeConn{remote: playerLow}, begun: time.Now(), answers: answers}
+	a := &attempts{fakeConn: &fakeConn{remote: playerLow}, of: s.send.resumption, begun: time.Now(), answers: answers}
 	a.open = func(context.Context) (network.Stream, error) { return a.opens(), nil }
 	s.host.Host.(*bare).conns = []network.Conn{a.fakeConn}
-	s.send.resumption.lose(nil, errors.New("test"))
+	a.of.lose(nil, errors.New("test"))
 	return a
 }
 
@@ -192,6 +193,20 @@ func TestConnectionsThatBringNothing(t *testing.T) {
 		time.Sleep(longestPause)
 		synctest.Wait()
 		require.Greater(t, len(a.all), 1)
+	})
+	bubble(t, "something later", func(t *testing.T) {
+		a, dialled := begin(t)
+		time.Sleep(acceptorWaits + attemptTimeout)
+		dialled <- errors.New("nobody there")
+		u, _ := a.made(t, 2)
+		u.feeds(Prelude+ackReceivedBytes(0), nil)
+		synctest.Wait()
+		require.True(t, a.of.attached())
+		time.Sleep(longestPause)
+		a.of.lose(nil, errors.New("test"))
+		time.Sleep(acceptorWaits)
+		synctest.Wait()
+		require.Len(t, a.all, 3, "it works")
 	})
 	bubble(t, "a reset", func(t *testing.T) {
 		a, _ := begin(t, "")
