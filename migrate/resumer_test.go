@@ -363,3 +363,76 @@ func TestWhichConnectionsAreHopeful(t *testing.T) {
 	p.hears(b)
 	require.Equal(t, all[1:2], p.hopeful(all))
 }
+
+// However long nothing works, attempts are made and the peer is dialled, as seldom as at the longest pause and
+// no more often.
+func TestPausesDoNotEnd(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		s.host.cfg.resumes.patience = 10 * time.Minute
+		var dials []time.Duration
+		begun := time.Now()
+		s.host.cfg.redial = func(context.Context, peer.AddrInfo) error {
+			dials = append(dials, time.Since(begun))
+			return errors.New("nobody there")
+		}
+		a := lostOn(s, make([]string, 1000)...)
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		require.True(t, r.lives())
+		for _, all := range [][]time.Duration{dials, a.at} {
+			require.Greater(t, len(all), 100)
+			for i := 6; i < len(all); i++ {
+				require.GreaterOrEqual(t, all[i]-all[i-1], longestPause/2)
+				require.LessOrEqual(t, all[i]-all[i-1], longestPause)
+			}
+		}
+		require.NoError(t, s.Reset())
+	})
+}
+
+// The peer is dialled once at a time, and for so long.
+func TestOneDialAtATime(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		dials := 0
+		s.host.cfg.redial = func(ctx context.Context, _ peer.AddrInfo) error {
+			dials++
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		r.lose(nil, errors.New("test"))
+		time.Sleep(dialTimeout - time.Nanosecond)
+		synctest.Wait()
+		require.Equal(t, 1, dials)
+		time.Sleep(firstPause + time.Nanosecond)
+		synctest.Wait()
+		require.Equal(t, 2, dials)
+	})
+}
+
+// Once all streams are resumed nobody looks for connections any more.
+func TestNobodyLooksWhereNothingIsLost(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, _ := resumableOn(t, newFake())
+		resumedBy(t, s, 0)
+		time.Sleep(2 * longestPause)
+		looks := 0
+		s.host.Host = asked{s.host.Host.(*bare), func() { looks++ }}
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		require.Zero(t, looks)
+	})
+}
+
+// Attempts take turns on the connections; the one that the stream has left comes last.
+func TestConnectionsTakeTurns(t *testing.T) {
+	a, b, c := newFake().conn, newFake().conn, newFake().conn
+	all := []network.Conn{a, b, c}
+	for left, want := range map[*fakeConn][]network.Conn{a: {b, c, a}, b: {a, c, b}, c: {a, b, c}, newFake().conn: {a, b, c}} {
+		for tries := range uint32(6) {
+			require.Same(t, want[tries%3], choose(all, left, tries))
+		}
+	}
+	require.Equal(t, []network.Conn{a, b, c}, all)
+}
