@@ -76,7 +76,7 @@ func TestEpochsOfThePeer(t *testing.T) {
 					require.Equal(t, u.conn, s.Conn())
 					require.True(t, r.attached())
 				case violation:
-					require.Equal(t, network.StreamProtocolViolation, *u.resetWith)
+					require.Equal(t, network.StreamProtocolViolation, *u.resetCode())
 				default:
 					require.Equal(t, want, u.taken())
 					require.True(t, u.isClosed)
@@ -96,9 +96,9 @@ func TestPeerAsksWhileWeDo(t *testing.T) {
 		require.EqualValues(t, 3, m.GetResume().GetEpoch())
 		late := asks(s, 700, 2)
 		require.Equal(t, Prelude+ackStaleBytes(3, "\x01"), late.taken())
-		require.Nil(t, ours.resetWith)
+		require.Nil(t, ours.resetCode())
 		u := asks(s, 702, 4)
-		require.Equal(t, codeGivenUp, *ours.resetWith)
+		require.Equal(t, codeGivenUp, *ours.resetCode())
 		require.Equal(t, u.conn, s.Conn())
 		require.EqualValues(t, 702, s.Label())
 		require.NoError(t, s.Reset())
@@ -146,12 +146,12 @@ func TestAttemptOfThePeerThatFails(t *testing.T) {
 			if test.takes > 0 {
 				time.Sleep(test.takes - time.Nanosecond)
 				synctest.Wait()
-				require.Nil(t, u.resetWith)
+				require.Nil(t, u.resetCode())
 				time.Sleep(time.Nanosecond)
 				synctest.Wait()
 			}
-			require.NotNil(t, u.resetWith)
-			require.Equal(t, test.code, *u.resetWith)
+			require.NotNil(t, u.resetCode())
+			require.Equal(t, test.code, *u.resetCode())
 			require.False(t, r.attached())
 			_, m := a.made(t, 1)
 			require.EqualValues(t, 3, m.GetResume().GetEpoch(), "the one of the peer was promised")
@@ -172,7 +172,7 @@ func TestAttemptWithALabelThatIsAlive(t *testing.T) {
 		s, r := resumableOn(t, newFake())
 		a := lostOn(s)
 		u := asks(s, r.origin, 2)
-		require.Equal(t, network.StreamProtocolViolation, *u.resetWith)
+		require.Equal(t, network.StreamProtocolViolation, *u.resetCode())
 		require.True(t, r.lives())
 		a.made(t, 1)
 		require.Equal(t, r.origin, s.Label())
@@ -184,15 +184,15 @@ func TestAttemptThatIsNotAdmitted(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		s, r := resumableOn(t, newFake())
 		a := lostOn(s)
-		a.open = func(context.Context) (network.Stream, error) { return unwelcomeApp{a.opens()}, nil }
+		a.opening(func(context.Context) (network.Stream, error) { return unwelcomeApp{a.opens()}, nil })
 		time.Sleep(acceptorWaits)
 		synctest.Wait()
-		require.Len(t, a.all, 1)
-		require.Empty(t, a.all[0].taken())
-		require.NotNil(t, a.all[0].resetWith)
+		require.Len(t, a.streams(), 1)
+		require.Empty(t, a.streams()[0].taken())
+		require.NotNil(t, a.streams()[0].resetCode())
 		time.Sleep(firstPause)
 		synctest.Wait()
-		require.Len(t, a.all, 2)
+		require.Len(t, a.streams(), 2)
 		require.True(t, r.lives())
 	})
 }
@@ -256,7 +256,7 @@ func TestAttemptsForStreamsThatAreNotKnown(t *testing.T) {
 		u := newFake()
 		asksFor(h, u, u, 700, 601, 2, 0)
 		require.NotContains(t, u.taken(), AckDenied)
-		require.Equal(t, codeGivenUp, *u.resetWith)
+		require.Equal(t, codeGivenUp, *u.resetCode())
 		opened()
 		u = newFake()
 		asksFor(h, u, u, 702, 601, 4, 0)
@@ -269,9 +269,9 @@ func TestAttemptsForStreamsThatAreNotKnown(t *testing.T) {
 			u := newFake()
 			asksFor(h, u, u, 700, 1000+2*n, 2, 0)
 			if n < maxWaiting {
-				require.Nil(t, u.resetWith)
+				require.Nil(t, u.resetCode())
 			} else {
-				require.Equal(t, network.StreamRateLimited, *u.resetWith)
+				require.Equal(t, network.StreamRateLimited, *u.resetCode())
 			}
 		}
 		time.Sleep(h.cfg.labelWait)
@@ -282,7 +282,7 @@ func TestAttemptsForStreamsThatAreNotKnown(t *testing.T) {
 		u := newFake()
 		u.grants(0, errors.New("a failure of the network"))
 		asksFor(h, u, u, 700, 601, 2, 0)
-		require.NotNil(t, u.resetWith)
+		require.NotNil(t, u.resetCode())
 		require.False(t, u.isClosed)
 	})
 }

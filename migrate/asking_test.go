@@ -4,7 +4,9 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,38 +29,75 @@ type attempts struct {
 	of      *resumption
 	begun   time.Time
 	answers []string
-	all     []*fakeStream
-	at      []time.Duration
+
+	mu   sync.Mutex // guards what follows
+	list []*fakeStream
+	at   []time.Duration
 }
 
 // lostOn has the stream lost, and another connection there.
 func lostOn(s *Stream, answers ...string) *attempts {
-	a := &attempts{fakeConn: &fakeConn{remote: playerLow}, of: s.send.resumption, begun: time.Now(), answers: answers}
-	a.open = func(context.Context) (network.Stream, error) { return a.opens(), nil }
+	a := attemptsOn(&fakeConn{remote: playerLow}, s.send.resumption, answers...)
 	s.host.Host.(*bare).conns = []network.Conn{a.fakeConn}
 	a.of.lose(nil, errors.New("test"))
 	return a
 }
 
+// attemptsOn are those for the stream of r on c from here on.
+func attemptsOn(c *fakeConn, r *resumption, answers ...string) *attempts {
+	a := &attempts{fakeConn: c, of: r, begun: time.Now(), answers: answers}
+	a.opening(func(context.Context) (network.Stream, error) { return a.opens(), nil })
+	return a
+}
+
+// opening sets how streams are opened.
+func (a *attempts) opening(open func(context.Context) (network.Stream, error)) {
+	a.fakeConn.mu.Lock()
+	defer a.fakeConn.mu.Unlock()
+	a.open = open
+}
+
 func (a *attempts) opens() *fakeStream {
 	u := newFake()
 	u.conn = a.fakeConn
-	if n := len(a.all); n < len(a.answers) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if n := len(a.list); n < len(a.answers) {
 		u.feeds(a.answers[n], nil).ends(network.ErrReset)
 	}
-	a.all, a.at = append(a.all, u), append(a.at, time.Since(a.begun))
+	a.list, a.at = append(a.list, u), append(a.at, time.Since(a.begun))
 	return u
+}
+
+// all are those that were made, once nothing else happens, and when.
+func (a *attempts) all() ([]*fakeStream, []time.Duration) {
+	synctest.Wait()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.list), slices.Clone(a.at)
+}
+
+func (a *attempts) streams() []*fakeStream {
+	all, _ := a.all()
+	return all
+}
+
+// resetCode is what the stream was reset with, or nil.
+func (f *fakeStream) resetCode() *network.StreamErrorCode {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.resetWith
 }
 
 // made waits until so many have been made, and returns the last, and what was asked there.
 func (a *attempts) made(t *testing.T, n int) (*fakeStream, *pb.Migrate) {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); len(a.all) < n && time.Now().Before(end); synctest.Wait() {
+	for end := time.Now().Add(time.Minute); len(a.streams()) < n && time.Now().Before(end); {
 		time.Sleep(firstPause / 4)
 	}
-	require.GreaterOrEqual(t, len(a.all), n)
-	u, m := a.all[n-1], new(pb.StreamMigration)
-	synctest.Wait()
+	all := a.streams()
+	require.GreaterOrEqual(t, len(all), n)
+	u, m := all[n-1], new(pb.StreamMigration)
 	require.NoError(t, protodelim.UnmarshalFrom(bufio.NewReader(strings.NewReader(strings.TrimPrefix(u.taken(), Prelude))), m))
 	return u, m.GetMigrate()
 }
@@ -104,7 +143,7 @@ func TestOneAttemptAtATime(t *testing.T) {
 		a := lostOn(s)
 		a.made(t, 1)
 		r.ask(a.fakeConn)
-		require.Len(t, a.all, 1)
+		require.Len(t, a.streams(), 1)
 	})
 }
 
@@ -115,27 +154,28 @@ func TestAttemptsThatTakeTooLong(t *testing.T) {
 			s, r := resumableOn(t, newFake())
 			a := lostOn(s)
 			if !opens {
-				a.open = func(ctx context.Context) (network.Stream, error) {
+				a.opening(func(ctx context.Context) (network.Stream, error) {
 					a.opens()
 					<-ctx.Done()
 					return nil, ctx.Err()
-				}
+				})
 			}
 			time.Sleep(acceptorWaits + attemptTimeout - time.Nanosecond)
 			synctest.Wait()
-			require.Len(t, a.all, 1)
+			require.Len(t, a.streams(), 1)
 			if opens {
-				require.Nil(t, a.all[0].resetWith)
+				require.Nil(t, a.streams()[0].resetCode())
 			}
 			time.Sleep(time.Nanosecond)
 			synctest.Wait()
 			if opens {
-				require.Equal(t, codeGivenUp, *a.all[0].resetWith)
+				require.Equal(t, codeGivenUp, *a.streams()[0].resetCode())
 			}
 			time.Sleep(firstPause)
 			synctest.Wait()
-			require.Len(t, a.all, 2)
-			require.GreaterOrEqual(t, a.at[1]-a.at[0], attemptTimeout+firstPause/2)
+			require.Len(t, a.streams(), 2)
+			_, at := a.all()
+			require.GreaterOrEqual(t, at[1]-at[0], attemptTimeout+firstPause/2)
 			require.True(t, r.lives())
 		})
 	}
@@ -148,10 +188,10 @@ func TestAttemptThatIsOvertakenAsItOpens(t *testing.T) {
 		virtual(t, func(t *testing.T) {
 			s, r := resumableOn(t, newFake())
 			a, opens := lostOn(s), make(chan struct{})
-			a.open = func(context.Context) (network.Stream, error) {
+			a.opening(func(context.Context) (network.Stream, error) {
 				<-opens
 				return a.opens(), nil
-			}
+			})
 			time.Sleep(acceptorWaits)
 			synctest.Wait()
 			s.mu.Lock()
@@ -161,9 +201,9 @@ func TestAttemptThatIsOvertakenAsItOpens(t *testing.T) {
 			s.mu.Unlock()
 			close(opens)
 			synctest.Wait()
-			require.Len(t, a.all, 1)
-			require.Empty(t, a.all[0].taken())
-			require.Equal(t, codeGivenUp, *a.all[0].resetWith)
+			require.Len(t, a.streams(), 1)
+			require.Empty(t, a.streams()[0].taken())
+			require.Equal(t, codeGivenUp, *a.streams()[0].resetCode())
 		})
 	}
 }
@@ -188,11 +228,11 @@ func TestConnectionsThatBringNothing(t *testing.T) {
 		a, dialled := begin(t)
 		time.Sleep(acceptorWaits + attemptTimeout + longestPause)
 		synctest.Wait()
-		require.Len(t, a.all, 1)
+		require.Len(t, a.streams(), 1)
 		dialled <- errors.New("nobody there")
 		time.Sleep(longestPause)
 		synctest.Wait()
-		require.Greater(t, len(a.all), 1)
+		require.Greater(t, len(a.streams()), 1)
 	})
 	bubble(t, "something later", func(t *testing.T) {
 		a, dialled := begin(t)
@@ -206,24 +246,24 @@ func TestConnectionsThatBringNothing(t *testing.T) {
 		a.of.lose(nil, errors.New("test"))
 		time.Sleep(acceptorWaits)
 		synctest.Wait()
-		require.Len(t, a.all, 3, "it works")
+		require.Len(t, a.streams(), 3, "it works")
 	})
 	bubble(t, "a reset", func(t *testing.T) {
 		a, _ := begin(t, "")
 		time.Sleep(acceptorWaits + firstPause)
 		synctest.Wait()
-		require.Len(t, a.all, 2)
+		require.Len(t, a.streams(), 2)
 	})
 	bubble(t, "a reset, late", func(t *testing.T) {
 		a, _ := begin(t)
 		time.Sleep(acceptorWaits)
 		synctest.Wait()
-		require.Len(t, a.all, 1)
+		require.Len(t, a.streams(), 1)
 		time.Sleep(attemptTimeout - time.Nanosecond)
-		a.all[0].ends(network.ErrReset)
+		a.streams()[0].ends(network.ErrReset)
 		time.Sleep(firstPause)
 		synctest.Wait()
-		require.Len(t, a.all, 2)
+		require.Len(t, a.streams(), 2)
 	})
 }
 
@@ -236,7 +276,7 @@ func TestAckOfWhatIsNotKept(t *testing.T) {
 		a := lostOn(s, Prelude+ackReceivedBytes(1))
 		u, _ := a.made(t, 1)
 		require.False(t, r.lives())
-		require.NotNil(t, u.resetWith)
+		require.NotNil(t, u.resetCode())
 		_, err = s.Write([]byte("x"))
 		require.ErrorIs(t, err, errDroppedBytes)
 	})
@@ -254,7 +294,7 @@ func TestAckThatDoesNotCountGivesUp(t *testing.T) {
 		s.mu.Unlock()
 		u.feeds(Prelude+ackReceivedBytes(0), nil)
 		synctest.Wait()
-		require.Equal(t, codeGivenUp, *u.resetWith)
+		require.Equal(t, codeGivenUp, *u.resetCode())
 	})
 }
 

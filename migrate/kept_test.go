@@ -736,15 +736,15 @@ func TestReplayOfWhatIsNotKept(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, 1, n)
 		require.Equal(t, numbered(replayed)+"x", appData(t, next))
-		require.Nil(t, next.resetWith)
+		require.Nil(t, next.resetCode())
 	})
 	bubble(t, "not kept", func(t *testing.T) {
 		_, r, next := begin(t)
 		r.confirmed(replayed + 100) // of which it cannot have received all
 		next.grants(-1, nil)
 		require.Equal(t, numbered(replayed), appData(t, next))
-		require.NotNil(t, next.resetWith)
-		require.Equal(t, network.StreamNoError, *next.resetWith)
+		require.NotNil(t, next.resetCode())
+		require.Equal(t, network.StreamNoError, *next.resetCode())
 	})
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -468,9 +469,27 @@ func TestReportsOfWhatIsThroughTakeAnotherConnection(t *testing.T) {
 // reporter is a peer that is told over streams of conn.
 type reporter struct {
 	*resumePeer
-	conn   *fakeConn
-	opened []*fakeStream
-	told   uint64
+	conn *fakeConn
+	told uint64
+
+	mu   sync.Mutex // guards list
+	list []*fakeStream
+}
+
+// opened are the streams that the peer is told on, once nothing else happens.
+func (r *reporter) opened() []*fakeStream {
+	synctest.Wait()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.list)
+}
+
+// sides is how many streams of reports there are, as far as the host knows.
+func (r *reporter) sides() int {
+	synctest.Wait()
+	r.resumePeer.mu.Lock()
+	defer r.resumePeer.mu.Unlock()
+	return len(r.tell.on[r.conn])
 }
 
 // newReporter is a peer that is told over streams that take so many bytes; negative: any number.
@@ -481,7 +500,9 @@ func newReporter(room int) *reporter {
 	r.conn.open = func(context.Context) (network.Stream, error) {
 		u := newFake()
 		u.conn, u.room = r.conn, room
-		r.opened = append(r.opened, u)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.list = append(r.list, u)
 		return u, nil
 	}
 	return r
@@ -495,8 +516,7 @@ func (r *reporter) tells(now bool) {
 
 // reports is how many reports the peer was given.
 func (r *reporter) reports() (n int) {
-	synctest.Wait()
-	for _, u := range r.opened {
+	for _, u := range r.opened() {
 		in := bufio.NewReader(strings.NewReader(strings.TrimPrefix(u.taken(), MultistreamToken+Token(ResumeID))))
 		for protodelim.UnmarshalFrom(in, new(pb.Progress)) == nil {
 			n++
@@ -612,17 +632,17 @@ func TestReportsThatFail(t *testing.T) {
 		r := newReporter(0)
 		r.tells(true)
 		synctest.Wait()
-		r.opened[0].grants(0, network.ErrReset)
+		r.opened()[0].grants(0, network.ErrReset)
 		synctest.Wait()
-		require.NotNil(t, r.opened[0].resetWith)
+		require.NotNil(t, r.opened()[0].resetCode())
 		time.Sleep(reportWithin)
 		synctest.Wait()
-		require.Len(t, r.opened, 2)
-		r.opened[1].grants(-1, nil)
+		require.Len(t, r.opened(), 2)
+		r.opened()[1].grants(-1, nil)
 		require.Equal(t, 1, r.reports())
 		time.Sleep(lingering)
 		synctest.Wait()
-		require.Empty(t, r.tell.on)
+		require.Zero(t, r.sides())
 	})
 	bubble(t, "and are told on one that is open", func(t *testing.T) {
 		r := newReporter(0)
@@ -630,14 +650,14 @@ func TestReportsThatFail(t *testing.T) {
 		synctest.Wait()
 		r.tells(true)
 		synctest.Wait()
-		require.Len(t, r.opened, 2)
-		r.opened[1].grants(-1, nil)
+		require.Len(t, r.opened(), 2)
+		r.opened()[1].grants(-1, nil)
 		require.Equal(t, 1, r.reports())
-		r.opened[0].grants(0, network.ErrReset)
+		r.opened()[0].grants(0, network.ErrReset)
 		synctest.Wait()
 		time.Sleep(reportWithin)
 		require.Equal(t, 2, r.reports())
-		require.Len(t, r.opened, 2)
+		require.Len(t, r.opened(), 2)
 		time.Sleep(lingering)
 	})
 }
@@ -649,28 +669,28 @@ func TestStreamsOfReportsThatAreNotIdle(t *testing.T) {
 		r := newReporter(-1)
 		r.tells(true)
 		require.Equal(t, 1, r.reports())
-		r.opened[0].grants(0, nil)
+		r.opened()[0].grants(0, nil)
 		time.Sleep(lingering - time.Second)
 		r.tells(true)
 		time.Sleep(2 * time.Second)
 		require.Equal(t, 1, r.reports())
-		require.False(t, r.opened[0].isClosed)
-		r.opened[0].grants(-1, nil)
+		require.False(t, r.opened()[0].isClosed)
+		r.opened()[0].grants(-1, nil)
 		require.Equal(t, 2, r.reports())
 		time.Sleep(lingering)
 		synctest.Wait()
-		require.True(t, r.opened[0].isClosed)
-		require.Empty(t, r.tell.on)
+		require.True(t, r.opened()[0].isClosed)
+		require.Zero(t, r.sides())
 	})
 	bubble(t, "not opened", func(t *testing.T) {
 		r := newReporter(-1)
 		r.report(hasReported(r.resumePeer, r.conn, 0), true)
 		synctest.Wait()
-		require.Len(t, r.tell.on, 1)
+		require.Equal(t, 1, r.sides())
 		time.Sleep(lingering)
 		synctest.Wait()
-		require.Empty(t, r.tell.on)
-		require.Empty(t, r.opened)
+		require.Zero(t, r.sides())
+		require.Empty(t, r.opened())
 	})
 }
 
@@ -680,12 +700,12 @@ func TestReportsThatAreWelcome(t *testing.T) {
 		r := newReporter(-1)
 		r.tells(true)
 		require.Equal(t, 1, r.reports())
-		r.opened[0].feeds(MultistreamToken+Token(ResumeID), nil)
+		r.opened()[0].feeds(MultistreamToken+Token(ResumeID), nil)
 		synctest.Wait()
-		require.Nil(t, r.opened[0].resetWith)
+		require.Nil(t, r.opened()[0].resetCode())
 		r.tells(true)
 		require.Equal(t, 2, r.reports())
-		require.Len(t, r.opened, 1)
+		require.Len(t, r.opened(), 1)
 		time.Sleep(lingering)
 	})
 }

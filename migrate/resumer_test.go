@@ -6,12 +6,14 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
 	"github.com/libp2p/go-libp2p/core/peer"
+	"github.com/libp2p/go-libp2p/core/protocol"
 	ma "github.com/multiformats/go-multiaddr"
 	"github.com/stretchr/testify/require"
 
@@ -78,7 +80,7 @@ func TestOriginIsTakenByATombstone(t *testing.T) {
 		again.conn.remote = s.peer
 		again.feeds(Prelude+resumableLabelBytes(r.origin)+MultistreamToken+EchoToken, nil)
 		s.host.handleStream(again)
-		require.NotNil(t, again.resetWith)
+		require.NotNil(t, again.resetCode())
 		require.Same(t, r, s.host.resumer.get(s.peer, r.origin))
 	})
 }
@@ -141,22 +143,21 @@ func TestConnectionThatComesUp(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		s, r := resumableOn(t, newFake())
 		rs := s.host.resumer
-		r.lose(nil, errors.New("test"))
 		s.host.cfg.redial = func(ctx context.Context, _ peer.AddrInfo) error {
 			<-ctx.Done()
 			return ctx.Err()
 		}
+		r.lose(nil, errors.New("test"))
 		time.Sleep(acceptorWaits + time.Millisecond)
 		synctest.Wait()
-		a := &attempts{fakeConn: &fakeConn{remote: playerLow}, begun: time.Now(), of: r}
-		a.open = func(context.Context) (network.Stream, error) { return a.opens(), nil }
+		a := attemptsOn(&fakeConn{remote: playerLow}, r)
 		s.host.Host.(*bare).conns = []network.Conn{a.fakeConn}
 		rs.connected(&fakeConn{remote: "another"})
 		synctest.Wait()
-		require.Empty(t, a.all)
+		require.Empty(t, a.streams())
 		rs.connected(a.fakeConn)
 		synctest.Wait()
-		require.Len(t, a.all, 1)
+		require.Len(t, a.streams(), 1)
 	})
 }
 
@@ -204,26 +205,25 @@ func TestLeaveOfOneConnection(t *testing.T) {
 			}
 		}
 		stays := acceptsAnother(s, other, 602).send.resumption
-		a := &attempts{fakeConn: old.conn, begun: time.Now(), of: r}
-		a.open = func(context.Context) (network.Stream, error) { return a.opens(), nil }
+		a := attemptsOn(old.conn, r)
 		s.host.Host.(*bare).conns = []network.Conn{old.conn}
 		s.host.Leave(old.conn)
 		require.False(t, r.attached())
 		require.True(t, stays.attached())
 		time.Sleep(acceptorWaits + time.Second)
 		synctest.Wait()
-		require.Empty(t, a.all)
+		require.Empty(t, a.streams())
 		dialled <- errors.New("nobody there")
 		synctest.Wait()
-		require.Len(t, a.all, 1)
-		a.all[0].feeds(Prelude+ackReceivedBytes(0), nil)
+		require.Len(t, a.streams(), 1)
+		a.streams()[0].feeds(Prelude+ackReceivedBytes(0), nil)
 		synctest.Wait()
 		require.True(t, r.attached())
 		time.Sleep(2 * longestPause)
 		s.host.Leave(old.conn)
 		time.Sleep(acceptorWaits + time.Second)
 		synctest.Wait()
-		require.Len(t, a.all, 1, "that it was dialled in vain was before")
+		require.Len(t, a.streams(), 1, "that it was dialled in vain was before")
 	})
 }
 
@@ -232,53 +232,48 @@ func TestLeaveOfOneConnection(t *testing.T) {
 func TestWhenThePeerIsDialled(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		s, r := resumableOn(t, newFake())
-		var dials []time.Duration
-		begun := time.Now()
+		dialled := make(chan time.Time, 1000)
 		s.host.cfg.redial = func(context.Context, peer.AddrInfo) error {
-			dials = append(dials, time.Since(begun))
+			dialled <- time.Now()
 			return errors.New("nobody there")
 		}
 		resumedBy(t, s, 0)
-		require.Empty(t, dials)
+		require.Empty(t, dialled)
 		time.Sleep(longestPause)
+		synctest.Wait()
 
-		begun = time.Now()
-		a := lostOn(s, "")
+		a := attemptsOn(&fakeConn{remote: playerLow}, r, "")
 		other := &fakeConn{remote: playerLow, open: a.open}
-		s.host.Host.(*bare).conns = append(s.host.Host.(*bare).conns, other)
+		s.host.Host.(*bare).conns = []network.Conn{a.fakeConn, other}
+		r.lose(nil, errors.New("test"))
 		u, _ := a.made(t, 2)
-		require.Empty(t, dials, "one has failed, of two")
+		require.Empty(t, dialled, "one has failed, of two")
 		u.ends(network.ErrReset)
 		u, _ = a.made(t, 3)
-		require.NotEmpty(t, dials)
+		require.NotEmpty(t, dialled)
 		u.feeds(Prelude+ackReceivedBytes(0), nil)
 		synctest.Wait()
 		require.True(t, r.attached())
-		n := len(dials)
+		n := len(dialled)
 		time.Sleep(2 * longestPause)
-		require.Len(t, dials, n)
-		r.of.mu.Lock()
-		require.False(t, r.of.recovering, "nobody looks any more")
-		r.of.mu.Unlock()
+		synctest.Wait()
+		require.Len(t, dialled, n)
 
-		s.host.Host.(*bare).conns = nil
 		for range 2 {
-			dials, begun = nil, time.Now()
-			r.lose(nil, errors.New("test"))
-			for range 20 {
-				time.Sleep(longestPause / 3)
-				synctest.Wait()
+			for len(dialled) > 0 {
+				<-dialled
 			}
-			require.Zero(t, dials[0])
-			require.GreaterOrEqual(t, dials[1], firstPause/2)
-			require.LessOrEqual(t, dials[1], firstPause)
-			for i := 5; i < len(dials); i++ {
-				require.LessOrEqual(t, dials[i]-dials[i-1], longestPause)
-				require.GreaterOrEqual(t, dials[i]-dials[i-1], longestPause/2)
-			}
-			require.Greater(t, len(dials), 7)
-			resumedBy(t, s, 0)
 			s.host.Host.(*bare).conns = nil
+			begun := time.Now()
+			r.lose(nil, errors.New("test"))
+			time.Sleep(20 * time.Second)
+			synctest.Wait()
+			require.Greater(t, len(dialled), 7)
+			require.Equal(t, begun, <-dialled)
+			pause := (<-dialled).Sub(begun)
+			require.GreaterOrEqual(t, pause, firstPause/2)
+			require.LessOrEqual(t, pause, firstPause)
+			resumedBy(t, s, 0)
 			time.Sleep(2 * longestPause)
 			synctest.Wait()
 		}
@@ -300,7 +295,7 @@ func TestStreamThatIsThroughIsNotResumed(t *testing.T) {
 		require.False(t, r.attached())
 		time.Sleep(20 * time.Second)
 		synctest.Wait()
-		require.Empty(t, a.all)
+		require.Empty(t, a.streams())
 		require.NoError(t, s.Close())
 	})
 }
@@ -380,7 +375,8 @@ func TestPausesDoNotEnd(t *testing.T) {
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
 		require.True(t, r.lives())
-		for _, all := range [][]time.Duration{dials, a.at} {
+		_, at := a.all()
+		for _, all := range [][]time.Duration{dials, at} {
 			require.Greater(t, len(all), 100)
 			for i := 6; i < len(all); i++ {
 				require.GreaterOrEqual(t, all[i]-all[i-1], longestPause/2)
@@ -395,19 +391,19 @@ func TestPausesDoNotEnd(t *testing.T) {
 func TestOneDialAtATime(t *testing.T) {
 	virtual(t, func(t *testing.T) {
 		s, r := resumableOn(t, newFake())
-		dials := 0
+		var dials atomic.Int32
 		s.host.cfg.redial = func(ctx context.Context, _ peer.AddrInfo) error {
-			dials++
+			dials.Add(1)
 			<-ctx.Done()
 			return ctx.Err()
 		}
 		r.lose(nil, errors.New("test"))
 		time.Sleep(dialTimeout - time.Nanosecond)
 		synctest.Wait()
-		require.Equal(t, 1, dials)
+		require.EqualValues(t, 1, dials.Load())
 		time.Sleep(firstPause + time.Nanosecond)
 		synctest.Wait()
-		require.Equal(t, 2, dials)
+		require.EqualValues(t, 2, dials.Load())
 	})
 }
 
@@ -435,4 +431,27 @@ func TestConnectionsTakeTurns(t *testing.T) {
 		}
 	}
 	require.Equal(t, []network.Conn{a, b, c}, all)
+}
+
+// A connection of which it is known that it leads to a process without resumption gets no attempt.
+func TestConnectionsOfOtherProcesses(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		s.host.told.watched = []protocol.ID{FinalSizeID, ResumeID}
+		a := lostOn(s)
+		s.host.told.mu.Lock()
+		s.host.told.conns = map[network.Conn]told{a.fakeConn: {known: 1 << 1}}
+		s.host.told.mu.Unlock()
+		require.Empty(t, r.of.usable())
+		time.Sleep(acceptorWaits)
+		synctest.Wait()
+		require.Empty(t, a.streams())
+		r.ask(a.fakeConn)
+		require.Empty(t, a.streams(), "it has told meanwhile")
+		s.host.told.mu.Lock()
+		s.host.told.conns[a.fakeConn] = told{known: 1 << 1, speaks: 1 << 1}
+		s.host.told.mu.Unlock()
+		require.Len(t, r.of.usable(), 1)
+		a.made(t, 1)
+	})
 }
