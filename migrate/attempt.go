@@ -431,7 +431,7 @@ func (h *Host) answerResume(n *negotiator, m *pb.Migrate) error {
 		return over(deny)
 	}
 	if err := r.charge(u); err != nil {
-		_ = u.ResetWithError(network.StreamResourceLimitExceeded)
+		go breakOff(u, network.StreamResourceLimitExceeded)
 		r.failed(epoch, pauseAfter)
 		return nil
 	}
@@ -439,7 +439,7 @@ func (h *Host) answerResume(n *negotiator, m *pb.Migrate) error {
 	received := s.recv.received()
 	s.recv.mu.Unlock()
 	if !reply(&pb.AckMigrate{Received: &received}) {
-		_ = u.ResetWithError(codeGivenUp)
+		go breakOff(u, codeGivenUp)
 		r.failed(epoch, pauseAfter)
 		return nil
 	}

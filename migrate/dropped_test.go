@@ -3,13 +3,18 @@ package migrate
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/libp2p/go-libp2p/core/network"
+	"github.com/libp2p/go-libp2p/core/peer"
 	"github.com/stretchr/testify/require"
 
+	. "github.com/go-portage/portage/internal/hosttest"
 	. "github.com/go-portage/portage/internal/rawpeer"
 )
 
@@ -150,4 +155,28 @@ func TestHandoverThatBreaksGivesBackItsMemory(t *testing.T) {
 		defer s.recv.mu.Unlock()
 		require.True(t, s.recv.budget.empty(), "the next handover reserves in a scope of its own")
 	})
+}
+
+// TestRelayThatIsLeft: R1. Who closes its connection to a relay has not closed those that the relay carries
+// for good: nobody has said that their streams are not wanted any more.
+func TestRelayThatIsLeft(t *testing.T) {
+	for _, side := range []int{0, 1} {
+		t.Run(fmt.Sprint("by host ", side), func(t *testing.T) {
+			p := newPair(t, Relay, QUIC, WithResumption())
+			a, b := p.open(t, testID, 0)
+			relay := slices.DeleteFunc(p.nodes[side].Network().Peers(), func(id peer.ID) bool { return id == p.nodes[1-side].ID() })
+			require.Len(t, relay, 1)
+			require.NoError(t, p.nodes[side].Network().ClosePeer(relay[0]))
+			for _, from := range []*Stream{a, b} {
+				to := map[*Stream]*Stream{a: b, b: a}[from]
+				_, err := from.Write([]byte("abc"))
+				require.NoError(t, err)
+				got := make([]byte, 3)
+				_, err = io.ReadFull(to, got)
+				require.NoError(t, err)
+				require.Equal(t, "abc", string(got))
+			}
+			require.Equal(t, p.conns[0][1], a.Conn())
+		})
+	}
 }

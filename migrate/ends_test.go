@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"context"
+	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -270,5 +271,40 @@ func TestLastStream(t *testing.T) {
 		next.grants(3, nil)
 		synctest.Wait()
 		require.Equal(t, next, s.send.last())
+	})
+}
+
+// TestCountOfAWriteThatIsResetMeanwhile: S1. An application that resets its stream while a Write finds the
+// connection lost is told how much of that a stream has taken.
+func TestCountOfAWriteThatIsResetMeanwhile(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		old := newFake()
+		s, _ := resumableOn(t, old)
+		old.grants(1, errors.New("the connection is gone"))
+		s.host.cfg.tracer = func(e Event) {
+			if e.Kind == Lost {
+				_ = s.Reset()
+			}
+		}
+		n, err := s.Write([]byte("abc"))
+		require.ErrorIs(t, err, network.ErrReset)
+		require.Equal(t, 1, n)
+	})
+}
+
+// TestPatienceThatEndsAsTheStreamIsResumed: R11. A stream that is resumed at the end of its patience is
+// not ended by that.
+func TestPatienceThatEndsAsTheStreamIsResumed(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		r.loses()
+		s.mu.Lock()
+		since := r.waits.since
+		s.mu.Unlock()
+		next := newFake()
+		next.conn = s.Conn().(*fakeConn)
+		r.onto(t, next, 0)
+		r.expire(since)
+		require.True(t, r.attached())
 	})
 }

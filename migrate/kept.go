@@ -88,9 +88,10 @@ func (h *sendHalf) writeKept(p []byte) (int, error) {
 				h.changed.broadcast()
 			}
 			if h.cur != on || h.state != sendOpen && h.state != sendPaused {
-				if h.state != sendFailed {
-					n += len(piece)
+				if h.state == sendFailed {
+					return n + m, h.err
 				}
+				n += len(piece)
 				ring.keep()
 				continue
 			}

@@ -216,26 +216,29 @@ func (r *resumption) disarm() {
 
 // expire is the end of a patience that has begun at since.
 func (r *resumption) expire(since time.Time) {
-	s := r.s
-	s.mu.Lock()
-	due := r.waits != nil && r.waits.since.Equal(since)
-	s.mu.Unlock()
-	if due {
-		r.leave(errTooLate)
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	if r.waits != nil && r.waits.since.Equal(since) {
+		r.leaveLocked(errTooLate)
 	}
 }
 
 // leave gives the stream up for that cause. What the muxer still has of one that was closed
 // may yet arrive.
 func (r *resumption) leave(cause error) {
-	s := r.s
-	s.mu.Lock()
-	alone := r.state == resumeAttached && s.life == lifeClosed && !s.send.replays()
-	s.mu.Unlock()
-	if alone {
-		r.end()
-	} else {
-		r.fail(cause)
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	r.leaveLocked(cause)
+}
+
+// leaveLocked is leave. s.mu must be held.
+func (r *resumption) leaveLocked(cause error) {
+	if r.state == resumeAttached && r.s.life == lifeClosed && !r.s.send.replays() {
+		r.endLocked(nil)
+		return
+	}
+	if settle := r.failLocked(cause); settle != nil {
+		go settle()
 	}
 }
 
@@ -275,28 +278,38 @@ func (r *resumption) endLocked(cause error) (attempt network.Stream) {
 // fail ends a stream that cannot be resumed (R9, R11). The application reads what was
 // received, and then the error.
 func (r *resumption) fail(cause error) {
-	s := r.s
-	err := reset(cause)
-	s.mu.Lock()
-	if r.state == resumeOver {
-		s.mu.Unlock()
-		return
+	r.s.mu.Lock()
+	settle := r.failLocked(cause)
+	r.s.mu.Unlock()
+	if settle != nil {
+		settle()
 	}
+}
+
+// failLocked is fail but for what it returns, which is to be called without s.mu; nil where the
+// stream is over already. s.mu must be held.
+func (r *resumption) failLocked(cause error) (settle func()) {
+	if r.state == resumeOver {
+		return nil
+	}
+	s := r.s
 	attempt := r.endLocked(cause)
 	closed := s.life == lifeClosed
 	s.kill(network.StreamNoError)
-	s.mu.Unlock()
-	s.send.fail(err)
-	s.recv.endWith(err)
-	u := s.send.stream()
-	go breakOff(u, network.StreamNoError)
-	if attempt != nil {
-		go breakOff(attempt, network.StreamNoError)
-	}
-	s.forget()
-	s.settle()
-	if !closed {
-		s.host.log.Debug("stream not resumed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Error(cause))
+	return func() {
+		err := reset(cause)
+		s.send.fail(err)
+		s.recv.endWith(err)
+		u := s.send.stream()
+		go breakOff(u, network.StreamNoError)
+		if attempt != nil {
+			go breakOff(attempt, network.StreamNoError)
+		}
+		s.forget()
+		s.settle()
+		if !closed {
+			s.host.log.Debug("stream not resumed", zap.Stringer("peer", s.peer), zap.Uint64("origin", r.origin), zap.Error(cause))
+		}
 	}
 }
 
@@ -622,8 +635,9 @@ func closedForGood(c network.Conn) bool {
 	var session *yamux.Session
 	if c.As(&session) {
 		_, err := session.OpenStream(cancelled) // why it is closed
-		var away *yamux.GoAwayError
-		return errors.As(err, &away) && closesStreams(network.ConnErrorCode(away.ErrorCode))
+		// One that is wrapped is that of another session, which has carried this one: to a relay.
+		away, is := err.(*yamux.GoAwayError)
+		return is && closesStreams(network.ConnErrorCode(away.ErrorCode))
 	}
 	var conn *quic.Conn
 	if c.As(&conn) {

@@ -61,6 +61,7 @@ func connName(i int) string   { return []string{"old", "new"}[i] }
 type link struct {
 	steps
 	over  [2]Transport // of each connection
+	lasts bool         // its streams may outlive a connection
 	nodes [2]*Node
 	hosts [2]*migrate.Host
 	relay *Node // nil where no connection is relayed
@@ -322,11 +323,18 @@ func (l *link) giveUp(i int) {
 		if l.over[i] == Relay {
 			_ = n.Network().ClosePeer(l.relay.ID())
 		}
-		if c := l.conns[side][i]; c != nil {
+		switch c := l.conns[side][i]; {
+		case c == nil:
+		case l.lasts: // Close would say that nobody wants its streams back
+			_ = c.CloseWithError(network.ConnSupplanted)
+		default:
 			_ = c.Close()
 		}
 	}
 }
+
+// dialNobody is for hosts whose connections the test makes, and no other.
+func dialNobody(context.Context, peer.AddrInfo) error { return errors.New("the test dials") }
 
 // awaitDeath waits until both ends know that connection i is dead, and helps where one
 // does not: the end of a WebRTC connection can get lost, and the other end then learns of
@@ -344,6 +352,8 @@ func (l *link) awaitDeath(i int) {
 // part closes everything between the hosts, and waits until nothing is left of it.
 func (l *link) part(t testing.TB) {
 	t.Helper()
+	defer func(lasts bool) { l.lasts = lasts }(l.lasts)
+	l.lasts = false
 	for i, p := range l.paths {
 		l.giveUp(i)
 		if p != nil {

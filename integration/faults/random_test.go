@@ -35,6 +35,9 @@ var randomFaults = append([]fault{
 	{name: "reset by the acceptor", strike: resetAll(acceptor)},
 }, everyFault...)
 
+// onPurpose says whether an end has ended the streams, or a connection for good.
+func (f fault) onPurpose() bool { return f.forGood() || strings.HasPrefix(f.name, "reset by ") }
+
 // resetAll resets all underlying streams of a connection, one by one, at one end.
 func resetAll(side int) func(l *link, i int) {
 	return func(l *link, i int) {
@@ -48,7 +51,15 @@ func resetAll(side int) func(l *link, i int) {
 // fro between two connections, at either end's will, when one of the two fails. Nothing
 // is asked of them but the oracle's: an exact prefix, EOF behind all of it only, an error
 // at both ends where a byte is missing.
-func TestFaultAtAnyMoment(t *testing.T) {
+func TestFaultAtAnyMoment(t *testing.T) { atAnyMoment(t) }
+
+// TestStreamsOutliveAnyMoment is TestFaultAtAnyMoment with resumption: only what an end does on
+// purpose ends a stream.
+func TestStreamsOutliveAnyMoment(t *testing.T) {
+	atAnyMoment(t, migrate.WithResumption(), migrate.WithRedial(dialNobody))
+}
+
+func atAnyMoment(t *testing.T, opts ...migrate.Option) {
 	defer summary(t)()
 	rounds := 5
 	if *all {
@@ -60,7 +71,8 @@ func TestFaultAtAnyMoment(t *testing.T) {
 		for n, w := range ways() {
 			t.Run(w.String(), func(t *testing.T) {
 				t.Parallel()
-				l := newLink(t, w.from, w.to)
+				l := newLink(t, w.from, w.to, opts...)
+				l.lasts = len(opts) > 0
 				done.pair(w)
 				for round := range rounds {
 					seed := *firstSeed + uint64(n*1000+round)
@@ -177,11 +189,14 @@ func (l *link) anyMoment(t *testing.T, seed uint64) (survived, broke int) {
 	stop()
 	for _, talk := range talks {
 		talk.end(t)
-		if talk.survived() {
+		switch {
+		case talk.survived():
 			survived++
-		} else {
-			broke++
+			continue
+		case l.lasts && !f.onPurpose() && !talk.rescued.Load():
+			t.Errorf("it is to survive: %v", talk)
 		}
+		broke++
 	}
 	t.Logf("fault: %s, of the %s connection; %d survived, %d broke", f.name, connName(i), survived, broke)
 	l.nothingLeft(t)
@@ -227,6 +242,7 @@ func rescue(t *testing.T, talks []*talk) (stop func()) {
 			}
 			done.rescued.Add(int64(len(stuck)))
 			for _, talk := range stuck {
+				talk.rescued.Store(true)
 				for _, s := range talk.ends {
 					_ = s.Reset()
 				}

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -31,6 +32,8 @@ type talk struct {
 
 	// gives says that an end which gets an error resets the stream, as most applications do.
 	gives bool
+
+	rescued atomic.Bool // was reset, since it was stuck on WebRTC
 
 	mu      sync.Mutex // guards all below, and the flows
 	changed *sync.Cond
