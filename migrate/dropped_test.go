@@ -180,3 +180,31 @@ func TestRelayThatIsLeft(t *testing.T) {
 		})
 	}
 }
+
+// TestAttemptThatNobodyNeeds: R8. An attempt that is open when its stream needs no other any more is
+// given up, and its stream freed.
+func TestAttemptThatNobodyNeeds(t *testing.T) {
+	for name, over := range map[string]func(s *Stream, r *resumption){
+		"closed, and all confirmed": func(s *Stream, r *resumption) { r.confirmed(everything); _ = s.Close() },
+		"confirmed, and closed":     func(s *Stream, r *resumption) { _ = s.Close(); r.confirmed(everything) },
+		"reset":                     func(s *Stream, _ *resumption) { _ = s.Reset() },
+		"failed":                    func(_ *Stream, r *resumption) { r.fail(errGone) },
+		"too late":                  func(_ *Stream, r *resumption) { r.leave(errTooLate) },
+	} {
+		bubble(t, name, func(t *testing.T) {
+			s, r := resumableOn(t, newFake())
+			c, u := &fakeConn{remote: playerLow}, newFake()
+			u.conn = c
+			c.open = func(context.Context) (network.Stream, error) { return u, nil }
+			s.host.Host.(*bare).conns = []network.Conn{c}
+			r.lose(nil, errors.New("test"))
+			time.Sleep(acceptorWaits)
+			synctest.Wait()
+			require.Nil(t, u.resetWith)
+			over(s, r)
+			synctest.Wait()
+			require.NotNil(t, u.resetWith)
+			require.False(t, r.lives())
+		})
+	}
+}

@@ -87,6 +87,10 @@ func TestStreamWhenConnected(t *testing.T) {
 // silentIdentify has h not answer identify, as a peer whose answer is lost.
 func silentIdentify(h host.Host) { h.RemoveStreamHandler(identify.ID) }
 
+// deafToIdentify has h not hear what others tell unasked. What their handlers were before is told so, too,
+// where they are connected before their identify service has looked.
+func deafToIdentify(h host.Host) { h.RemoveStreamHandler(identify.IDPush) }
+
 // withoutIdentify waits until a knows that b does not tell.
 func withoutIdentify(t *testing.T, a *Node, c network.Conn) {
 	t.Helper()
@@ -211,6 +215,7 @@ func TestLabelThatIsAskedFor(t *testing.T) {
 				}
 				echoing(hb)
 				silentIdentify(b)
+				deafToIdentify(a)
 				a.Know(b, b.Addr(t, TCP))
 				ctx, cancel := context.WithTimeout(context.Background(), Patience)
 				defer cancel()
@@ -252,6 +257,7 @@ func TestNotIdentified(t *testing.T) {
 	b.SetStreamHandler("/test/watched", func(network.Stream) {})
 	echoing(b)
 	silentIdentify(b)
+	deafToIdentify(a)
 	a.Know(b, b.Addr(t, TCP))
 	ctx, cancel := context.WithTimeout(context.Background(), Patience)
 	defer cancel()

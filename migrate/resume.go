@@ -234,7 +234,7 @@ func (r *resumption) leave(cause error) {
 // leaveLocked is leave. s.mu must be held.
 func (r *resumption) leaveLocked(cause error) {
 	if r.state == resumeAttached && r.s.life == lifeClosed && !r.s.send.replays() {
-		r.endLocked(nil)
+		r.endLocked(nil, codeGivenUp)
 		return
 	}
 	if settle := r.failLocked(cause); settle != nil {
@@ -244,27 +244,25 @@ func (r *resumption) leaveLocked(cause error) {
 
 // end ends the entry of a stream whose underlying one, if any, lives on.
 func (r *resumption) end() {
-	s := r.s
-	s.mu.Lock()
-	attempt := r.endLocked(nil)
-	s.mu.Unlock()
-	if attempt != nil {
-		_ = breakOff(attempt, codeGivenUp)
-	}
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	r.endLocked(nil, codeGivenUp)
 }
 
-// endLocked is end, for that cause where the stream has failed. It returns the stream of the attempt
-// that is open, if any. s.mu must be held.
-func (r *resumption) endLocked(cause error) (attempt network.Stream) {
+// endLocked is end, for that cause where the stream has failed. The attempt that is open, if any, is
+// reset with code. s.mu must be held.
+func (r *resumption) endLocked(cause error, code network.StreamErrorCode) {
 	if r.state == resumeOver {
-		return nil
+		return
 	}
 	if w := r.waits; w != nil {
 		if r.detached() {
 			go r.trace(Event{Kind: GivenUp, From: w.away, Err: cause, Took: time.Since(w.since)})
 		}
 		r.unname()
-		attempt = w.attempt
+		if w.attempt != nil {
+			go breakOff(w.attempt, code)
+		}
 		r.disarm()
 	}
 	r.state = resumeOver
@@ -272,7 +270,6 @@ func (r *resumption) endLocked(cause error) (attempt network.Stream) {
 	r.s.send.mu.Lock()
 	r.ring.release()
 	r.s.send.mu.Unlock()
-	return attempt
 }
 
 // fail ends a stream that cannot be resumed (R9, R11). The application reads what was
@@ -293,7 +290,7 @@ func (r *resumption) failLocked(cause error) (settle func()) {
 		return nil
 	}
 	s := r.s
-	attempt := r.endLocked(cause)
+	r.endLocked(cause, network.StreamNoError)
 	closed := s.life == lifeClosed
 	s.kill(network.StreamNoError)
 	return func() {
@@ -302,9 +299,6 @@ func (r *resumption) failLocked(cause error) (settle func()) {
 		s.recv.endWith(err)
 		u := s.send.stream()
 		go breakOff(u, network.StreamNoError)
-		if attempt != nil {
-			go breakOff(attempt, network.StreamNoError)
-		}
 		s.forget()
 		s.settle()
 		if !closed {
@@ -333,7 +327,7 @@ func (r *resumption) closed() {
 		return
 	}
 	if r.finished() || !r.of.bury(r, r.memory()) {
-		r.endLocked(nil)
+		r.endLocked(nil, codeGivenUp)
 		return
 	}
 	if r.state == resumeAttached {
@@ -394,9 +388,7 @@ func (r *resumption) confirmed(received uint64) {
 	switch {
 	case r.s.life != lifeClosed || r.state == resumeOver || r.s.ex != nil:
 	case r.finished():
-		if attempt := r.endLocked(nil); attempt != nil {
-			go breakOff(attempt, codeGivenUp)
-		}
+		r.endLocked(nil, codeGivenUp)
 	case more && r.state == resumeAttached: // the other end reads on
 		r.arm(time.Now())
 	}
@@ -588,7 +580,7 @@ func (r *resumption) ended(u network.Stream, err error) {
 	s.mu.Lock()
 	on := r.state == resumeAttached && (s.send.stream() == u || s.recv.source().stream == u)
 	if on {
-		r.endLocked(nil)
+		r.endLocked(nil, codeGivenUp)
 	}
 	s.mu.Unlock()
 	if on {

@@ -263,9 +263,7 @@ func (s *Stream) abort(err error, code network.StreamErrorCode) error {
 		ex.interrupt()
 	}
 	if r := s.send.resumption; r != nil {
-		if attempt := r.endLocked(nil); attempt != nil {
-			go breakOff(attempt, code)
-		}
+		r.endLocked(nil, code)
 	}
 	s.mu.Unlock()
 	s.send.fail(err)
