@@ -155,6 +155,11 @@ func planOf(seed uint64) plan {
 		// connection that is clogged this waits, under a lock; see boot.
 		p.links[0].over = QUIC
 	}
+	for i := range p.faults {
+		if f := &p.faults[i]; f.what == faultHiccup && p.links[f.link].over == QUIC {
+			f.last /= 2 // QUIC tries again as much later, at most, and yamux waits for 5 s
+		}
+	}
 	return p
 }
 
