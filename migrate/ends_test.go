@@ -51,6 +51,30 @@ func TestStreamThatEndsWhileItIsSentAgain(t *testing.T) {
 	})
 }
 
+// TestMoreIsConfirmedThanWasSent: R4, R12. A peer that confirms, while something is sent again, what it has
+// not got yet must not get a gap: the stream ends at both ends.
+func TestMoreIsConfirmedThanWasSent(t *testing.T) {
+	virtual(t, func(t *testing.T) {
+		s, r := resumableOn(t, newFake())
+		r.loses()
+		_, err := s.Write([]byte(strings.Repeat("x", 3*replayed)))
+		require.NoError(t, err)
+		next := newFake()
+		next.conn = s.Conn().(*fakeConn)
+		next.grants(0, nil)
+		r.onto(t, next, 0)
+		r.confirmed(2 * replayed)
+		next.grants(replayed, nil)
+		synctest.Wait()
+		require.False(t, r.lives())
+		require.NotNil(t, next.resetWith)
+		_, err = s.Write([]byte("more"))
+		require.ErrorIs(t, err, network.ErrReset)
+		_, err = s.Read(make([]byte, 1))
+		require.ErrorIs(t, err, network.ErrReset)
+	})
+}
+
 // TestStreamThatEndsWhileAReplayMoves: the same where a migration moves the stream meanwhile.
 func TestStreamThatEndsWhileAReplayMoves(t *testing.T) {
 	virtual(t, func(t *testing.T) {

@@ -155,11 +155,11 @@ func (h *sendHalf) endKept(u network.Stream, open bool, closing func() error) er
 		r.ended(u, err)
 	}
 	h.mu.Lock()
-	failed, over := h.state == sendFailed, r.ring.over
+	failed, why, over := h.state == sendFailed, h.err, r.ring.over
 	h.mu.Unlock()
 	switch {
 	case failed:
-		return h.err
+		return why
 	case !over:
 		return nil // where u has failed, the end is sent again
 	}
@@ -305,6 +305,7 @@ func (h *sendHalf) replay(u network.Stream) {
 				h.state, h.err = sendFailed, reset(errDroppedBytes)
 				h.changed.broadcast()
 				go breakOff(u, network.StreamNoError)
+				go r.fail(errDroppedBytes)
 				return
 			}
 			r.ring.base += r.ring.low - at // the other end wants no more

@@ -323,6 +323,8 @@ func (w *world) moveStream(side, id, to int, timeout time.Duration) error {
 	if errors.Is(err, migrate.ErrTryLater) && st.isCalm(l) && !e.ended() && !st.end(1-side).wasReset() {
 		if st.triedSince(1-side, began) {
 			st.meets(began)
+		} else if full := w.plan.buffer > 0 && strings.Contains(err.Error(), "no room for a stream"); full {
+			w.tally.add("migrations: no room on a connection that is full", 1)
 		} else {
 			w.failf("moves", "stream %d: Migrate of %s fails without a cause: %v", id, sideName(side), err)
 		}

@@ -46,7 +46,8 @@ import (
 //	          relay that limits what it carries is one from when it has been sent so much.
 //	moves     Where nothing has gone wrong with the connections of the stream, or those that
 //	          it was to move to, Migrate succeeds, but for the meetings of both ends'
-//	          migrations (M1, M2) and the end of the stream.
+//	          migrations (M1, M2), the end of the stream, and a connection that takes 4 KiB at
+//	          once and is full for a second.
 //	agree     Where both ends are open, no migration is under way at either, and nothing has
 //	          harmed the stream, both know it by the same label and on the same connection.
 //	live      Every call returns, at the latest when all timeouts of the transports and of
