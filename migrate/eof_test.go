@@ -25,7 +25,7 @@ func TestEOFsOfYamux(t *testing.T) {
 		all  sync.WaitGroup
 		turn = make(chan struct{}, 16)
 	)
-	for i := range 2000 {
+	for i := range 1000 {
 		turn <- struct{}{}
 		all.Go(func() {
 			defer func() { <-turn }()
