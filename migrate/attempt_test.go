@@ -227,6 +227,21 @@ func TestHandoverEndsWithItsStream(t *testing.T) {
 	})
 }
 
+// all is what a stream has brought, to its end.
+type all struct {
+	got string
+	err error
+}
+
+func readingAll(s *Stream) chan all {
+	read := make(chan all, 1)
+	go func() {
+		got, err := io.ReadAll(s)
+		read <- all{string(got), err}
+	}()
+	return read
+}
+
 // TestEndIsBelievedAsSoonAsItIsAnnounced: R7. Where the announcement comes behind the EOF nothing
 // more is waited for.
 func TestEndIsBelievedAsSoonAsItIsAnnounced(t *testing.T) {
@@ -234,20 +249,13 @@ func TestEndIsBelievedAsSoonAsItIsAnnounced(t *testing.T) {
 		old := newFake()
 		s, r := resumableOn(t, old)
 		old.feeds("abc", nil).ends(io.EOF)
-		var got []byte
-		read := make(chan error, 1)
-		go func() {
-			var err error
-			got, err = io.ReadAll(s)
-			read <- err
-		}()
+		read := readingAll(s)
 		synctest.Wait()
 		require.Empty(t, read, "it may be false")
 		r.ends(3)
 		synctest.Wait()
 		require.Len(t, read, 1)
-		require.NoError(t, <-read)
-		require.Equal(t, "abc", string(got))
+		require.Equal(t, all{got: "abc"}, <-read)
 	})
 }
 
@@ -259,11 +267,7 @@ func TestEndsThatAreNotAnnounced(t *testing.T) {
 			old := newFake()
 			s, r := resumableOn(t, old)
 			old.feeds("abc", nil).ends(io.EOF)
-			read := make(chan error, 1)
-			go func() {
-				_, err := io.ReadAll(s)
-				read <- err
-			}()
+			read := readingAll(s)
 			time.Sleep(eofVouched - time.Nanosecond)
 			synctest.Wait()
 			require.Empty(t, read)
@@ -277,7 +281,7 @@ func TestEndsThatAreNotAnnounced(t *testing.T) {
 				require.False(t, r.attached())
 			} else {
 				require.Len(t, read, 1)
-				require.NoError(t, <-read)
+				require.Equal(t, all{got: "abc"}, <-read)
 			}
 		})
 	}
@@ -307,21 +311,14 @@ func TestEndsOfASessionThatIsUp(t *testing.T) {
 			old.conn.muxer = session(t, up)
 			s, _ := resumableOn(t, old)
 			old.feeds("abc", nil).ends(io.EOF)
-			var got []byte
-			read := make(chan error, 1)
-			go func() {
-				var err error
-				got, err = io.ReadAll(s)
-				read <- err
-			}()
+			read := readingAll(s)
 			synctest.Wait()
 			if !up {
 				require.Empty(t, read, "it may be false")
 				return
 			}
 			require.Len(t, read, 1)
-			require.NoError(t, <-read)
-			require.Equal(t, "abc", string(got))
+			require.Equal(t, all{got: "abc"}, <-read)
 		})
 	}
 }
@@ -485,6 +482,19 @@ func TestLostConnectionsAreDialledAgain(t *testing.T) {
 	}
 }
 
+// asking loses the stream, and returns the one of the attempt that is made then.
+func (r *resumption) asking(t *testing.T) *fakeStream {
+	t.Helper()
+	c, u := &fakeConn{remote: playerLow}, newFake()
+	u.conn = c
+	c.open = func(context.Context) (network.Stream, error) { return u, nil }
+	r.s.host.Host.(*bare).conns = []network.Conn{c}
+	r.lose(nil, errors.New("test"))
+	time.Sleep(acceptorWaits)
+	synctest.Wait()
+	return u
+}
+
 // TestAnswersThatDoNotCount: R3, R5. Once the peer's own attempt has come, what it answers to ours
 // decides nothing.
 func TestAnswersThatDoNotCount(t *testing.T) {
@@ -494,13 +504,7 @@ func TestAnswersThatDoNotCount(t *testing.T) {
 	} {
 		bubble(t, name, func(t *testing.T) {
 			s, r := resumableOn(t, newFake())
-			c, u := &fakeConn{remote: playerLow}, newFake()
-			u.conn = c
-			c.open = func(context.Context) (network.Stream, error) { return u, nil }
-			s.host.Host.(*bare).conns = []network.Conn{c}
-			r.lose(nil, errors.New("test"))
-			time.Sleep(acceptorWaits)
-			synctest.Wait()
+			u := r.asking(t)
 			s.mu.Lock()
 			require.Equal(t, resumeAsking, r.state)
 			r.promised++
@@ -511,7 +515,7 @@ func TestAnswersThatDoNotCount(t *testing.T) {
 			s.mu.Lock()
 			require.Equal(t, resumeAnswering, r.state)
 			s.mu.Unlock()
-			require.NotEqual(t, c, s.Conn())
+			require.NotEqual(t, u.Conn(), s.Conn())
 		})
 	}
 }

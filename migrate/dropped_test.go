@@ -193,13 +193,7 @@ func TestAttemptThatNobodyNeeds(t *testing.T) {
 	} {
 		bubble(t, name, func(t *testing.T) {
 			s, r := resumableOn(t, newFake())
-			c, u := &fakeConn{remote: playerLow}, newFake()
-			u.conn = c
-			c.open = func(context.Context) (network.Stream, error) { return u, nil }
-			s.host.Host.(*bare).conns = []network.Conn{c}
-			r.lose(nil, errors.New("test"))
-			time.Sleep(acceptorWaits)
-			synctest.Wait()
+			u := r.asking(t)
 			require.Nil(t, u.resetWith)
 			over(s, r)
 			synctest.Wait()

@@ -34,11 +34,7 @@ func TestStreamThatEndsWhileItIsSentAgain(t *testing.T) {
 		next.conn = s.Conn().(*fakeConn)
 		next.grants(0, nil)
 		r.onto(t, next, 0)
-		wrote := make(chan error, 1)
-		go func() {
-			_, err := s.Write([]byte("more"))
-			wrote <- err
-		}()
+		wrote := writing(&s.send, "more")
 		synctest.Wait()
 		require.Empty(t, wrote)
 		r.ended(next, &network.StreamError{ErrorCode: 7, Remote: true}) // a Read has seen the reset
@@ -47,7 +43,7 @@ func TestStreamThatEndsWhileItIsSentAgain(t *testing.T) {
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		require.Len(t, wrote, 1, "the Write waits for ever")
-		require.Error(t, <-wrote)
+		require.Error(t, (<-wrote).err)
 	})
 }
 
@@ -91,18 +87,13 @@ func TestStreamThatEndsWhileAReplayMoves(t *testing.T) {
 		require.NoError(t, err)
 		r.ended(old, &network.ConnError{ErrorCode: network.ConnGarbageCollected})
 		require.False(t, r.lives())
-		if _, err = s.send.resume(next); err != nil {
-			return // that fails the exchange
-		}
-		wrote := make(chan error, 1)
-		go func() {
-			_, err := s.Write([]byte("more"))
-			wrote <- err
-		}()
+		_, err = s.send.resume(next)
+		require.NoError(t, err)
+		wrote := writing(&s.send, "more")
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		require.Len(t, wrote, 1, "the Write waits for ever")
-		require.Error(t, <-wrote)
+		require.Error(t, (<-wrote).err)
 	})
 }
 
@@ -141,15 +132,11 @@ func TestEndIsNotKeptBackByASilentPath(t *testing.T) {
 			if told {
 				r.ends(3)
 			}
-			read := make(chan error, 1)
-			go func() {
-				_, err := io.ReadAll(s)
-				read <- err
-			}()
+			read := readingAll(s)
 			time.Sleep(time.Minute)
 			synctest.Wait()
 			require.Len(t, read, 1, "the end is kept back for ever")
-			require.NoError(t, <-read)
+			require.Equal(t, all{got: "abc"}, <-read)
 		})
 	}
 }
